@@ -1,0 +1,375 @@
+"""The thin composition: picture -> stage 1 -> stage 2 -> stage 3 -> words.
+
+`Meteor` holds C vision encoders, one projector each, and a Hugging Face decoder; it walks data through the three
+stage files in order and keeps the books (which patch of which encoder is still there after each stage).
+"""
+import contextlib
+import json
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+import stage1_encode
+import stage2_fuse
+import stage3_decode
+
+from .presets import build_decoder, build_encoder
+
+CHECKPOINTS = {"glyph": Path(__file__).parent / "checkpoint"}
+SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<ans>"]  # <ans> ends the question
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens each stage leaves; None keeps all.
+
+    stage1: total over the encoders at their output, or (k_0, k_1, k_2) for the three pruning points; stage2: K in
+    the fused sequence; stage3: wanted mean number per LLM layer, averaged over layers and questions, from which
+    lambda is solved with the table measured at calibration; stage2_strategy, k: as in the stage files.
+    """
+
+    stage1: int | tuple[int, int, int] | None = None
+    stage2: int | None = None
+    stage3: float | None = None
+    stage1_strategy: str = "rank"
+    stage2_strategy: str = "collaborative"
+    k: int = 5
+
+    @classmethod
+    def none(cls) -> "Budget":
+        """The unpruned model: every token goes through everything."""
+        return cls()
+
+
+@dataclass
+class Encoded:
+    """A batch of pictures after stages 1 and 2: ask as many questions about it as you like.
+
+    fused: `stage2_fuse.Fused`; stage1_idx: per encoder (B, n_l) int64, the patches that stage 1 kept.
+    """
+
+    fused: stage2_fuse.Fused
+    stage1_idx: list[torch.Tensor]
+
+    def rows(self, index: list[int]) -> "Encoded":
+        """The pictures `index` of the batch, repeated or reordered as asked."""
+        fused = self.fused
+        picked = stage2_fuse.Fused(fused.tokens[index], fused.encoder_id[index], fused.keep_idx[index])
+        return Encoded(picked, [keep[index] for keep in self.stage1_idx])
+
+
+@dataclass
+class Answer:
+    """One question answered.
+
+    text; tokens: visual tokens {"encoders", "stage1", "stage2", "stage3"}, the last the mean over the LLM's layers;
+    survivors: stage name -> {encoder: count}, "stage3" counting those in the LLM's last layer; kept: stage name ->
+    {encoder: (h, w) bool tensor}, True where the patch's token is still there.
+    """
+
+    text: str
+    tokens: dict[str, float]
+    survivors: dict[str, dict[str, int]]
+    kept: dict[str, dict[str, torch.Tensor]]
+
+
+def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """A word-level tokenizer: lower case, digits one by one, unknown words become <unk>."""
+    vocabulary = {word: i for i, word in enumerate(SPECIALS + list(words))}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(r"<ans>|<eos>"), "isolated"), pre_tokenizers.Whitespace(),
+         pre_tokenizers.Digits(individual_digits=True)])
+    return wrap_tokenizer(tokenizer)
+
+
+def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>",
+                                   unk_token="<unk>", additional_special_tokens=["<ans>"], padding_side="left",
+                                   clean_up_tokenization_spaces=False)
+
+
+class Meteor(nn.Module, PyTorchModelHubMixin):
+    """C encoders, C projectors and a decoder, pruned by the three stages.
+
+    Args: config, a JSON-able dictionary: "encoders" {name: [family, options]}, "decoder" options, "words",
+    "ranks" (3 x C) or None, "lambda_table" or None (see `calibrate`), "budget" (the default one) or None.
+    """
+
+    def __init__(self, config: dict):
+        super().__init__()
+        self.config = config
+        self.encoders = nn.ModuleDict({n: build_encoder(family, o) for n, (family, o) in config["encoders"].items()})
+        self.tokenizer = build_tokenizer(config["words"])
+        self.decoder = build_decoder(config["decoder"], len(self.tokenizer))
+        width = self.decoder.config.hidden_size
+        self.adapters = [stage1_encode.adapter(e) for e in self.encoders.values()]
+        self.projectors = nn.ModuleDict(
+            {n: stage2_fuse.Projector(a.dim, width) for n, a in zip(self.encoders, self.adapters)})
+        self.decoder.generation_config.pad_token_id = self.tokenizer.pad_token_id
+        self.decoder.generation_config.eos_token_id = self.tokenizer.eos_token_id
+
+    # ---------------------------------------------------------------- stages 1 and 2
+
+    @property
+    def budget(self) -> Budget:
+        """The budget that the model was calibrated for; `Budget.none()` where there is none."""
+        return Budget(**self.config["budget"]) if self.config.get("budget") else Budget.none()
+
+    def budget_for(self, tokens: float) -> Budget:
+        """The paper's proportions for a wanted mean of `tokens` per LLM layer: 1193 : 576 : 242 after stages 1, 2, 3.
+
+        A stage whose share exceeds the tokens there are keeps all of them.
+        Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
+        Source: [paper, main result; our choice as a rule for other budgets]
+        """
+        total = sum(a.num_tokens for a in self.adapters)
+        if not 4 <= tokens <= total:
+            raise ValueError(f"tokens must be 4 to {total}, the visual tokens of all encoders, got {tokens}")
+        if tokens == total:
+            return Budget.none()
+        stage1, stage2 = round(tokens * 1193 / 242), round(tokens * 576 / 242)
+        return replace(self.budget, stage1=stage1 if stage1 < total else None,
+                       stage2=stage2 if stage2 < total else None, stage3=tokens)
+
+    @property
+    def ranks(self) -> torch.Tensor | None:
+        return torch.tensor(self.config["ranks"]) if self.config.get("ranks") else None
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.device
+
+    def encode(self, images: torch.Tensor, budget: Budget | None = None) -> Encoded:
+        """Stages 1 and 2. images (B, 3, H, W) float in [0, 1]; budget: the model's own where None."""
+        budget = self.budget if budget is None else budget
+        features, kept = stage1_encode.encode_all(list(self.encoders.values()), images.to(self.device), budget.stage1,
+                                                  self.ranks, budget.stage1_strategy)
+        return self.fuse(features, kept, budget)
+
+    def fuse(self, features: list[torch.Tensor], kept: list[torch.Tensor], budget: Budget) -> Encoded:
+        """Project each encoder's tokens (B, n_l, D_l) into the LLM's width and run stage 2."""
+        tokens = [projector(x) for projector, x in zip(self.projectors.values(), features)]  # C x (B, n_l, D)
+        return Encoded(stage2_fuse.fuse(tokens, budget.stage2, budget.stage2_strategy), kept)
+
+    # ---------------------------------------------------------------- the decoder and stage 3
+
+    def tokenize(self, questions: list[str]) -> list[list[int]]:
+        """Token ids of each question, with the <ans> that ends it.
+
+        Raises: TypeError where questions is no list of str; ValueError for an empty question, or one with words that
+        the tokenizer does not know, naming them and the words that it knows.
+        """
+        if isinstance(questions, str) or not all(isinstance(q, str) for q in questions):
+            raise TypeError("questions must be a list of str, one for each picture")
+        ids = [self.tokenizer(q, add_special_tokens=False).input_ids for q in questions]
+        for question, row in zip(questions, ids):
+            if not row:
+                raise ValueError("question must hold at least one word, got an empty text")
+            if self.tokenizer.unk_token_id in row:
+                encoding = self.tokenizer(question, add_special_tokens=False)
+                spans = [encoding.token_to_chars(i) for i, t in enumerate(row) if t == self.tokenizer.unk_token_id]
+                unknown = ", ".join(sorted({question[s.start:s.end] for s in spans}))
+                known = " ".join(w for w in self.config["words"])
+                raise ValueError(f"question has words that this model does not know: {unknown}; it knows: {known}")
+        return [row + [self.tokenizer.convert_tokens_to_ids("<ans>")] for row in ids]
+
+    def prompt(self, encoded: Encoded, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """[padding] <bos> visual tokens, question <ans>: embeddings (B, S, D), attention mask and visual mask (B, S)."""
+        ids, visual = self.tokenize(questions), encoded.fused.tokens
+        B, K, _ = visual.shape
+        if len(ids) != B:
+            raise ValueError(f"questions must be one for each of the {B} pictures, got {len(ids)}")
+        embed, T = self.decoder.get_input_embeddings(), max(map(len, ids))
+        bos = embed(torch.tensor([[self.tokenizer.bos_token_id]], device=visual.device))[0]  # (1, D)
+        rows = [torch.cat([bos, v.to(bos.dtype), embed(torch.tensor(row, device=visual.device))])
+                for v, row in zip(visual, ids)]
+        pads = torch.tensor([T - len(row) for row in ids], device=visual.device)
+        embeds = torch.stack([F.pad(row, (0, 0, T - len(i), 0)) for row, i in zip(rows, ids)])  # (B, 1 + K + T, D)
+        position = torch.arange(1 + K + T, device=visual.device) - pads[:, None]  # (B, S); negative on padding
+        return embeds, (position >= 0).long(), (position >= 1) & (position <= K)
+
+    def lam(self, budget: Budget) -> float:
+        """Stage 3's lambda for a wanted average, from the calibration table; infinity where stage 3 keeps all."""
+        if budget.stage3 is None:
+            return float("inf")
+        K = budget.stage2 or sum(a.num_tokens for a in self.adapters)
+        return lambda_from_table(self.config.get("lambda_table"), K, budget.stage3)
+
+    @torch.no_grad()
+    def generate(self, encoded: Encoded, questions: list[str], budget: Budget | None = None, **options):
+        """Hugging Face `generate` under stage 3's pruner; keywords go on to it.
+
+        Returns: new token ids (B, T) int64, and the pruner (None where stage 3 keeps all) with what it kept.
+        """
+        budget = self.budget if budget is None else budget
+        embeds, attention_mask, visual_mask = self.prompt(encoded, questions)
+        lam = self.lam(budget)
+        pruner = None if lam == float("inf") else stage3_decode.AdaptivePruner(self.decoder, visual_mask, lam=lam, k=budget.k)
+        with pruner or contextlib.nullcontext():
+            options = {"max_new_tokens": 24, "do_sample": False} | options
+            ids = self.decoder.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+        return ids, pruner
+
+    def decode(self, ids: torch.Tensor) -> list[str]:
+        """Texts of generated ids, digits of one number joined."""
+        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
+        return [re.sub(r"(?<=\d) (?=\d)", "", text).strip() for text in texts]
+
+    def answer(self, images: torch.Tensor, questions: list[str], budget: Budget | None = None, **options) -> list[Answer]:
+        """Answer one question for each picture, with what happened to the visual tokens on the way.
+
+        Args: images (B, 3, H, W) float in [0, 1], or an `Encoded` batch to reuse; questions: B texts; budget: the
+        model's own where None; options: of Hugging Face `generate`.
+        """
+        budget = self.budget if budget is None else budget
+        encoded = images if isinstance(images, Encoded) else self.encode_no_grad(images, budget)
+        ids, pruner = self.generate(encoded, questions, budget, **options)
+        return self.report(encoded, self.decode(ids), pruner)
+
+    @torch.no_grad()
+    def encode_no_grad(self, images: torch.Tensor, budget: Budget | None = None) -> Encoded:
+        return self.encode(images, budget)
+
+    def report(self, encoded: Encoded, texts: list[str], pruner) -> list[Answer]:
+        """The books of a batch: counts and patch maps after each stage, for every sample."""
+        K = encoded.fused.tokens.shape[1]
+        last = torch.ones(len(texts), K, dtype=torch.bool)
+        average = torch.full((len(texts),), float(K))
+        if pruner is not None:
+            average = pruner.average_tokens()
+            last = torch.stack([kept[seen] for kept, seen in zip(pruner.kept[max(pruner.kept)], pruner.visual_mask)])
+        answers = []
+        for b, text in enumerate(texts):
+            kept = {"stage1": self.patches(encoded, b, None), "stage2": self.patches(encoded, b, torch.ones(K, dtype=torch.bool)),
+                    "stage3": self.patches(encoded, b, last[b].cpu())}
+            survivors = {stage: {n: int(m.sum()) for n, m in maps.items()} for stage, maps in kept.items()}
+            tokens = {"encoders": sum(a.num_tokens for a in self.adapters), "stage1": sum(survivors["stage1"].values()),
+                      "stage2": K, "stage3": float(average[b])}
+            answers.append(Answer(text, tokens, survivors, kept))
+        return answers
+
+    def patches(self, encoded: Encoded, b: int, alive: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Per encoder an (h, w) bool map of sample b: patches whose token is among the fused ones marked `alive` (K,),
+        or, where alive is None, among those that stage 1 kept. Token -> patch is the composition of both keep_idx."""
+        maps, start = {}, 0
+        for name, adapter, keep in zip(self.encoders, self.adapters, encoded.stage1_idx):
+            patch = keep[b].cpu()  # (n_l,): stage 1's choice
+            if alive is not None:
+                place = encoded.fused.keep_idx[b].cpu()[alive]  # positions in the concatenation
+                here = place[(place >= start) & (place < start + len(patch))] - start
+                start, patch = start + len(patch), patch[here]
+            maps[name] = torch.zeros(adapter.num_tokens, dtype=torch.bool)
+            maps[name][patch] = True
+            maps[name] = maps[name].view(adapter.grid)
+        return maps
+
+    # ---------------------------------------------------------------- save and load
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        """config.json, tokenizer.json and model.safetensors; called by `save_pretrained` and `push_to_hub`."""
+        folder = Path(save_directory)
+        (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
+        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        save_file({k: v.contiguous() for k, v in self.weights().items()}, folder / "model.safetensors")
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict, each shared tensor (tied word embeddings) once."""
+        tied = "decoder.lm_head.weight" if self.decoder.config.tie_word_embeddings else None
+        return {k: v for k, v in self.state_dict().items() if k != tied}
+
+    @classmethod
+    def from_pretrained(cls, name: str | Path = "glyph", **options) -> "Meteor":
+        """The embedded model "glyph", a directory that `save_pretrained` wrote, or a hub id; in eval mode, float32.
+
+        Raises: ValueError for a directory without config.json or model.safetensors, or whose weights do not fit.
+        """
+        return super().from_pretrained(str(CHECKPOINTS.get(str(name), name)), **options).eval()
+
+    @classmethod
+    def _from_pretrained(cls, *, model_id: str, **options) -> "Meteor":
+        hub = {k: options.get(k) for k in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
+        config_file, weights_file = (_find(model_id, file, hub) for file in ("config.json", "model.safetensors"))
+        try:
+            model = cls(json.loads(Path(config_file).read_text()))
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{config_file} is not the configuration of a Meteor model: {error}") from error
+        try:
+            weights, own = load_file(weights_file), model.weights()
+        except SafetensorError as error:
+            raise ValueError(f"{weights_file} is not a safetensors file, or is cut short: {error}") from error
+        wrong = [k for k in own.keys() | weights.keys()
+                 if k not in own or k not in weights or own[k].shape != weights[k].shape]
+        if wrong:
+            raise ValueError(f"{weights_file} does not fit {config_file}: {len(wrong)} tensors are missing, unknown or of "
+                             f"another shape, first {min(wrong)}")
+        model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)  # tied weights appear once
+        return model
+
+
+def _find(model_id: str, file: str, hub: dict) -> str:
+    """The file in a directory, or fetched from the hub (its cache where that is warm)."""
+    if Path(model_id).is_dir():
+        if not (Path(model_id) / file).is_file():
+            raise ValueError(f"model directory {model_id} has no {file}; a directory that save_pretrained wrote has one")
+        return str(Path(model_id) / file)
+    try:
+        return hf_hub_download(model_id, file, **hub)
+    except Exception as error:  # the hub raises a dozen kinds: offline, unknown repository, bad name
+        raise ValueError(f"model {model_id!r} is no preset ({', '.join(CHECKPOINTS)}), no directory, and {file} could not "
+                         f"be fetched from the hub: download it elsewhere and give the directory") from error
+
+
+# -------------------------------------------------------------------- lambda from a wanted average
+
+def lambda_from_table(table: dict | None, K: int, target: float) -> float:
+    """lambda for a wanted average of `target` tokens per LLM layer when K enter it.
+
+    table: {"K": [..ascending], "lam": [..ascending], "average": one row per K}, measured by `calibrate`. The rows of
+    the two nearest K are mixed linearly, then the monotone curve is inverted, linearly too.
+    Raises: ValueError without a table, or for a target outside what the table reaches at this K.
+    """
+    if not table:
+        raise ValueError("stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first")
+    Ks, lams, rows = (torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average"))
+    if not Ks[0] <= K <= Ks[-1]:
+        raise ValueError(f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, got {K}")
+    above = int(torch.searchsorted(Ks, torch.tensor(float(K), dtype=torch.float64)).clamp(1, len(Ks) - 1))
+    mix = (K - Ks[above - 1]) / (Ks[above] - Ks[above - 1])
+    curve = ((1 - mix) * rows[above - 1] + mix * rows[above]).cummax(0).values  # (lams,)
+    if not curve[0] <= target <= curve[-1]:
+        raise ValueError(f"stage3 must be {curve[0]:.1f} to {curve[-1]:.1f} tokens when stage2 leaves {K}, got {target}")
+    i = int(torch.searchsorted(curve, torch.tensor(float(target), dtype=torch.float64)).clamp(1, len(curve) - 1))
+    step = (curve[i] - curve[i - 1]).clamp(min=1e-9)
+    return float(lams[i - 1] + (target - curve[i - 1]) / step * (lams[i] - lams[i - 1]))
+
+
+@torch.no_grad()
+def calibrate(model: Meteor, images: torch.Tensor, questions: list[str], budget: Budget, Ks: list[int],
+              lams: list[float]) -> dict:
+    """Measure stage 3's average tokens for each K entering the LLM and each lambda: the table of `lambda_from_table`.
+
+    Args: images (B, 3, H, W) in [0, 1] and B questions typical of the use; budget: stages 1 and 2 as they will be
+    used (its K is replaced by each of Ks); lams ascending.
+    """
+    rows = []
+    for K in Ks:
+        encoded = model.encode(images, replace(budget, stage1=None if K > (budget.stage1 or K) else budget.stage1, stage2=K))
+        embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
+        row = []
+        for lam in lams:
+            with stage3_decode.AdaptivePruner(model.decoder, visual_mask, lam=lam, k=budget.k) as pruner:
+                model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
+            row.append(float(pruner.average_tokens().mean()))
+        rows.append(row)
+    return {"K": list(Ks), "lam": list(lams), "average": rows}

@@ -1,0 +1,412 @@
+"""Makes the embedded checkpoint: `python -m meteor_mini.train --preset glyph`.
+
+Stages, each resumable, run in this order (one alone with --stage NAME):
+
+    pictures                          draw the training pool once (fixed seeds)
+    clip convnext eva pix2struct      dense training of each encoder: which words does each patch show?
+    features                          encode the pool once under random stage-1 budgets
+    align                             projectors: a projected patch token, times the word embeddings, says its words
+    answer                            projectors + Llama (encoders frozen), stages 1 and 2 active, random budgets
+    calibrate                         lambda for stage 3; writes the checkpoint
+"""
+import argparse
+import json
+import math
+import multiprocessing
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+import stage1_encode
+
+from . import glyphworld
+from .evaluate import accuracy, print_recall, recall, to_images
+from .model import CHECKPOINTS, Budget, Meteor, calibrate
+from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
+
+STEPS = {"clip": 1000, "convnext": 1200, "eva": 1200, "pix2struct": 1500, "align": 400, "answer": 4500}
+BUDGET = dict(stage1=168, stage2=80, stage3=34)  # the paper's 1193, 576, 242 of 4096, for our 576
+CHUNK = 32  # pictures a batch, and a file of cached features
+
+POOL = 40_000  # training pictures
+SLOT_SIZES = [len(v) + 1 for v in glyphworld.SLOTS.values()]
+# How much each encoder is asked about each slot of words (the order of `SLOTS`): a different mix
+# each, as CLIP, ConvNeXt, EVA and Pix2Struct were trained on different things, so that they complement one another.
+SLOT_WEIGHTS = {"clip": [1, 1, 0.1, 0.3, 0.3, 0.5, 0.5, 0.5], "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
+                "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1], "pix2struct": [0.7, 0.4, 2, 1, 0.1, 1, 1, 0.5]}
+BACKGROUND_WEIGHT = 0.1  # of class "none" in each slot; at 1 the digits stay near chance
+
+
+def draw_pool(folder: Path, size: int) -> None:
+    """Write images.npy (size, 96, 96, 3) uint8, words.npy (size, 144, 8) uint8 and facts.json."""
+    with multiprocessing.get_context("spawn").Pool() as pool:
+        drawn = pool.imap(glyphworld.make_picture, range(size), chunksize=64)
+        images = np.empty((size, glyphworld.SIZE, glyphworld.SIZE, 3), np.uint8)
+        words = np.empty((size, glyphworld.GRID**2, len(SLOT_SIZES)), np.uint8)
+        facts = []
+        for i, picture in enumerate(tqdm(drawn, total=size, desc="pictures", mininterval=5)):
+            images[i], words[i] = picture.image, picture.patch_words
+            facts.append([picture.kind, picture.facts])
+    np.save(folder / "images.npy", images), np.save(folder / "words.npy", words)
+    (folder / "facts.json").write_text(json.dumps(facts))
+
+
+def schedule(step: int, steps: int, warmup: int = 100) -> float:
+    """Learning-rate factor: linear warm-up, then a cosine down to 2 %."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def word_loss(scores: torch.Tensor, words: torch.Tensor, weights) -> torch.Tensor:
+    """Mean over slots of the cross-entropy of a patch's words, "none" weighted down.
+
+    Args: scores (..., sum of slot sizes) float; words (..., slots) int64; weights: one per slot.
+    """
+    loss = 0.0
+    for slot, (part, weight) in enumerate(zip(scores.split(SLOT_SIZES, dim=-1), weights)):
+        classes = torch.ones(SLOT_SIZES[slot], device=scores.device)
+        classes[0] = BACKGROUND_WEIGHT
+        loss = loss + weight * F.cross_entropy(part.flatten(0, -2), words[..., slot].flatten(), weight=classes)
+    return loss / sum(weights)
+
+
+def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
+    torch.manual_seed(list(GLYPH_ENCODERS).index(name))
+    images, words = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "words.npy", mmap_mode="r")
+    model = nn.ModuleDict({"encoder": build_encoder(name, GLYPH_ENCODERS[name]), "dense": nn.Linear(96, sum(SLOT_SIZES)),
+                           "bag": nn.Linear(96, sum(SLOT_SIZES))})
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
+    state, start = folder / f"{name}.resume.pt", 0
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+    for step in bar:
+        rows = np.sort(np.random.default_rng([7, step]).integers(len(images), size=batch))
+        target = torch.from_numpy(words[rows].astype(np.int64))
+        pooled, patches = all_tokens(name, model["encoder"], to_images(images[rows]))
+        loss = word_loss(model["dense"](patches), target, SLOT_WEIGHTS[name])
+        there = torch.cat([F.one_hot(target[..., s], size).amax(1) for s, size in enumerate(SLOT_SIZES)], -1).float()
+        loss_bag = F.binary_cross_entropy_with_logits(model["bag"](pooled), there)
+        for group in optimizer.param_groups:
+            group["lr"] = 1.5e-3 * schedule(step, steps)
+        optimizer.zero_grad()
+        (loss + loss_bag).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % 50 == 49:
+            bar.set_postfix(loss=f"{loss.item():.3f}", bag=f"{loss_bag.item():.3f}")
+        if step % 200 == 199 or step == steps - 1:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)
+    probe(name, model)
+    save_file({k: v.contiguous() for k, v in model["encoder"].state_dict().items()}, folder / f"{name}.safetensors")
+
+
+@torch.no_grad()
+def probe(name, model, pictures: int = 128) -> None:
+    """Print, per slot, the share of validation patches with a word whose word the linear head names."""
+    model.eval()
+    drawn = [glyphworld.make_picture(i, "val") for i in range(pictures)]
+    _, patches = all_tokens(name, model["encoder"], to_images(np.stack([p.image for p in drawn])))
+    target = torch.from_numpy(np.stack([p.patch_words for p in drawn]))
+    line = []
+    for slot, part in enumerate(model["dense"](patches).split(SLOT_SIZES, dim=-1)):
+        seen = target[..., slot] > 0
+        right = (part.argmax(-1) == target[..., slot])
+        line.append(f"{list(glyphworld.SLOTS)[slot]} {right[seen].float().mean():.2f} (none {right[~seen].float().mean():.2f})")
+    print(f"{name}: " + ", ".join(line), flush=True)
+
+
+def all_tokens(name, encoder, images):
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
+    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
+    x = (images - mean) / std
+    if name == "clip":
+        t = encoder.ln_post(encoder.transformer(encoder._embeds(x)))
+        return t[:, 0], t[:, 1:]
+    if name == "eva":
+        t = encoder.forward_features(x)
+        return t[:, 0], t[:, 1:]
+    if name == "convnext":
+        t = encoder.forward_features(x).flatten(2).transpose(1, 2)
+        return t.mean(1), t
+    std = images.flatten(1).std(1).clamp(min=1 / math.sqrt(images[0].numel())).view(-1, 1, 1, 1)
+    x = (images - images.mean((1, 2, 3), keepdim=True)) / std
+    x = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
+    ids = torch.stack(torch.meshgrid(torch.arange(1, 13), torch.arange(1, 13), indexing="ij"), -1).view(1, 144, 2)
+    t = encoder(flattened_patches=torch.cat([ids.expand(len(x), -1, -1).float(), x], -1)).last_hidden_state
+    return t.mean(1), t
+
+
+# ------------------------------------------------------------------ features of frozen encoders, computed once
+
+def cache_features(model: Meteor, folder: Path) -> None:
+    """Encode the pool once, 32 pictures a file, each file under a stage-1 budget of its own (one in eight keeps all).
+
+    A file holds, per encoder, tokens (32, n_l, D_l) in half precision and the patches kept (32, n_l).
+    """
+    images = np.load(folder / "images.npy", mmap_mode="r")
+    (folder / "features").mkdir(exist_ok=True)
+    for chunk in tqdm(range(len(images) // CHUNK), desc="features", mininterval=10):
+        target = folder / "features" / f"{chunk}.safetensors"
+        if target.exists():
+            continue
+        rng = np.random.default_rng([11, chunk])
+        stage1 = None if rng.random() < 1 / 8 else int(rng.integers(130, 300))
+        with torch.no_grad():
+            features, kept = stage1_encode.encode_all(
+                list(model.encoders.values()), to_images(images[chunk * CHUNK:(chunk + 1) * CHUNK]), stage1, model.ranks)
+        arrays = {f"tokens.{n}": x.half() for n, x in zip(model.encoders, features)}
+        arrays |= {f"keep.{n}": k.to(torch.uint8) for n, k in zip(model.encoders, kept)}
+        save_file({k: v.contiguous() for k, v in arrays.items()}, target)
+
+
+def load_chunk(model: Meteor, folder: Path, chunk: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    arrays = load_file(folder / "features" / f"{chunk}.safetensors")
+    return ([arrays[f"tokens.{n}"].float() for n in model.encoders], [arrays[f"keep.{n}"].long() for n in model.encoders])
+
+
+# ------------------------------------------------------------------ projectors in the space of words
+
+def slot_ids(model: Meteor) -> list[torch.Tensor]:
+    """Per slot, the token id of each of its words; index 0, "none", is <pad>."""
+    ids = model.tokenizer.convert_tokens_to_ids
+    return [torch.tensor([model.tokenizer.pad_token_id, *map(ids, words)]) for words in glyphworld.SLOTS.values()]
+
+
+def align_loss(model: Meteor, projected: torch.Tensor, words: torch.Tensor, table: list[torch.Tensor]) -> torch.Tensor:
+    """Cross-entropy between softmax(P(x) E^T) and the uniform distribution over the patch's words (<pad> if it has none).
+
+    Args: projected (B, n, D); words (B, n, slots) int64; E: the word embeddings.
+    """
+    logp = (projected @ model.decoder.get_input_embeddings().weight.T).log_softmax(-1)  # (B, n, V)
+    there = words > 0  # (B, n, slots)
+    ids = torch.stack([t[words[..., s]] for s, t in enumerate(table)], -1)  # (B, n, slots)
+    per_word = -logp.gather(-1, ids)
+    busy = there.any(-1)
+    loss = (per_word * there).sum(-1) / there.sum(-1).clamp(min=1) + per_word[..., 0] * ~busy
+    weight = torch.where(busy, 1.0, BACKGROUND_WEIGHT)
+    return (loss * weight).sum() / weight.sum()
+
+
+def align(model: Meteor, folder: Path, steps: int) -> None:
+    words = np.load(folder / "words.npy", mmap_mode="r")
+    parameters = [*model.projectors.parameters(), *model.decoder.get_input_embeddings().parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01, fused=True)
+    table, chunks = slot_ids(model), len(words) // CHUNK
+    bar = tqdm(range(steps), desc="align", mininterval=10)
+    for step in bar:
+        chunk = int(np.random.default_rng([13, step]).integers(chunks))
+        features, kept = load_chunk(model, folder, chunk)
+        target = torch.from_numpy(words[chunk * CHUNK:(chunk + 1) * CHUNK].astype(np.int64))
+        losses = [align_loss(model, p(x), target.gather(1, k[..., None].expand(-1, -1, target.shape[-1])), table)
+                  for p, x, k in zip(model.projectors.values(), features, kept)]
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * schedule(step, steps)
+        optimizer.zero_grad()
+        sum(losses).backward()
+        optimizer.step()
+        if step % 50 == 49:
+            bar.set_postfix(loss=" ".join(f"{v.item():.2f}" for v in losses))
+
+
+# ------------------------------------------------------------------ questions
+
+def pack(model: Meteor, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]):
+    """[<bos>, visual tokens, question 1 <ans> answer 1 <eos>, question 2 ...]: several questions a picture, none of
+    which sees another, each at the positions it would have alone.
+
+    Args: visual (B, K, D). Returns: inputs_embeds (B, S, D), mask (B, 1, S, S) bool, position_ids (B, S), labels (B, S)
+    with -100 where nothing is asked (labels[i] is predicted at i - 1).
+    """
+    B, K, _ = visual.shape
+    eos, start = model.tokenizer.eos_token_id, 1 + K
+    ids, owner, position, labels = [], [], [], []
+    for dialogue in dialogues:
+        row_ids, row_owner, row_position, row_labels = [], [], [], []
+        questions = model.tokenize([q for q, _ in dialogue])
+        answers = model.tokenizer([a for _, a in dialogue], add_special_tokens=False).input_ids
+        for number, (q, a) in enumerate(zip(questions, answers), 1):
+            row_ids += q + a + [eos]
+            row_owner += [number] * (len(q) + len(a) + 1)
+            row_position += range(start, start + len(q) + len(a) + 1)
+            row_labels += [-100] * len(q) + a + [eos]
+        ids.append(row_ids), owner.append(row_owner), position.append(row_position), labels.append(row_labels)
+    T = max(map(len, ids))
+    fill = lambda rows, value: torch.tensor([row + [value] * (T - len(row)) for row in rows])
+    ids, owner, labels = fill(ids, model.tokenizer.pad_token_id), fill(owner, -1), fill(labels, -100)
+    position = fill(position, 0)
+    embed = model.decoder.get_input_embeddings()
+    bos = embed(torch.full((B, 1), model.tokenizer.bos_token_id))
+    embeds = torch.cat([bos, visual, embed(ids)], dim=1)  # (B, 1 + K + T, D)
+    owner = torch.cat([torch.zeros(B, start, dtype=torch.long), owner], dim=1)
+    causal = torch.ones(start + T, start + T, dtype=torch.bool).tril()
+    mask = causal & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))  # (B, S, S)
+    position = torch.cat([torch.arange(start).expand(B, -1), position], dim=1)
+    labels = torch.cat([torch.full((B, start), -100), labels], dim=1)
+    return embeds, mask[:, None], position, labels
+
+
+def answer_loss(model: Meteor, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]) -> torch.Tensor:
+    """Mean cross-entropy of the answers' tokens."""
+    embeds, mask, position, labels = pack(model, visual, dialogues)
+    hidden = model.decoder.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False)[0]
+    said = labels[:, 1:] != -100
+    return F.cross_entropy(model.decoder.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
+
+
+def dialogue(picture: glyphworld.Picture, rng: np.random.Generator, most: int = 6) -> list[tuple[str, str]]:
+    """Questions with true answers about a picture, families mixed."""
+    families = [f for f, kind in glyphworld.KIND_OF_FAMILY.items() if kind == picture.kind]
+    asked = {}
+    for _ in range(most * 3):
+        pair = glyphworld.ask(picture, families[rng.integers(len(families))], rng)
+        if pair and len(asked) < most:
+            asked[pair[0]] = pair[1]
+    pairs = list(asked.items())
+    return pairs + [glyphworld.describe(picture)] if rng.random() < 0.25 or not pairs else pairs
+
+
+def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int) -> tuple[int, Budget]:
+    """(pictures, stage-2 budget): all tokens for few pictures, or few tokens for many."""
+    if kept_by_stage1 == full and rng.random() < 0.7:
+        return 8, Budget()
+    if rng.random() < 0.15:
+        return 16, Budget()
+    K = int(rng.integers(48, 120))
+    return CHUNK, Budget(stage2=min(K, kept_by_stage1))
+
+
+def answer(model: Meteor, folder: Path, steps: int, rate: float = 1.5e-3, seed: int = 17) -> None:
+    chunks = len(list((folder / "features").iterdir()))
+    pictures = [glyphworld.Picture(None, None, *entry) for entry in json.loads((folder / "facts.json").read_text())]
+    parameters = [*model.projectors.parameters(), *model.decoder.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    state, start, full = folder / "answer.resume.pt", 0, sum(a.num_tokens for a in model.adapters)
+    if state.exists():
+        saved = torch.load(state, weights_only=True)
+        model.load_state_dict(saved["model"], strict=False), optimizer.load_state_dict(saved["optimizer"])
+        start = saved["step"]
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc="answer", mininterval=20)
+    running = []
+    for step in bar:
+        rng = np.random.default_rng([seed, step])
+        chunk = int(rng.integers(chunks))
+        features, kept = load_chunk(model, folder, chunk)
+        size, budget = random_batch(rng, sum(x.shape[1] for x in features), full)
+        rows = rng.permutation(CHUNK)[:size]
+        encoded = model.fuse([x[rows] for x in features], [k[rows] for k in kept], budget)
+        loss = answer_loss(model, encoded.fused.tokens, [dialogue(pictures[chunk * CHUNK + r], rng) for r in rows])
+        for group in optimizer.param_groups:
+            group["lr"] = rate * schedule(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        running = (running + [loss.item()])[-100:]
+        if step % 20 == 19:
+            bar.set_postfix(loss=f"{np.mean(running):.3f}")
+        if step % 250 == 249 or step == steps - 1:
+            torch.save({"model": model.weights(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)
+        if step % 500 == 499:
+            for name, budget in {"stages 1+2": Budget(168, 80), "unpruned": Budget.none()}.items():
+                result = accuracy(model.eval(), budget, "val", samples=160)
+                print(f"\nstep {step + 1} {name}: {result['accuracy']:.1f} %  " +
+                      ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items()), flush=True)
+            model.train()
+
+
+# ------------------------------------------------------------------ ranks, lambda, the checkpoint
+
+def calibrate_ranks(model: Meteor, pictures: int = 128) -> None:
+    """Stage 1's expected ranks (3 x C), measured on training pictures."""
+    drawn = [glyphworld.make_picture(i).image for i in range(pictures)]
+    batches = [to_images(drawn[i:i + 32]) for i in range(0, pictures, 32)]
+    model.config["ranks"] = stage1_encode.expected_ranks(list(model.encoders.values()), batches).tolist()
+
+
+def calibrate_lambda(model: Meteor, questions: int = 96) -> None:
+    """The table from which stage 3's lambda is solved, measured on validation questions of all families."""
+    examples = [e for part in batches("val", questions, first=50_000) for e in part]
+    images = to_images([picture.image for _, picture, _, _ in examples])
+    model.config["lambda_table"] = calibrate(
+        model, images, [question for *_, question, _ in examples], model.budget,
+        Ks=[8, 16, 32, 48, 64, 80, 100, 140, 200, 320, 576], lams=[0.0, *(2.0 ** np.arange(0, 11, 0.5)).round(2).tolist()])
+
+
+def new_model(folder: Path) -> Meteor:
+    """The preset with the trained encoders of earlier stages, the rest random."""
+    torch.manual_seed(0)
+    model = Meteor({"encoders": {n: [n, o] for n, o in GLYPH_ENCODERS.items()}, "decoder": GLYPH_DECODER,
+                    "words": glyphworld.WORDS, "ranks": None, "lambda_table": None, "budget": BUDGET})
+    for name, encoder in model.encoders.items():
+        encoder.load_state_dict(load_file(folder / f"{name}.safetensors"))
+    model.encoders.requires_grad_(False)
+    return model.eval()
+
+
+def trained(work: Path, stage: str) -> Meteor:
+    """The model as a finished stage left it."""
+    model = new_model(work)
+    saved = load_file(work / f"{stage}.safetensors")
+    model.load_state_dict(saved, strict=False)  # tied word embeddings are stored once
+    model.config["ranks"] = json.loads((work / "ranks.json").read_text())
+    return model
+
+
+def stage_features(work: Path, out: Path) -> None:
+    model = new_model(work)
+    calibrate_ranks(model)
+    (work / "ranks.json").write_text(json.dumps(model.config["ranks"]))
+    cache_features(model, work)
+
+
+def stage_align(work: Path, out: Path) -> None:
+    model = new_model(work)
+    model.config["ranks"] = json.loads((work / "ranks.json").read_text())
+    align(model, work, STEPS["align"])
+    save_file(model.weights(), work / "align.safetensors")
+    print_recall(recall(model, model.budget))
+
+
+def stage_answer(work: Path, out: Path) -> None:
+    model = trained(work, "align")
+    answer(model, work, STEPS["answer"])
+    save_file(model.weights(), work / "answer.safetensors")
+    print_recall(recall(model, model.budget))
+
+
+def stage_calibrate(work: Path, out: Path) -> None:
+    model = trained(work, "answer")
+    calibrate_lambda(model)
+    model.save_pretrained(out)
+
+
+STAGES = {"pictures": lambda work, out: draw_pool(work, POOL),
+          **{name: lambda work, out, name=name: train_encoder(name, work, STEPS[name]) for name in GLYPH_ENCODERS},
+          "features": stage_features, "align": stage_align, "answer": stage_answer, "calibrate": stage_calibrate}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", choices=["glyph"], default="glyph")
+    parser.add_argument("--stage", choices=list(STAGES), help="one stage alone; all in turn where left out")
+    parser.add_argument("--work", type=Path, default=Path("runs/glyph"), help="pictures, features, resumable states")
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"], help="where the checkpoint goes")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    for stage in [args.stage] if args.stage else STAGES:
+        STAGES[stage](args.work, args.out)
+
+
+if __name__ == "__main__":
+    main()
