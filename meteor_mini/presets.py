@@ -10,11 +10,13 @@ from timm.models.eva import Eva
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Pix2StructVisionConfig, Pix2StructVisionModel
 
-# One entry an encoder, kept in config.json: the class by its family name, and that class's own keywords.
+# One entry an encoder, kept in config.json: the class by its family name, and that class's own keywords. (Only
+# "input_size" is no keyword: a ConvNeXt has no size of its own, timm notes it in `pretrained_cfg`.)
 GLYPH_ENCODERS = {
     "clip": dict(image_size=96, patch_size=8, width=96, layers=6, heads=6, mlp_ratio=3, output_dim=96),
     "convnext": dict(num_classes=0, depths=[1, 1, 4, 2], dims=[32, 64, 96, 96], output_stride=8,
-                     ls_init_value=0.5),  # the default, 1e-6, is for long schedules: here it delays every block,
+                     input_size=[3, 96, 96],
+                     ls_init_value=0.5),  # the default, 1e-6, is for long schedules: here it would delay every block,
     "eva": dict(img_size=96, patch_size=8, num_classes=0, embed_dim=96, depth=6, num_heads=6, mlp_ratio=3,
                 use_rot_pos_emb=True, ref_feat_shape=[12, 12]),
     "pix2struct": dict(hidden_size=96, num_hidden_layers=6, num_attention_heads=6, d_kv=16, d_ff=256,
@@ -32,7 +34,9 @@ def build_encoder(name: str, options: dict) -> nn.Module:
     if name == "clip":
         return VisionTransformer(**options)
     if name == "convnext":
-        return ConvNeXt(**options)
+        model = ConvNeXt(**{k: v for k, v in options.items() if k != "input_size"})
+        model.pretrained_cfg = {"input_size": options["input_size"]}
+        return model
     if name == "eva":
         return Eva(**options)
     if name == "pix2struct":

@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import multiprocessing
-import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,9 @@ from .evaluate import accuracy, print_recall, recall, to_images
 from .model import CHECKPOINTS, Budget, Meteor, calibrate
 from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
 
-STEPS = {"clip": 1000, "convnext": 1200, "eva": 1200, "pix2struct": 1500, "align": 400, "answer": 4500}
+STEPS = {"clip": 1000, "convnext": 1000, "eva": 1000, "pix2struct": 1500, "align": 400, "answer": 4500}
 BUDGET = dict(stage1=168, stage2=80, stage3=34)  # the paper's 1193, 576, 242 of 4096, for our 576
+FEATURE_CHUNKS = 800  # of the pool's 1250: what fits a few minutes and 2 GB
 CHUNK = 32  # pictures a batch, and a file of cached features
 
 POOL = 40_000  # training pictures
@@ -64,6 +65,34 @@ def schedule(step: int, steps: int, warmup: int = 100) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
+def save_state(path: Path, weights: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """What a training needs to go on from `step`: weights and AdamW's two moments, as safetensors."""
+    moments = {f"optimizer.{i}.{k}": v for i, entry in optimizer.state_dict()["state"].items() for k, v in entry.items()}
+    arrays = {f"model.{k}": v for k, v in weights.items()} | moments | {"step": torch.tensor(step)}
+    save_whole({k: v.contiguous() for k, v in arrays.items()}, path)
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Load what `save_state` wrote, where it is there; returns the step to go on from."""
+    if not path.exists():
+        return 0
+    arrays = load_file(path)
+    model.load_state_dict({k[6:]: v for k, v in arrays.items() if k.startswith("model.")}, strict=False)  # tied once
+    state = optimizer.state_dict()
+    for key, value in arrays.items():
+        if key.startswith("optimizer."):
+            _, i, name = key.split(".")
+            state["state"].setdefault(int(i), {})[name] = value
+    optimizer.load_state_dict(state)
+    return int(arrays["step"])
+
+
+def save_whole(arrays: dict, path: Path) -> None:
+    """A file that exists is whole, also when the training is stopped while it is written."""
+    save_file(arrays, path.with_suffix(".part"))
+    path.with_suffix(".part").replace(path)
+
+
 def word_loss(scores: torch.Tensor, words: torch.Tensor, weights) -> torch.Tensor:
     """Mean over slots of the cross-entropy of a patch's words, "none" weighted down.
 
@@ -84,16 +113,13 @@ def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
                            "bag": nn.Linear(96, sum(SLOT_SIZES))})
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
-    state, start = folder / f"{name}.resume.pt", 0
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"]), optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
+    state = folder / f"{name}.resume.safetensors"
+    start = load_state(state, model, optimizer)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
     for step in bar:
         rows = np.sort(np.random.default_rng([7, step]).integers(len(images), size=batch))
         target = torch.from_numpy(words[rows].astype(np.int64))
-        pooled, patches = all_tokens(name, model["encoder"], to_images(images[rows]))
+        pooled, patches = all_tokens(model["encoder"], to_images(images[rows]))
         loss = word_loss(model["dense"](patches), target, SLOT_WEIGHTS[name])
         there = torch.cat([F.one_hot(target[..., s], size).amax(1) for s, size in enumerate(SLOT_SIZES)], -1).float()
         loss_bag = F.binary_cross_entropy_with_logits(model["bag"](pooled), there)
@@ -106,9 +132,9 @@ def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
         if step % 50 == 49:
             bar.set_postfix(loss=f"{loss.item():.3f}", bag=f"{loss_bag.item():.3f}")
         if step % 200 == 199 or step == steps - 1:
-            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)
+            save_state(state, model.state_dict(), optimizer, step + 1)
     probe(name, model)
-    save_file({k: v.contiguous() for k, v in model["encoder"].state_dict().items()}, folder / f"{name}.safetensors")
+    save_whole({k: v.contiguous() for k, v in model["encoder"].state_dict().items()}, folder / f"{name}.safetensors")
 
 
 @torch.no_grad()
@@ -116,7 +142,7 @@ def probe(name, model, pictures: int = 128) -> None:
     """Print, per slot, the share of validation patches with a word whose word the linear head names."""
     model.eval()
     drawn = [glyphworld.make_picture(i, "val") for i in range(pictures)]
-    _, patches = all_tokens(name, model["encoder"], to_images(np.stack([p.image for p in drawn])))
+    _, patches = all_tokens(model["encoder"], to_images([p.image for p in drawn]))
     target = torch.from_numpy(np.stack([p.patch_words for p in drawn]))
     line = []
     for slot, part in enumerate(model["dense"](patches).split(SLOT_SIZES, dim=-1)):
@@ -126,25 +152,14 @@ def probe(name, model, pictures: int = 128) -> None:
     print(f"{name}: " + ", ".join(line), flush=True)
 
 
-def all_tokens(name, encoder, images):
-    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
-    std = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
-    x = (images - mean) / std
-    if name == "clip":
-        t = encoder.ln_post(encoder.transformer(encoder._embeds(x)))
-        return t[:, 0], t[:, 1:]
-    if name == "eva":
-        t = encoder.forward_features(x)
-        return t[:, 0], t[:, 1:]
-    if name == "convnext":
-        t = encoder.forward_features(x).flatten(2).transpose(1, 2)
-        return t.mean(1), t
-    std = images.flatten(1).std(1).clamp(min=1 / math.sqrt(images[0].numel())).view(-1, 1, 1, 1)
-    x = (images - images.mean((1, 2, 3), keepdim=True)) / std
-    x = x.unfold(2, 8, 8).unfold(3, 8, 8).permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)
-    ids = torch.stack(torch.meshgrid(torch.arange(1, 13), torch.arange(1, 13), indexing="ij"), -1).view(1, 144, 2)
-    t = encoder(flattened_patches=torch.cat([ids.expand(len(x), -1, -1).float(), x], -1)).last_hidden_state
-    return t.mean(1), t
+def all_tokens(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unpruned: the CLS token, or the mean of the patches where there is none, (B, D), and the patches (B, N, D)."""
+    a = stage1_encode.adapter(encoder)
+    x, rope = a.embed(images)
+    for i in range(a.num_blocks):
+        x = a.block(i, x, rope)
+    x = a.norm(x)
+    return x[:, 0] if a.prefix else x.mean(dim=1), x[:, a.prefix:]
 
 
 # ------------------------------------------------------------------ features of frozen encoders, computed once
@@ -156,7 +171,7 @@ def cache_features(model: Meteor, folder: Path) -> None:
     """
     images = np.load(folder / "images.npy", mmap_mode="r")
     (folder / "features").mkdir(exist_ok=True)
-    for chunk in tqdm(range(len(images) // CHUNK), desc="features", mininterval=10):
+    for chunk in tqdm(range(FEATURE_CHUNKS), desc="features", mininterval=10):
         target = folder / "features" / f"{chunk}.safetensors"
         if target.exists():
             continue
@@ -167,7 +182,7 @@ def cache_features(model: Meteor, folder: Path) -> None:
                 list(model.encoders.values()), to_images(images[chunk * CHUNK:(chunk + 1) * CHUNK]), stage1, model.ranks)
         arrays = {f"tokens.{n}": x.half() for n, x in zip(model.encoders, features)}
         arrays |= {f"keep.{n}": k.to(torch.uint8) for n, k in zip(model.encoders, kept)}
-        save_file({k: v.contiguous() for k, v in arrays.items()}, target)
+        save_whole({k: v.contiguous() for k, v in arrays.items()}, target)
 
 
 def load_chunk(model: Meteor, folder: Path, chunk: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -202,7 +217,7 @@ def align(model: Meteor, folder: Path, steps: int) -> None:
     words = np.load(folder / "words.npy", mmap_mode="r")
     parameters = [*model.projectors.parameters(), *model.decoder.get_input_embeddings().parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01, fused=True)
-    table, chunks = slot_ids(model), len(words) // CHUNK
+    table, chunks = slot_ids(model), FEATURE_CHUNKS
     bar = tqdm(range(steps), desc="align", mininterval=10)
     for step in bar:
         chunk = int(np.random.default_rng([13, step]).integers(chunks))
@@ -264,16 +279,16 @@ def answer_loss(model: Meteor, visual: torch.Tensor, dialogues: list[list[tuple[
     return F.cross_entropy(model.decoder.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
 
 
-def dialogue(picture: glyphworld.Picture, rng: np.random.Generator, most: int = 6) -> list[tuple[str, str]]:
-    """Questions with true answers about a picture, families mixed."""
+def dialogue(picture: glyphworld.Picture, rng: np.random.Generator, most: int = 64) -> list[tuple[str, str]]:
+    """Questions with true answers about a picture, families mixed, about `most` words in all (so that the rows of a
+    batch are nearly as long as one another); one in four begins with a description of the whole picture."""
     families = [f for f, kind in glyphworld.KIND_OF_FAMILY.items() if kind == picture.kind]
-    asked = {}
-    for _ in range(most * 3):
+    pairs = dict([glyphworld.describe(picture)] if rng.random() < 0.25 else [])
+    for _ in range(16):
         pair = glyphworld.ask(picture, families[rng.integers(len(families))], rng)
-        if pair and len(asked) < most:
-            asked[pair[0]] = pair[1]
-    pairs = list(asked.items())
-    return pairs + [glyphworld.describe(picture)] if rng.random() < 0.25 or not pairs else pairs
+        if pair and sum(len(q.split()) + len(a.split()) + 2 for q, a in [*pairs.items(), pair]) <= most:
+            pairs[pair[0]] = pair[1]
+    return list(pairs.items())
 
 
 def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int) -> tuple[int, Budget]:
@@ -287,20 +302,16 @@ def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int) -> tu
 
 
 def answer(model: Meteor, folder: Path, steps: int, rate: float = 1.5e-3, seed: int = 17) -> None:
-    chunks = len(list((folder / "features").iterdir()))
     pictures = [glyphworld.Picture(None, None, *entry) for entry in json.loads((folder / "facts.json").read_text())]
     parameters = [*model.projectors.parameters(), *model.decoder.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
-    state, start, full = folder / "answer.resume.pt", 0, sum(a.num_tokens for a in model.adapters)
-    if state.exists():
-        saved = torch.load(state, weights_only=True)
-        model.load_state_dict(saved["model"], strict=False), optimizer.load_state_dict(saved["optimizer"])
-        start = saved["step"]
+    state, full = folder / "answer.resume.safetensors", sum(a.num_tokens for a in model.adapters)
+    start = load_state(state, model, optimizer)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc="answer", mininterval=20)
     running = []
     for step in bar:
         rng = np.random.default_rng([seed, step])
-        chunk = int(rng.integers(chunks))
+        chunk = int(rng.integers(FEATURE_CHUNKS))
         features, kept = load_chunk(model, folder, chunk)
         size, budget = random_batch(rng, sum(x.shape[1] for x in features), full)
         rows = rng.permutation(CHUNK)[:size]
@@ -316,7 +327,7 @@ def answer(model: Meteor, folder: Path, steps: int, rate: float = 1.5e-3, seed: 
         if step % 20 == 19:
             bar.set_postfix(loss=f"{np.mean(running):.3f}")
         if step % 250 == 249 or step == steps - 1:
-            torch.save({"model": model.weights(), "optimizer": optimizer.state_dict(), "step": step + 1}, state)
+            save_state(state, model.weights(), optimizer, step + 1)
         if step % 500 == 499:
             for name, budget in {"stages 1+2": Budget(168, 80), "unpruned": Budget.none()}.items():
                 result = accuracy(model.eval(), budget, "val", samples=160)
@@ -374,15 +385,15 @@ def stage_align(work: Path, out: Path) -> None:
     model = new_model(work)
     model.config["ranks"] = json.loads((work / "ranks.json").read_text())
     align(model, work, STEPS["align"])
-    save_file(model.weights(), work / "align.safetensors")
-    print_recall(recall(model, model.budget))
+    save_whole(model.weights(), work / "align.safetensors")
+    print_recall(recall(model, replace(model.budget, stage3=None)))
 
 
 def stage_answer(work: Path, out: Path) -> None:
     model = trained(work, "align")
     answer(model, work, STEPS["answer"])
-    save_file(model.weights(), work / "answer.safetensors")
-    print_recall(recall(model, model.budget))
+    save_whole(model.weights(), work / "answer.safetensors")
+    print_recall(recall(model, replace(model.budget, stage3=None)))
 
 
 def stage_calibrate(work: Path, out: Path) -> None:
@@ -405,6 +416,10 @@ def main() -> None:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in [args.stage] if args.stage else STAGES:
+        done = args.work / ("facts.json" if stage == "pictures" else f"{stage}.safetensors")  # each writes it last
+        if args.stage is None and done.exists():
+            print(f"{stage}: done before, {done} is there")
+            continue
         STAGES[stage](args.work, args.out)
 
 

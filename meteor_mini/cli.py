@@ -1,0 +1,233 @@
+"""The command line, `meteor-mini demo | ask | eval`: a model unpruned and with METEOR's three stages.
+
+    demo [--out DIR]           a question of every family answered both ways: tokens, time, a figure
+    ask IMAGE QUESTION         a question about your own picture
+    eval [--samples N]         accuracy by question family on the held-out split
+
+Wrong input: one sentence on stderr, exit code 2, nothing written.
+"""
+import argparse
+import json
+import os
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub.utils import logging as hub_logging
+from PIL import Image
+from safetensors import SafetensorError
+
+from . import evaluate, glyphworld
+from .model import CHECKPOINTS, Answer, Budget, Meteor
+from .pictures import load_picture
+from .plots import survivor_figure
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+RUNS = 3  # timed runs of each kind, after one to warm up; the median counts
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse without the usage text in front of an error."""
+
+    def error(self, message: str):
+        raise ValueError(f"{message} (see {self.prog} --help)")
+
+
+def build_parser() -> Parser:
+    parser = Parser(prog="meteor-mini", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval")
+    demo = commands.add_parser("demo", help="generated pictures, each answered unpruned and with METEOR")
+    ask = commands.add_parser("ask", help="ask about a picture of your own")
+    score = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
+    for sub in (demo, ask, score):
+        sub.add_argument("--model", default="glyph", metavar="NAME_OR_DIR",
+                         help="glyph (the embedded model), a directory from save_pretrained, or a hub id")
+    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
+                      help="where the figures go (./demo), and the bare pictures, in DIR/pictures")
+    ask.add_argument("image", type=Path, metavar="IMAGE")
+    ask.add_argument("question", metavar="QUESTION")
+    amount = ask.add_mutually_exclusive_group()
+    amount.add_argument("--tokens", type=float, metavar="N", help="wanted mean visual tokens per LLM layer")
+    amount.add_argument("--keep-all", action="store_true", help="no pruning")
+    ask.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage")
+    ask.add_argument("--json", action="store_true", help="print JSON")
+    score.add_argument("--samples", type=positive, default=1000, metavar="N", help="questions (1000)")
+    score.add_argument("--split", choices=["test", "val"], default="test")
+    score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    return parser
+
+
+def positive(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
+    return int(text)
+
+
+def check_output(path: Path, directory: bool = False) -> None:
+    """Raise ValueError where a file (or directory) cannot be written, before anything is computed for it."""
+    parent = path.absolute().parent
+    if not parent.is_dir():
+        raise ValueError(f"cannot write {path}: the directory {parent} does not exist")
+    if path.exists() and path.is_dir() != directory:
+        raise ValueError(f"cannot write {path}: it is {'not ' if directory else ''}a directory")
+    if not os.access(path if path.exists() else parent, os.W_OK):
+        raise ValueError(f"cannot write {path}: permission denied")
+
+
+def load_model(name: str) -> Meteor:
+    """`Meteor.from_pretrained`; what can be no model is refused before the hub is asked."""
+    local = name in CHECKPOINTS or Path(name).is_dir()
+    if not local and (Path(name).exists() or not HUB_ID.fullmatch(name)):
+        presets = ", ".join(CHECKPOINTS)
+        raise ValueError(f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)")
+    try:
+        return Meteor.from_pretrained(name)
+    except OSError as error:
+        raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
+
+
+# ------------------------------------------------------------------ demo
+
+def run_demo(args: argparse.Namespace) -> None:
+    check_output(args.out, directory=True)
+    model = load_model(args.model)
+    budgets = {"unpruned": Budget.none(), "METEOR": model.budget}
+    print(f"{len(model.encoders)} encoders: {', '.join(model.encoders)}\n"
+          "tokens: from the encoders -> after stage 1 -> after stage 2 -> mean per LLM layer\n"
+          "ms: from the picture to the first new token (prefill) and to the answer's end")
+    results = [demo_question(model, budgets, *item, args.out) for item in enumerate(glyphworld.FAMILIES)]
+    total = lambda name, key: sum(result[name][key] for result in results)
+    right = ", ".join(f"{name} {total(name, 'right')} of {len(results)}" for name in budgets)
+    print(f"\n{len(results)} figures in {args.out}; right answers: {right}")
+    change = lambda key: 100 * total("METEOR", key) / total("unpruned", key) - 100
+    print(f"tokens {change('tokens'):+.0f} %, prefill time {change('prefill'):+.0f} %")
+
+
+def demo_question(model: Meteor, budgets: dict[str, Budget], index: int, family: str, out: Path) -> dict:
+    """Answer one question under each budget, print it and draw it.
+
+    Returns: {budget name: {"tokens": mean per LLM layer, "right": bool, "prefill": ms, "answer": ms}}.
+    """
+    picture, question, truth = glyphworld.example(index, "test", family)
+    images = evaluate.to_images([picture.image])
+    answers = {name: model.answer(images, [question], budget)[0] for name, budget in budgets.items()}
+    times = timings(model, images, question, budgets)  # the answers were the warm-up
+    print(f"\n{family}: {question}  (true answer: {truth})")
+    for name, answer in answers.items():
+        print(f"  {name:8}  {said(answer):8}  tokens {token_line(answer):26}  "
+              f"prefill {times[name]['prefill']:4.0f} ms, answer {times[name]['answer']:4.0f} ms")
+    print("\n".join("    " + line for line in survivor_lines(answers["METEOR"])), flush=True)
+    (out / "pictures").mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.image).save(out / "pictures" / f"{family}.png")
+    figure(images, {"question": question, "true answer": truth}, answers).save(out / f"{family}.png")
+    return {name: {"tokens": answer.tokens["stage3"], "right": answer.text == truth} | times[name]
+            for name, answer in answers.items()}
+
+
+def timings(model: Meteor, images: torch.Tensor, question: str, budgets: dict[str, Budget]) -> dict:
+    """Median milliseconds of RUNS runs, the budgets taking turns.
+
+    Returns: {budget name: {"prefill": from picture to first new token, "answer": to the answer's end}}.
+    """
+    options, runs = {"prefill": {"max_new_tokens": 1}, "answer": {}}, {}
+    for _ in range(RUNS):
+        for what, extra in options.items():
+            for name, budget in budgets.items():
+                start = time.perf_counter()
+                model.generate(model.encode_no_grad(images, budget), [question], budget, **extra)
+                runs.setdefault((name, what), []).append(1000 * (time.perf_counter() - start))
+    return {name: {what: statistics.median(runs[name, what]) for what in options} for name in budgets}
+
+
+def said(answer: Answer) -> str:
+    return answer.text or "(nothing)"
+
+
+def short(count: float) -> str:
+    return f"{count:.1f}".removesuffix(".0")
+
+
+def token_line(answer: Answer) -> str:
+    """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, per LLM layer on average."""
+    return " -> ".join(short(answer.tokens[key]) for key in ("encoders", "stage1", "stage2", "stage3"))
+
+
+def survivor_lines(answer: Answer) -> list[str]:
+    """A line a stage, as `after stage 1: clip 39, convnext 32, eva 45, pix2struct 52`."""
+    when = {"stage1": "after stage 1", "stage2": "after stage 2", "stage3": "stage 3, in the last LLM layer"}
+    return [f"{when[stage]}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+            for stage, counts in answer.survivors.items()]
+
+
+def figure(images: torch.Tensor, texts: dict[str, str], answers: dict[str, Answer]) -> Image.Image:
+    """The figure of the last of `answers`, with what all of them said and how many tokens that took."""
+    heading = "{}, {} tokens per LLM layer".format
+    texts = texts | {heading(name, short(a.tokens["stage3"])): said(a) for name, a in answers.items()}
+    return survivor_figure(images[0], texts, list(answers.values())[-1].kept)
+
+
+# ------------------------------------------------------------------ ask, eval
+
+def run_ask(args: argparse.Namespace) -> None:
+    if args.plot is not None:
+        check_output(args.plot)
+        if args.plot.suffix.lower() != ".png":
+            raise ValueError(f"--plot writes a PNG, its name must end in .png, got {args.plot}")
+        if args.plot.exists() and args.image.exists() and args.plot.samefile(args.image):
+            raise ValueError(f"--plot would overwrite the picture {args.image}")
+    images = load_picture(args.image)
+    model = load_model(args.model)
+    model.tokenize([args.question])  # an unknown word is better found before the encoders run
+    budget = Budget.none() if args.keep_all else model.budget
+    if args.tokens is not None:
+        budget = model.budget_for(args.tokens)
+    answer = model.answer(images, [args.question], budget)[0]
+    if args.plot is not None:
+        figure(images, {"question": args.question}, {"answer": answer}).save(args.plot)
+    if args.json:
+        print(json.dumps({"question": args.question, "answer": answer.text, "tokens": answer.tokens,
+                          "survivors": answer.survivors}))
+    else:
+        print(said(answer))
+        print(f"  tokens {token_line(answer)} (encoders -> stage 1 -> stage 2 -> mean per LLM layer)")
+        print("\n".join("  " + line for line in survivor_lines(answer)))
+
+
+def run_eval(args: argparse.Namespace) -> None:
+    if args.json is not None:
+        check_output(args.json)
+    model = load_model(args.model)
+    rows = []
+    for method, budget in {"unpruned": Budget.none(), "meteor": model.budget}.items():
+        result = evaluate.accuracy(model, budget, args.split, args.samples)
+        rows.append({"method": method, "average_tokens": float(result["average_tokens"]),
+                     "grid_cells": max(adapter.num_tokens for adapter in model.adapters),
+                     "accuracy": float(result["accuracy"]),
+                     "families": {family: float(value) for family, value in result["families"].items()}})
+    print(f"{'family':16}" + "".join(f"{row['method']:>10}" for row in rows))
+    for family in rows[0]["families"]:
+        print(f"{family:16}" + "".join(f"{row['families'][family]:10.1f}" for row in rows))
+    for key in ("accuracy", "average_tokens"):
+        print(f"{key.replace('_', ' '):16}" + "".join(f"{row[key]:10.1f}" for row in rows))
+    print(f"{args.samples} questions of split {args.split}; accuracy in percent; visual tokens per LLM layer "
+          f"(one encoder's grid: {rows[0]['grid_cells']})")
+    if args.json is not None:
+        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command; returns the exit code: 0, or 2 after one sentence on stderr about wrong input."""
+    transformers.logging.set_verbosity_error()  # what is wrong is said once, below
+    hub_logging.set_verbosity_error()
+    try:
+        args = build_parser().parse_args(argv)
+        {"demo": run_demo, "ask": run_ask, "eval": run_eval}[args.command](args)
+    except (ValueError, TypeError, OSError, SafetensorError) as error:
+        print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    return 0

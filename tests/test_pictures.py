@@ -1,0 +1,170 @@
+"""Loading a user's picture: values against what was drawn, in every mode, and every refusal."""
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from meteor_mini.pictures import MAX_SIDE, deep_grey, load_picture, to_square
+
+RED, WHITE = (200, 30, 40), (255, 255, 255)
+
+
+def save(tmp_path, image, name="picture.png", **options):
+    image.save(tmp_path / name, **options)
+    return tmp_path / name
+
+
+def middle(tensor):
+    """The pixel in the middle, as 0..255 integers."""
+    S = tensor.shape[-1]
+    return tuple((tensor[0, :, S // 2, S // 2] * 255).round().int().tolist())
+
+
+def near(got, want, tolerance=0):
+    return max(abs(g - w) for g, w in zip(got, want)) <= tolerance
+
+
+def test_a_square_rgb_picture_keeps_every_pixel(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (96, 96, 3), dtype=np.uint8)
+    tensor = load_picture(save(tmp_path, Image.fromarray(pixels)))
+    assert tensor.shape == (1, 3, 96, 96) and tensor.dtype == torch.float32
+    assert torch.equal(tensor[0].permute(1, 2, 0) * 255, torch.from_numpy(pixels).float())
+
+
+@pytest.mark.parametrize("mode, name, want, tolerance", [
+    ("RGB", "x.png", RED, 0), ("RGBA", "x.png", RED, 0), ("P", "x.png", RED, 0), ("P", "x.gif", RED, 0),
+    ("L", "x.png", (82, 82, 82), 0), ("LA", "x.png", (82, 82, 82), 0), ("1", "x.png", WHITE, 0),
+    ("CMYK", "x.tif", RED, 0), ("CMYK", "x.jpg", RED, 6), ("YCbCr", "x.jpg", RED, 3), ("RGB", "x.webp", RED, 3),
+    ("RGB", "x.bmp", RED, 0), ("RGBA", "x.tif", RED, 0),
+])
+def test_modes_and_formats(tmp_path, mode, name, want, tolerance):
+    image = Image.new("RGB", (16, 16), RED)
+    white = Image.new("1", (16, 16), 1)
+    image = white if mode == "1" else image.quantize() if mode == "P" else image.convert(mode)
+    got = load_picture(save(tmp_path, image, name))
+    assert got.shape == (1, 3, 16, 16) and near(middle(got), want, tolerance), middle(got)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_transparency_is_laid_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (16, 16), (0, 0, 0, 0)).convert(mode)
+    path = save(tmp_path, image, **({"transparency": 0} if mode == "P" else {}))
+    assert middle(load_picture(path)) == WHITE
+
+
+def test_half_transparency_is_mixed_with_white(tmp_path):
+    path = save(tmp_path, Image.new("RGBA", (16, 16), (0, 0, 0, 128)))
+    assert near(middle(load_picture(path)), (127,) * 3, 1)
+
+
+@pytest.mark.parametrize("name", ["deep.png", "deep.tif", "deep.pgm"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, name):
+    values = np.full((16, 16), 65535, np.uint16)
+    values[:, :10] = 257 * 100
+    tensor = load_picture(save(tmp_path, Image.fromarray(values), name))
+    assert middle(tensor) == (100, 100, 100) and tensor[0, :, 8, 15].tolist() == [1, 1, 1]
+
+
+def test_deep_grey_ranges():
+    assert deep_grey(np.array([[0, 257, 65535]]), "I").tolist() == [[0, 1, 255]]
+    assert deep_grey(np.array([[-10, 90, 70_000]]), "I").tolist() == [[0, 0, 255]]
+    assert deep_grey(np.array([[70_000, 70_000]]), "I").tolist() == [[0, 0]]
+    assert deep_grey(np.array([[0, 0.2, 1]]), "F").tolist() == [[0, 51, 255]]
+    assert deep_grey(np.array([[-1.0, 0, 1]]), "F").tolist() == [[0, 128, 255]]
+
+
+def test_nan_pixels_are_refused(tmp_path):
+    path = save(tmp_path, Image.fromarray(np.full((16, 16), np.nan, np.float32)), "nan.tif")
+    with pytest.raises(ValueError, match="nan.tif cannot be decoded: it holds NaN"):
+        load_picture(path)
+
+
+def test_exif_rotation_is_applied(tmp_path):
+    image = Image.new("RGB", (32, 16), WHITE)
+    image.paste(RED, (0, 0, 16, 16))  # left half; orientation 6 turns it clockwise: the top half
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    tensor = load_picture(save(tmp_path, image, exif=exif))
+    column = (tensor[0, :, :, 16] * 255).round().int()
+    assert tuple(column[:, 4].tolist()) == RED and tuple(column[:, 28].tolist()) == WHITE
+
+
+@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.tif"])
+def test_of_an_animation_the_first_frame_is_used_and_noted(tmp_path, capsys, name):
+    frames = [Image.new("RGB", (16, 16), color) for color in (RED, (0, 0, 255))]
+    lossless = {"lossless": True} if name == "x.webp" else {}
+    path = save(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **lossless)
+    assert middle(load_picture(path)) == RED
+    assert capsys.readouterr().err == f"note: {path} has several frames, the first one is used\n"
+
+
+def test_no_note_on_a_still_picture(tmp_path, capsys):
+    load_picture(save(tmp_path, Image.new("RGB", (16, 16)), "x.gif"))
+    assert capsys.readouterr() == ("", "")
+
+
+def test_padding_keeps_the_picture_in_the_middle_of_its_mean_colour():
+    image = Image.new("RGB", (40, 20), (100, 100, 100))
+    image.paste((200, 200, 200), (20, 0, 40, 20))
+    square = (to_square(image)[0] * 255).round()
+    assert square.shape == (3, 40, 40)
+    assert (square[:, 10:30, :20] == 100).all() and (square[:, 10:30, 20:] == 200).all()
+    assert (square[:, :10] == 150).all() and (square[:, 30:] == 150).all()
+
+
+@pytest.mark.parametrize("size, side", [((8, 8), 8), ((160, 8), 160), ((8, 160), 160), ((3000, 200), 1024)])
+def test_sizes_inside_the_limits(tmp_path, size, side):
+    assert load_picture(save(tmp_path, Image.new("RGB", size))).shape == (1, 3, side, side)
+
+
+@pytest.mark.parametrize("w, h", [(1, 1), (7, 8), (8, 7), (20_000, 10), (168, 8), (8, 161), (MAX_SIDE + 1, 600)])
+def test_sizes_outside_the_limits(tmp_path, w, h):
+    path = save(tmp_path, Image.new("RGB", (w, h)), "odd.png")
+    with pytest.raises(ValueError, match=rf"odd.png has {w} x {h} px; sides of 8 to 10000 px and .*20:1"):
+        load_picture(path)
+
+
+def test_a_decompression_bomb_is_refused(tmp_path):
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    signed = struct.pack(">I", len(header) - 4) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + signed + b"\0\0\0\0IDAT" + bytes(40))
+    with pytest.raises(ValueError, match="bomb.png is too large; sides of 8 to 10000 px"):
+        load_picture(tmp_path / "bomb.png")
+
+
+def test_missing_directory_empty_and_text(tmp_path):
+    (tmp_path / "empty.png").touch()
+    (tmp_path / "text.png").write_text("this is no picture\n" * 20)
+    for name, message in {"none.png": "none.png does not exist", ".": "is not a file",
+                          "empty.png": "empty.png is an empty file",
+                          "text.png": "text.png is in no picture format that Pillow can read"}.items():
+        with pytest.raises(ValueError, match=message):
+            load_picture(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "cut.webp", "cut.gif", "cut.tif", "cut.bmp"])
+def test_truncated_files(tmp_path, name):
+    noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    path = save(tmp_path, noise, name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(ValueError, match=rf"picture .*{name} (cannot be decoded: \S|is in no picture format)"):
+        load_picture(path)
+
+
+def test_random_damage_is_a_value_error_or_a_picture(tmp_path):
+    rng = np.random.default_rng(1)
+    noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
+    for name in ("x.jpg", "x.png", "x.gif", "x.webp", "x.bmp"):
+        clean = save(tmp_path, noise, name).read_bytes()
+        for _ in range(40):
+            data = bytearray(clean)
+            for place in rng.integers(len(data), size=8):
+                data[place] = int(rng.integers(256))
+            (tmp_path / name).write_bytes(data)
+            try:
+                assert load_picture(tmp_path / name).isfinite().all()
+            except ValueError as error:
+                assert name in str(error)
