@@ -25,6 +25,7 @@ import stage3_decode
 from .presets import build_decoder, build_encoder
 
 CHECKPOINTS = {"glyph": Path(__file__).parent / "checkpoint"}
+PROPORTIONS = (1193, 576, 242)  # the paper's tokens after stages 1 and 2, and per LLM layer
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<ans>"]  # <ans> ends the question
 
 
@@ -127,7 +128,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin):
         return Budget(**self.config["budget"]) if self.config.get("budget") else Budget.none()
 
     def budget_for(self, tokens: float) -> Budget:
-        """The paper's proportions for a wanted mean of `tokens` per LLM layer: 1193 : 576 : 242 after stages 1, 2, 3.
+        """A wanted mean of `tokens` per LLM layer, and stages 1 and 2 in the paper's `PROPORTIONS` to it.
 
         A stage whose share exceeds the tokens there are keeps all of them.
         Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
@@ -138,7 +139,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"tokens must be 4 to {total}, the visual tokens of all encoders, got {tokens}")
         if tokens == total:
             return Budget.none()
-        stage1, stage2 = round(tokens * 1193 / 242), round(tokens * 576 / 242)
+        stage1, stage2 = (round(tokens * share / PROPORTIONS[2]) for share in PROPORTIONS[:2])
         return replace(self.budget, stage1=stage1 if stage1 < total else None,
                        stage2=stage2 if stage2 < total else None, stage3=tokens)
 
@@ -355,21 +356,21 @@ def lambda_from_table(table: dict | None, K: int, target: float) -> float:
 
 
 @torch.no_grad()
-def calibrate(model: Meteor, images: torch.Tensor, questions: list[str], budget: Budget, Ks: list[int],
-              lams: list[float]) -> dict:
+def calibrate(model: Meteor, images: torch.Tensor, questions: list[str], Ks: list[int], lams: list[float]) -> dict:
     """Measure stage 3's average tokens for each K entering the LLM and each lambda: the table of `lambda_from_table`.
 
-    Args: images (B, 3, H, W) in [0, 1] and B questions typical of the use; budget: stages 1 and 2 as they will be
-    used (its K is replaced by each of Ks); lams ascending.
+    Args: images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1 leaves each K
+    the tokens that `Meteor.budget_for` would.
     """
     rows = []
     for K in Ks:
-        encoded = model.encode(images, replace(budget, stage1=None if K > (budget.stage1 or K) else budget.stage1, stage2=K))
+        budget = model.budget_for(K * PROPORTIONS[2] / PROPORTIONS[1])
+        encoded = model.encode(images, replace(budget, stage2=K))
         embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
         row = []
         for lam in lams:
             with stage3_decode.AdaptivePruner(model.decoder, visual_mask, lam=lam, k=budget.k) as pruner:
-                model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
-            row.append(float(pruner.average_tokens().mean()))
+                model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+            row.append(round(float(pruner.average_tokens().mean()), 3))
         rows.append(row)
     return {"K": list(Ks), "lam": list(lams), "average": rows}

@@ -23,7 +23,8 @@ GLYPH_ENCODERS = {
                        patch_embed_hidden_size=192, seq_len=144, initializer_range=0.02),  # the default is 1e-10
 }
 GLYPH_DECODER = dict(hidden_size=128, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
-                     intermediate_size=320, max_position_embeddings=2048, tie_word_embeddings=True)
+                     intermediate_size=320, max_position_embeddings=2048, tie_word_embeddings=True,
+                     initializer_range=0.05)  # the default, 0.02, is for models ten times as wide
 
 
 def build_encoder(name: str, options: dict) -> nn.Module:

@@ -1,0 +1,739 @@
+"""stage3_decode.py against hand-computed tokens, double loops, and an oracle that never shortens a sequence: it
+masks dropped tokens as keys instead, one sample at a time, in float64. Run: pytest tests/test_stage3_decode.py"""
+import ast
+import functools
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import DynamicCache, StaticCache
+
+import stage3_decode
+from stage3_decode import (AdaptivePruner, adaptive_count, average_tokens, check_decoder, compact, head_vav,
+                           select, solve_lambda, text_relevance, visual_attention)
+
+D, L, H, VOCAB = 64, 8, 8, 96
+FAMILIES = {"Llama": dict(num_key_value_heads=4), "Mistral": dict(num_key_value_heads=2, sliding_window=None),
+            "Qwen2": dict(num_key_value_heads=8), "Qwen3": dict(num_key_value_heads=4, head_dim=16)}
+LAYERS, LAM = [1, 3, 5], 3.0
+
+
+def build(family="Llama", **options):
+    """A random tiny CausalLM of a library class. Large weights, so that heads differ and look unevenly."""
+    config = getattr(transformers, family + "Config")(**dict(
+        vocab_size=VOCAB, hidden_size=D, intermediate_size=96, num_hidden_layers=L, num_attention_heads=H,
+        max_position_embeddings=256, initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        **FAMILIES.get(family, {})) | options)
+    torch.manual_seed(0)
+    return getattr(transformers, family + "ForCausalLM")(config).eval()
+
+
+@functools.cache
+def tiny(family="Llama", dtype=torch.float32, **options):
+    return build(family, **options).to(dtype)
+
+
+def ragged(dtype=torch.float32, seed=0):
+    """Three prompts of 12, 24 and 21 tokens, left-padded: text, visual tokens in one or two blocks, text."""
+    shapes = ["tvvvvvvvvttt", "ttvvvvvvvvvvvvtvvvvttttt", "tvvvvvvvvvvvvvvvttttt"]
+    S = max(map(len, shapes))
+    rows = [" " * (S - len(shape)) + shape for shape in shapes]
+    attention_mask = torch.tensor([[c != " " for c in row] for row in rows]).long()
+    visual_mask = torch.tensor([[c == "v" for c in row] for row in rows])
+    embeds = torch.randn(len(rows), S, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return embeds.to(dtype), attention_mask, visual_mask
+
+
+def prune(model, visual_mask, layers=None, lam=LAM, **options):
+    return AdaptivePruner(model, visual_mask, layers=layers, lam=lam, **options)
+
+
+def forward(model, embeds, attention_mask=None, **options):
+    if attention_mask is not None and attention_mask.shape == embeds.shape[:2]:
+        options["position_ids"] = (attention_mask.cumsum(1) - 1).clamp(min=0)  # as generate does
+    with torch.no_grad():
+        return model(inputs_embeds=embeds, attention_mask=attention_mask, **options).logits
+
+
+def generate(model, embeds, attention_mask, seed=0, **options):
+    torch.manual_seed(seed)
+    options = dict(max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0) | options
+    return model.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
+
+
+def gap(a, b):
+    return float((a - b).abs().max())
+
+
+def turn(x, cos, sin):
+    """Rotary embedding by its definition: the pair (j, j + d/2) turns by angle j. x (H, S, d)."""
+    half = x.shape[-1] // 2
+    low, high = x[..., :half], x[..., half:]
+    cos, sin = cos[..., :half], sin[..., :half]
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], dim=-1)
+
+
+@torch.no_grad()
+def oracle(model, embeds, visual, layers, lam, k, counts=None):
+    """One unpadded prompt (S, D), S x S masks, no token ever leaves: logits (S, VOCAB) and {layer: kept set}."""
+    decoder, S, kept = model.model, len(embeds), {}
+    cos, sin = (table[0] for table in decoder.rotary_emb(embeds[None], torch.arange(S)[None]))
+    alive, x = [True] * S, embeds
+    text = [t for t in range(S) if t > max(i for i in range(S) if visual[i])]
+    for number, layer in enumerate(decoder.layers):
+        attn, h = layer.self_attn, layer.input_layernorm(x)
+        q, key, v = (p(h).view(S, -1, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        if isinstance(model, transformers.Qwen3ForCausalLM):
+            q, key = attn.q_norm(q), attn.k_norm(key)
+        q, key, v = turn(q.transpose(0, 1), cos, sin), turn(key.transpose(0, 1), cos, sin), v.transpose(0, 1)
+        key, v = (z.repeat_interleave(len(q) // len(z), dim=0) for z in (key, v))  # (H, S, d)
+        scores = q @ key.transpose(1, 2) * attn.head_dim ** -0.5  # (H, S, S)
+        if number in layers:
+            a = {}  # (head, visual token) -> mean attention of the text on it
+            for head in range(H):
+                for t in text:
+                    seen = [s for s in range(t + 1) if alive[s]]
+                    weights = scores[head, t, seen].softmax(dim=0)
+                    for s, weight in zip(seen, weights.tolist()):
+                        a[head, s] = a.get((head, s), 0.0) + weight / len(text)
+            there = [i for i in range(S) if visual[i] and alive[i]]
+            vav = [sum(a[head, i] for i in there) for head in range(H)]
+            best = sorted(range(H), key=lambda head: -vav[head])[:k]
+            score = {i: sum(a[head, i] for head in best) for i in there}
+            K = counts[number] if counts else max(1, math.floor(lam * sum(vav[head] for head in best) + 0.5))
+            kept[number] = set(sorted(there, key=lambda i: -score[i])[:K])  # all, where K is more than there are
+            alive = [alive[i] and (not visual[i] or i in kept[number]) for i in range(S)]
+        allowed = torch.tensor([[s <= t and (alive[s] or s == t) for s in range(S)] for t in range(S)])
+        mixed = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1) @ v  # (H, S, d)
+        x = x + attn.o_proj(mixed.transpose(0, 1).reshape(S, -1))
+        x = x + layer.mlp(layer.post_attention_layernorm(x))
+    return model.lm_head(decoder.norm(x)), kept
+
+
+def kept_sets(pruner, b, first=0):
+    """{layer: positions kept of sample b, counted from its first real token}."""
+    return {i: set((mask[b].nonzero().flatten() - first).tolist()) for i, mask in pruner.kept.items()}
+
+
+# -------------------------------------------------------------------------------------------- pure functions
+
+def test_visual_attention_of_two_visual_and_two_text_tokens_by_hand():
+    k = torch.tensor([1.0, 2.0, 1.0, 4.0]).log().view(1, 1, 4, 1)  # exp(q k) = 1, 2, 1, 4
+    q, query_idx = torch.ones(1, 1, 2, 1), torch.tensor([[2, 3]])  # token 2 sees 1, 2, 1; token 3 sees all
+    visual = torch.tensor([[True, True, False, False]])
+    a = visual_attention(q, k, 1.0, query_idx, torch.ones(1, 2).bool(), visual, torch.ones(1, 4).bool())
+    torch.testing.assert_close(a, torch.tensor([[[(1 / 4 + 1 / 8) / 2, (2 / 4 + 2 / 8) / 2, 0, 0]]]))
+    two, four = torch.ones(1, 2).bool(), torch.ones(1, 4).bool()
+    half = visual_attention(2 * q, k, 0.5, query_idx, two, visual, four)
+    torch.testing.assert_close(half, a)  # scale multiplies the scores
+    last = visual_attention(q, k, 1.0, query_idx, torch.tensor([[False, True]]), visual, four)
+    torch.testing.assert_close(last, torch.tensor([[[1 / 8, 2 / 8, 0, 0]]]))  # token 2 is a filler
+    inner = torch.arange(4)[None] > 0
+    padded = visual_attention(q, k, 1.0, query_idx, two, visual & inner, inner)
+    torch.testing.assert_close(padded, torch.tensor([[[0, (2 / 3 + 2 / 7) / 2, 0, 0]]]))  # token 0 is padding
+
+
+@pytest.mark.parametrize("B,heads,shared,T,S,d", [(1, 4, 4, 1, 5, 2), (2, 4, 2, 3, 7, 4), (3, 6, 1, 4, 9, 2)])
+def test_visual_attention_equals_the_loops(B, heads, shared, T, S, d):
+    generator = torch.Generator().manual_seed(B)
+    q, k = (torch.randn(B, n, m, d, generator=generator) for n, m in ((heads, T), (shared, S)))
+    query_idx = torch.arange(S - T, S).expand(B, T)
+    query_valid = torch.arange(T) >= torch.arange(B)[:, None] % T  # ragged: sample b has b fillers in front
+    valid = torch.arange(S) >= torch.arange(B)[:, None]  # ragged: b tokens of padding
+    visual = valid & (torch.arange(S) < S - T)
+    before = q.clone(), k.clone()
+    got = visual_attention(q, k, 0.7, query_idx, query_valid, visual, valid)
+    assert got.dtype == torch.float32 and torch.equal(q, before[0]) and torch.equal(k, before[1])
+    for b in range(B):
+        rows = [t for t in range(T) if query_valid[b, t]]
+        for h in range(heads):
+            want = [0.0] * S
+            for t in rows:
+                seen = [s for s in range(int(query_idx[b, t]) + 1) if valid[b, s]]
+                e = {s: math.exp(0.7 * float(q[b, h, t] @ k[b, h * shared // heads, s])) for s in seen}
+                for s in seen:
+                    want[s] += e[s] / sum(e.values()) / len(rows) * bool(visual[b, s])
+            assert gap(got[b, h], torch.tensor(want)) < 1e-6
+
+
+def test_heads_by_hand():
+    attention = torch.tensor([[[0.1, 0.1, 0.0], [0.4, 0.0, 0.2], [0.0, 0.3, 0.3], [0.0, 0.0, 0.0]]])
+    torch.testing.assert_close(head_vav(attention), torch.tensor([[0.2, 0.6, 0.6, 0.0]]))
+    torch.testing.assert_close(text_relevance(attention, 1), torch.tensor([[0.4, 0.0, 0.2]]))  # a tie: head 1
+    torch.testing.assert_close(text_relevance(attention, 2), torch.tensor([[0.4, 0.3, 0.5]]))
+    torch.testing.assert_close(text_relevance(attention, 4), attention.sum(dim=1))
+    both = torch.cat([attention, attention.flip(1)])  # each sample has its own best head
+    torch.testing.assert_close(text_relevance(both, 1), torch.tensor([[0.4, 0.0, 0.2], [0.0, 0.3, 0.3]]))
+
+
+def test_adaptive_count_by_hand():
+    vav, there = torch.tensor([[0.5, 0.25, 0.0], [0.125, 0.5, 0.5]]), torch.tensor([9, 9])
+    assert adaptive_count(vav, 2, 2, there).tolist() == [2, 2]  # 1.5 and 2.0: halves round up
+    assert adaptive_count(vav, 10, 2, there).tolist() == [8, 9]  # 7.5 and 10, clamped
+    assert adaptive_count(vav, 10, 1, there).tolist() == [5, 5]
+    assert adaptive_count(vav, 6, 3, there).tolist() == [5, 7]
+    assert adaptive_count(vav, 3.3, 2, there).tolist() == [2, 3]  # 2.475 and 3.3
+    assert adaptive_count(vav, 0, 2, there).tolist() == [1, 1]
+    assert adaptive_count(vav, 1e300, 2, torch.tensor([3, 4])).tolist() == [3, 4]
+    assert adaptive_count(vav, 10, 2, torch.tensor([0, 1])).tolist() == [0, 1]  # nothing there: nothing kept
+    assert adaptive_count(torch.zeros(2, 3), math.inf, 2, there).tolist() == [9, 9]  # not infinity x 0
+    assert {adaptive_count(vav, lam, 2, there).dtype for lam in (2, math.inf)} == {torch.int64}
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.5, 3.7, 20.0, 1e4])
+def test_adaptive_count_equals_the_loop(lam):
+    vav, there = torch.rand(50, 6, generator=torch.Generator().manual_seed(0)), torch.arange(50)
+    for k in (1, 5, 6):
+        want = [min(n, max(1, math.floor(lam * sum(sorted(row)[-k:]) + 0.5))) for n, row in enumerate(vav.tolist())]
+        assert adaptive_count(vav, lam, k, there).tolist() == want
+
+
+def test_select_by_hand():
+    score, visual = torch.tensor([[9.0, 1.0, 3.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True, True]])
+    kept = [select(score, torch.tensor([n]), visual).nonzero()[:, 1].tolist() for n in (0, 1, 2, 3, 4)]
+    assert kept == [[], [2], [2, 3], [2, 3, 4], [1, 2, 3, 4]]  # text never counts; of equals the lower index
+    two = select(score.expand(2, 5), torch.tensor([1, 3]), torch.stack([visual[0], visual[0].flip(0)]))
+    assert two.tolist() == [[False, False, True, False, False], [True, False, True, True, False]]
+
+
+def test_select_equals_the_loop():
+    generator = torch.Generator().manual_seed(0)
+    score = torch.randint(0, 4, (40, 12), generator=generator).float()  # many ties
+    visual = torch.rand(40, 12, generator=generator) < 0.7
+    count = torch.arange(40) % 9
+    for b, got in enumerate(select(score, count, visual)):
+        order = sorted(visual[b].nonzero().flatten().tolist(), key=lambda i: -score[b, i])
+        assert set(got.nonzero().flatten().tolist()) == set(order[:count[b]])
+
+
+def test_compact_by_hand_and_by_loop():
+    idx, real = compact(torch.tensor([[True, False, True, True], [False, True, False, False]]))
+    assert idx.tolist() == [[0, 2, 3], [2, 3, 1]] and real.tolist() == [[True] * 3, [False, False, True]]
+    stays = torch.rand(20, 30, generator=torch.Generator().manual_seed(0)) < torch.arange(1, 21)[:, None] / 20
+    idx, real = compact(stays)
+    assert idx.shape[1] == int(stays.sum(1).max())
+    for b in range(20):
+        want = stays[b].nonzero().flatten().tolist()
+        assert idx[b, real[b]].tolist() == want and real[b].tolist() == sorted(real[b].tolist())
+        assert len(set(idx[b].tolist())) == idx.shape[1]  # fillers never name a place twice
+
+
+def test_average_tokens_gives_the_papers_rows():
+    rows = {(390, 172, 78): 241.75, (396, 170, 76): 242, (525, 252, 122): 312}
+    for counts, want in rows.items():
+        assert average_tokens(576, counts, [4, 12, 20], 32) == want
+    assert round(average_tokens(576, (390, 172, 78), [4, 12, 20], 32)) == 242
+    assert average_tokens(576, [288], [1], 32) == 297
+    assert average_tokens(576, (226, 80, 36), [4, 12, 20], 32) == 162  # the paper's table prints 126
+    per_sample = average_tokens(torch.tensor([8, 4]), [torch.tensor([4, 4]), torch.tensor([2, 1])], [2, 4], 8)
+    assert per_sample.tolist() == [(16 + 8 + 8) / 8, (8 + 8 + 4) / 8]
+
+
+def test_solve_lambda():
+    calls = []
+    measure = lambda lam: calls.append(lam) or min(100.0, max(1.0, 2 * lam))
+    for target in (1.0, 1.3, 17.0, 60.0, 99.9, 100.0):
+        calls.clear()
+        assert abs(measure(solve_lambda(target, measure, tolerance=0.01)) - target) <= 0.01
+        assert len(calls) < 30
+    assert solve_lambda(50.0, measure) == pytest.approx(25, abs=0.25)  # 0.5 tokens off will do
+    step = lambda lam: 10.0 if lam < 7 else 20.0  # a target that no lambda hits ends at the step
+    assert solve_lambda(14.0, step) == pytest.approx(7)
+    for target in (0.5, 101.0, math.nan):
+        with pytest.raises(ValueError, match="target_average must be 1.00 to 100.00 here"):
+            solve_lambda(target, measure)
+
+
+def test_solve_lambda_reaches_a_wanted_average_on_a_model():
+    embeds, attention_mask, visual_mask = ragged()
+
+    def measure(lam):
+        with prune(tiny(), visual_mask, lam=lam) as pruner:
+            forward(tiny(), embeds, attention_mask)
+        return float(pruner.average_tokens().mean())
+
+    assert abs(measure(solve_lambda(8.0, measure, tolerance=0.3)) - 8.0) <= 0.3
+
+
+# ----------------------------------------------------------------------------- the whole, against the oracle
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("impl", ["sdpa", "eager"])
+def test_pruned_forward_equals_the_oracle_on_a_ragged_batch(family, impl):
+    dtype = torch.float64 if impl == "sdpa" else torch.float32  # the library's eager softmax is float32
+    model = tiny(family, dtype, attn_implementation=impl)
+    embeds, attention_mask, visual_mask = ragged(dtype)
+    with prune(model, visual_mask) as pruner:
+        logits = forward(model, embeds, attention_mask)
+    assert list(pruner.kept) == LAYERS  # the default: L/8, 3L/8, 5L/8
+    assert len({tuple(K.tolist()) for K in pruner.counts.values()}) > 1  # later layers do drop more
+    for b in range(len(embeds)):
+        first = int((attention_mask[b] == 0).sum())
+        want, kept = oracle(model, embeds[b, first:], visual_mask[b, first:].tolist(), LAYERS, LAM, k=5)
+        assert kept_sets(pruner, b, first) == kept, f"sample {b}"
+        assert {i: len(s) for i, s in kept.items()} == {i: int(K[b]) for i, K in pruner.counts.items()}
+        alive = attention_mask[b].bool() & (~visual_mask[b] | pruner.kept[5][b])
+        off = gap(logits[b, alive], want[alive[first:]])
+        assert off < (1e-10 if impl == "sdpa" else 1e-4), f"sample {b}: logits differ by {off}"
+        assert not logits[b, ~alive].any()  # zero states where a token is gone, no bias in lm_head
+
+
+@pytest.mark.parametrize("k", [1, 3, 8, None])
+@pytest.mark.parametrize("lam", [0.0, 1.5, 6.0])
+def test_pruned_forward_equals_the_oracle_for_other_k_lambda_and_layers(k, lam):
+    model = tiny("Llama", torch.float64)
+    embeds, attention_mask, visual_mask = ragged(torch.float64, seed=1)
+    embeds, visual = embeds[1], visual_mask[1]
+    with prune(model, visual[None], layers=[2, 3, 7], lam=lam, k=k) as pruner:
+        logits = forward(model, embeds[None])
+    want, kept = oracle(model, embeds, visual.tolist(), [2, 3, 7], lam, k or H)
+    assert kept_sets(pruner, 0) == kept
+    assert gap(logits[0, ~visual], want[~visual]) < 1e-10
+
+
+def test_fixed_counts_equal_the_oracle():
+    model = tiny("Llama", torch.float64)
+    embeds, attention_mask, visual_mask = ragged(torch.float64)
+    with AdaptivePruner(model, visual_mask, k=None, counts={6: 4, 2: torch.tensor([5, 9, 20])}) as pruner:
+        logits = forward(model, embeds, attention_mask)
+    assert {i: K.tolist() for i, K in pruner.counts.items()} == {2: [5, 9, 15], 6: [4, 4, 4]}  # not 20 of 15
+    for b in range(3):
+        first = int((attention_mask[b] == 0).sum())
+        counts = {2: [5, 9, 20][b], 6: 4}
+        visual = visual_mask[b, first:].tolist()
+        want, kept = oracle(model, embeds[b, first:], visual, [2, 6], None, H, counts)
+        assert kept_sets(pruner, b, first) == kept and gap(logits[b, -1], want[-1]) < 1e-10
+
+
+def test_what_is_recorded_is_what_decided():
+    embeds, attention_mask, visual_mask = ragged()
+    with prune(tiny(), visual_mask) as pruner:
+        forward(tiny(), embeds, attention_mask)
+    there = visual_mask
+    for i in LAYERS:
+        attention, vav = pruner.attention[i], pruner.vav[i]
+        assert attention.shape == (3, H, embeds.shape[1]) and attention.dtype == torch.float32
+        assert not attention.transpose(1, 2)[~there].any() and (attention.transpose(1, 2)[there] > 0).all()
+        torch.testing.assert_close(vav, head_vav(attention))
+        want = [min(n, max(1, math.floor(LAM * sum(sorted(row)[-5:]) + 0.5)))
+                for row, n in zip(vav.tolist(), there.sum(1).tolist())]
+        assert pruner.counts[i].tolist() == want  # round(lambda sum VAV), clamped, sample by sample
+        assert torch.equal(pruner.kept[i], select(text_relevance(attention, 5), pruner.counts[i], there))
+        assert (pruner.kept[i] <= there).all()  # what is gone stays gone
+        there = pruner.kept[i]
+    want = average_tokens(visual_mask.sum(1), [K for K in pruner.counts.values()], LAYERS, L)
+    assert torch.equal(pruner.average_tokens(), want) and want.shape == (3,)
+
+
+# ---------------------------------------------------------------------------------------- keeping everything
+
+SAMPLING = [dict(), dict(do_sample=True), dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_lambda_infinity_is_the_unpruned_model_bit_for_bit(family):
+    model = tiny(family)
+    embeds, attention_mask, visual_mask = ragged()
+    real = attention_mask.bool()
+    with prune(model, visual_mask, lam=math.inf) as pruner:
+        pruned = forward(model, embeds, attention_mask)
+    assert torch.equal(pruned[real], forward(model, embeds, attention_mask)[real])
+    assert all(torch.equal(kept, visual_mask) for kept in pruner.kept.values())
+    for options in SAMPLING:
+        with prune(model, visual_mask, lam=math.inf):
+            pruned = generate(model, embeds, attention_mask, **options)
+        assert torch.equal(pruned, generate(model, embeds, attention_mask, **options)), options
+
+
+def test_lambda_infinity_without_a_mask_is_bit_equal_everywhere():
+    embeds, _, visual_mask = ragged()
+    with prune(tiny(), visual_mask, lam=math.inf, layers=[1]):
+        pruned = forward(tiny(), embeds)
+    assert torch.equal(pruned, forward(tiny(), embeds))
+
+
+# ----------------------------------------------------------------------- generate: batches, caches, sampling
+
+def singles(model, embeds, attention_mask, visual_mask, lam=LAM, **options):
+    """generate, one unpadded prompt at a time: tokens, kept sets and average tokens of each."""
+    for b in range(len(embeds)):
+        real = attention_mask[b].bool()
+        with prune(model, visual_mask[b:b + 1, real], lam=lam) as pruner:
+            ids = generate(model, embeds[b:b + 1, real], attention_mask[b:b + 1, real], **options)
+        yield ids, kept_sets(pruner, 0), float(pruner.average_tokens())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_ragged_batch_equals_singles(family):
+    model = tiny(family)
+    embeds, attention_mask, visual_mask = ragged()
+    before = embeds.clone(), attention_mask.clone(), visual_mask.clone()
+    with prune(model, visual_mask) as pruner:
+        ids = generate(model, embeds, attention_mask)
+    for a, b in zip(before, (embeds, attention_mask, visual_mask)):
+        assert torch.equal(a, b)
+    assert not torch.equal(ids, generate(model, embeds, attention_mask)), "nothing changes: a weak test"
+    for b, (alone, kept, average) in enumerate(singles(model, embeds, attention_mask, visual_mask)):
+        assert ids[b].tolist() == alone[0].tolist(), f"sample {b}"
+        assert kept_sets(pruner, b, int((attention_mask[b] == 0).sum())) == kept
+        assert float(pruner.average_tokens()[b]) == average
+    with prune(model, visual_mask):
+        logits = forward(model, embeds, attention_mask)
+    for b in range(3):
+        real = attention_mask[b].bool()
+        with prune(model, visual_mask[b:b + 1, real]):
+            off = gap(logits[b, -1], forward(model, embeds[b:b + 1, real])[0, -1])
+        assert off < 1e-4, f"sample {b}: logits differ by {off}"
+
+
+def test_beams_of_a_ragged_batch_equal_singles():
+    embeds, attention_mask, visual_mask = ragged()
+    with prune(tiny(), visual_mask) as pruner:
+        ids = generate(tiny(), embeds, attention_mask, num_beams=3)
+    assert pruner.kept[5].shape == visual_mask.shape  # one row for each sample, not for each beam
+    for b, (alone, kept, _) in enumerate(singles(tiny(), embeds, attention_mask, visual_mask, num_beams=3)):
+        assert ids[b].tolist() == alone[0].tolist()
+        assert kept_sets(pruner, b, int((attention_mask[b] == 0).sum())) == kept
+
+
+@pytest.mark.parametrize("options", SAMPLING, ids=str)
+def test_cached_generation_equals_recomputing_everything(options):
+    """Without a cache every step is a forward over prompt and answer: the answer must not steer the selection."""
+    embeds, attention_mask, visual_mask = ragged()
+    runs = []
+    for use_cache in (True, False):
+        with prune(tiny(), visual_mask) as pruner:
+            ids = generate(tiny(), embeds, attention_mask, use_cache=use_cache, **options)
+        runs.append((ids, pruner.kept))
+    assert torch.equal(runs[0][0], runs[1][0])
+    assert all(torch.equal(runs[0][1][i], runs[1][1][i]) for i in LAYERS)
+    assert torch.equal(generate_twice(options), runs[0][0])  # and a seed gives the same answer again
+
+
+def generate_twice(options):
+    embeds, attention_mask, visual_mask = ragged()
+    with prune(tiny(), visual_mask):  # two prompts in one block, each with its own selection
+        generate(tiny(), embeds.flip(1), attention_mask, **options)
+        return generate(tiny(), embeds, attention_mask, **options)
+
+
+def test_later_caches_are_shorter_by_what_was_dropped():
+    embeds, attention_mask, visual_mask = ragged()
+    S = embeds.shape[1]
+    with prune(tiny(), visual_mask) as pruner:
+        out = generate(tiny(), embeds, attention_mask, return_dict_in_generate=True)
+    real, had = attention_mask.sum(1), visual_mask.sum(1)
+    left = {i: int((real - had + K).max()) for i, K in pruner.counts.items()}  # the longest sample's
+    assert left[1] < S and left[5] < left[1]
+    want = [S, left[1], left[1], left[3], left[3], left[5], left[5], left[5]]
+    layers = out.past_key_values.layers
+    assert [layer.get_seq_length() for layer in layers] == [n + 5 for n in want]  # the last is not cached
+    assert [layer.keys.shape[2] for layer in layers] == [layer.values.shape[2] for layer in layers] == \
+        [n + 5 for n in want]
+
+
+def test_several_tokens_after_the_prompt_equal_one_forward_over_all():
+    """A second turn on the same cache: decoded in pieces of 1, 3 and 2 tokens."""
+    embeds, attention_mask, visual_mask = ragged(torch.float64)
+    model, S = tiny("Llama", torch.float64), embeds.shape[1]
+    more = torch.randn(3, 6, D, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    mask = torch.cat([attention_mask, torch.ones(3, 6).long()], dim=1)
+    position = (mask.cumsum(1) - 1).clamp(min=0)
+    cache, pieces = DynamicCache(config=model.config), []
+    with prune(model, visual_mask) as pruner, torch.no_grad():
+        model(inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=cache,
+              position_ids=position[:, :S])
+        for start, end in ((0, 1), (1, 4), (4, 6)):
+            pieces.append(model(inputs_embeds=more[:, start:end], attention_mask=mask[:, :S + end],
+                                position_ids=position[:, S + start:S + end], past_key_values=cache).logits)
+    pad = torch.nn.functional.pad
+    with prune(model, pad(visual_mask, (0, 6)), query_mask=pad(pruner.asks, (0, 6))) as whole:
+        logits = forward(model, torch.cat([embeds, more], dim=1), mask)
+    assert all(torch.equal(pad(pruner.kept[i], (0, 6)), whole.kept[i]) for i in LAYERS)
+    assert gap(torch.cat(pieces, dim=1), logits[:, S:]) < 1e-10
+
+
+def test_input_ids_positional_arguments_and_a_bare_decoder():
+    ids = torch.randint(3, VOCAB, (2, 20), generator=torch.Generator().manual_seed(0))
+    visual_mask = (torch.arange(20) > 0) & (torch.arange(20) < 14)
+    model, visual_mask = tiny(), visual_mask.expand(2, 20)
+    with torch.no_grad():
+        with prune(model, visual_mask):
+            by_embeds = model(inputs_embeds=model.get_input_embeddings()(ids)).logits
+        with prune(model.model, visual_mask):  # the bare LlamaModel
+            states = model.model(ids).last_hidden_state
+    assert torch.equal(model.lm_head(states), by_embeds)
+
+
+def test_the_decoder_inside_a_vision_language_model():
+    config = transformers.LlavaConfig(
+        text_config=tiny().config, image_token_index=3, image_token_id=3,
+        vision_config=transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
+                                                    num_attention_heads=2, image_size=32, patch_size=8))
+    torch.manual_seed(0)
+    model = transformers.LlavaForConditionalGeneration(config).eval()
+    ids = torch.tensor([[1, 5] + [3] * 16 + [7, 8, 9, 10]])  # 4 x 4 patches
+    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 32, 32))
+    inputs |= dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    run = lambda: model.generate(**inputs)
+    with AdaptivePruner(model, ids == 3, counts={1: 9, 4: 5}) as pruner:
+        run()
+    assert pruner.kept[4].sum() == 5 and pruner.average_tokens().tolist() == [(16 + 9 * 3 + 5 * 4) / 8]
+    with prune(model, ids == 3, lam=math.inf):
+        pruned = run()
+    assert torch.equal(pruned, run())
+
+
+# -------------------------------------------------------------------------------------------------- training
+
+def test_training_forward_lines_up_with_its_labels_and_carries_gradients():
+    model = build().double()
+    embeds, attention_mask, visual_mask = ragged(torch.float64)
+    query_mask = torch.zeros_like(visual_mask)
+    query_mask[:, -3] = True  # the last two tokens are the answer
+    labels = torch.full(visual_mask.shape, -100)
+    labels[:, -2:] = torch.tensor([[5, 6], [7, 8], [9, 10]])
+    caught = {}
+    catch = lambda i: lambda module, args, output: (output.retain_grad(), caught.update({i: output}))[0]
+    handles = [model.model.layers[i - 1].register_forward_hook(catch(i)) for i in LAYERS]  # what layer i prunes
+    embeds.requires_grad_()
+    with prune(model, visual_mask, lam=1.5, query_mask=query_mask) as pruner:
+        out = model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False)
+        out.loss.backward()
+    for handle in handles:
+        handle.remove()
+    assert out.logits.shape == (*visual_mask.shape, VOCAB)
+    logits = out.logits[:, -3:-1].reshape(-1, VOCAB)
+    want = torch.nn.functional.cross_entropy(logits, labels[:, -2:].reshape(-1))
+    assert float(out.loss.detach()) == pytest.approx(float(want.detach()), abs=1e-5)  # the library's is float32
+    gone = visual_mask & ~pruner.kept[1]  # layer 1 has the prompt's numbering
+    grad = caught[1].grad.abs().sum(dim=2)
+    assert gone.any(dim=1).all() and not grad[gone].any() and (grad[pruner.kept[1]] > 0).all()
+    assert all((caught[i].grad.abs().sum(dim=2) > 0).any(dim=1).all() for i in LAYERS)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters() if p.requires_grad
+               if p is not model.model.embed_tokens.weight)
+    before = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    model.train().gradient_checkpointing_enable(dict(use_reentrant=False))  # the same, each layer recomputed
+    with prune(model, visual_mask, lam=1.5, query_mask=query_mask) as again:
+        out = model(inputs_embeds=embeds, attention_mask=attention_mask, labels=labels, use_cache=False)
+        out.loss.backward()
+    assert all(torch.equal(again.kept[i], pruner.kept[i]) for i in LAYERS)
+    for name, p in model.named_parameters():
+        if name in before:
+            torch.testing.assert_close(p.grad, before[name])
+
+
+def test_answers_left_out_of_query_mask_do_not_steer():
+    embeds, attention_mask, visual_mask = ragged(torch.float64)
+    model, pad = tiny("Llama", torch.float64), torch.nn.functional.pad
+    with prune(model, visual_mask) as prompt:
+        forward(model, embeds, attention_mask)
+    answer = torch.randn(3, 4, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    whole, mask = torch.cat([embeds, answer], dim=1), pad(attention_mask, (0, 4), value=1)
+    with prune(model, pad(visual_mask, (0, 4)), query_mask=pad(prompt.asks, (0, 4))) as masked:
+        forward(model, whole, mask)
+    with prune(model, pad(visual_mask, (0, 4))) as unmasked:
+        forward(model, whole, mask)
+    assert all(torch.equal(masked.kept[i], pad(prompt.kept[i], (0, 4))) for i in LAYERS)
+    assert any(not torch.equal(unmasked.kept[i], masked.kept[i]) for i in LAYERS)  # without it, they do
+
+
+def test_right_padding_gives_the_same_states():
+    embeds, attention_mask, visual_mask = ragged(torch.float64)
+    model = tiny("Llama", torch.float64)
+    with prune(model, visual_mask):
+        left = forward(model, embeds, attention_mask)
+    order = attention_mask.argsort(dim=1, descending=True, stable=True)  # padding to the end
+    turned = [torch.stack([row[idx] for row, idx in zip(x, order)])
+              for x in (embeds, attention_mask, visual_mask, left)]
+    with prune(model, turned[2]):
+        right = forward(model, *turned[:2])
+    assert gap(right, turned[3]) < 1e-10
+
+
+# --------------------------------------------------------------------------------------- what is left behind
+
+def state(model):
+    """All that hooks or attributes could change: every module's dictionary, hooks and mode."""
+    look = lambda key, value: list(value) if "hooks" in key else value if key == "training" else id(value)
+    return {name: {key: look(key, value) for key, value in vars(module).items()}
+            for name, module in model.named_modules()}
+
+
+def test_nothing_stays_on_the_model():
+    model = build()
+    model.model.layers[2].mlp.train()  # a mode of its own must survive the check of the decoder
+    embeds, attention_mask, visual_mask = ragged()
+    before, config, reference = state(model), model.config.to_dict(), forward(model, embeds, attention_mask)
+    model.train()
+    model.eval()
+    model.model.layers[2].mlp.train()
+    with prune(model, visual_mask) as pruner:
+        forward(model, embeds, attention_mask)
+        assert state(model) != before
+    assert state(model) == before and model.config.to_dict() == config
+    with pytest.raises(KeyError, match="mine"):
+        with prune(model, visual_mask):
+            generate(model, embeds, attention_mask)
+            raise KeyError("mine")
+    with pytest.raises(ValueError, match="finite"):
+        with prune(model, visual_mask):
+            forward(model, embeds * math.nan, attention_mask)
+    assert state(model) == before
+    assert torch.equal(forward(model, embeds, attention_mask), reference)
+    assert pruner._cache is None and not pruner._handles  # the KV cache is not held either
+    with prune(model, visual_mask) as one, pytest.raises(ValueError, match="must not be entered twice"):
+        forward(model, embeds, attention_mask)
+        with one:
+            pass
+    assert state(model) == before
+
+
+def test_check_uses_no_random_numbers_even_with_dropout():
+    model = build(attention_dropout=0.5).train()
+    embeds, attention_mask, visual_mask = ragged()
+    numbers = torch.get_rng_state(), random.getstate()
+    prune(model, visual_mask)
+    assert torch.equal(torch.get_rng_state(), numbers[0]) and random.getstate() == numbers[1]
+    assert all(module.training for module in model.modules())
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+
+def small(name, **options):
+    options |= dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
+    config = getattr(transformers, name + "Config")(**options)
+    return getattr(transformers, name + ("LMHeadModel" if name == "GPT2" else "ForCausalLM"))(config).eval()
+
+
+LLAMA = dict(hidden_size=D, intermediate_size=96, num_hidden_layers=L, num_attention_heads=H)
+
+
+@pytest.mark.parametrize("make", [
+    lambda: small("GPT2", n_embd=D, n_layer=L, n_head=H), lambda: torch.nn.Linear(3, 3), lambda: "a name",
+    lambda: small("OPT", ffn_dim=96, word_embed_proj_dim=D, **LLAMA), lambda: small("Olmo2", **LLAMA), lambda: small("Phi3", **LLAMA), lambda: small("GPTNeoX", **LLAMA),
+    lambda: build(attn_implementation="flex_attention")],
+    ids=["GPT-2", "Linear", "str", "OPT", "OLMo-2", "Phi-3", "GPT-NeoX", "flex attention"])
+def test_unsupported_decoders_are_refused(make):
+    with pytest.raises(TypeError, match="decoder must be Llama, Mistral, Qwen2 or Qwen3, not"):
+        AdaptivePruner(make(), ragged()[2], lam=1.0)
+
+
+def test_attention_that_differs_from_our_q_and_k_is_refused():
+    """Same class, same names, another formula: only the three tokens of the check can tell."""
+    model = build()
+    attn = model.model.layers[3].self_attn
+    attn.scaling = 1.0
+    check_decoder(model.model)  # a layer's own scaling is read, so this is fine
+    attn.q_norm = attn.k_norm = torch.nn.LayerNorm(D // H)  # names that its forward does not use
+    with pytest.raises(TypeError, match="its attention is not Llama's"):
+        check_decoder(model.model)
+
+
+BAD_ARGUMENTS = {
+    "lam must be 0 to infinity, got -1": dict(lam=-1), "lam must be 0 to infinity, got nan": dict(lam=math.nan),
+    "lam or counts must be given, and not both": dict(counts={1: 4}), "lam or counts must be given": dict(lam=None),
+    "k must be 1 to 8, the heads, or None for all, got 0": dict(k=0), "k must be 1 to 8.*got 9": dict(k=9),
+    "k must be 1 to 8.*got 2.5": dict(k=2.5), r"layers must be ascending numbers, 1 to 7.*got \[\]": dict(layers=[]),
+    r"layers must be ascending.*got \[0, 3\]": dict(layers=[0, 3]), r"layers .* \[3, 8\]": dict(layers=[3, 8]),
+    r"layers must be ascending.*got \[5, 3\]": dict(layers=[5, 3]), r"layers .* \[3, 3\]": dict(layers=[3, 3]),
+    "layers must be None beside counts": dict(lam=None, counts={1: 4}, layers=[1]),
+    r"layers must be ascending numbers, 1 to 7.*\[0\]": dict(lam=None, counts={0: 4}),
+    r"layers .*\[\]": dict(lam=None, counts={})}
+
+
+@pytest.mark.parametrize("message", BAD_ARGUMENTS)
+def test_bad_arguments(message):
+    with pytest.raises(ValueError, match=message):
+        AdaptivePruner(tiny(), ragged()[2], **dict(lam=1.0) | BAD_ARGUMENTS[message])
+
+
+def test_bad_masks():
+    embeds, attention_mask, visual_mask = ragged()
+    for bad in (visual_mask.long(), visual_mask[0], visual_mask[None]):
+        with pytest.raises(ValueError, match=r"visual_mask must be bool of shape \(B, S\), got"):
+            prune(tiny(), bad)
+    for bad in (visual_mask.long(), visual_mask[:, 1:]):
+        with pytest.raises(ValueError, match=r"query_mask must be bool of shape \(B, S\), got"):
+            prune(tiny(), visual_mask, query_mask=bad)
+    with pytest.raises(ValueError, match="visual_mask must mark 1 or more visual tokens in every sample"):
+        prune(tiny(), visual_mask & (torch.arange(3) > 0)[:, None])
+    too_few_layers = build(num_hidden_layers=4)
+    with pytest.raises(ValueError, match="layers must be ascending numbers, 1 to 3"):
+        prune(too_few_layers, visual_mask)
+
+
+def refuses(message, embeds, attention_mask, visual_mask, model=None, query_mask=None, **options):
+    model = model or tiny()
+    with pytest.raises(ValueError, match=message), prune(model, visual_mask, query_mask=query_mask):
+        forward(model, embeds, attention_mask, **options)
+
+
+def test_bad_calls():
+    embeds, attention_mask, visual_mask = ragged()
+    S = embeds.shape[1]
+    nothing = "visual_mask must be followed by text, or query_mask mark some, in every sample"
+    refuses(nothing, embeds, attention_mask, visual_mask | (torch.arange(S) == S - 1))
+    refuses(nothing, embeds, attention_mask, visual_mask, query_mask=torch.zeros_like(visual_mask))
+    refuses(nothing, embeds, attention_mask, visual_mask, query_mask=visual_mask)  # visual tokens never ask
+    refuses("visual_mask must be False where attention_mask is 0", embeds, attention_mask,
+            visual_mask | (torch.arange(S) == 0))
+    refuses(f"the prompt must be visual_mask's {S} tokens, got {S - 2}", embeds[:, 2:], None, visual_mask)
+    refuses(f"the prompt must be visual_mask's {S - 2} tokens, got {S}", embeds, None, visual_mask[:, 2:])
+    refuses("the batch must be visual_mask's 3 samples, .*got 2", embeds[:2], attention_mask[:2], visual_mask)
+    refuses("the batch must be visual_mask's 3 samples, .*got 6", embeds.repeat(2, 1, 1), None, visual_mask)
+    refuses(r"attention_mask must be \(B, tokens so far\)", embeds, torch.ones(3, 1, S, S).bool(), visual_mask)
+    refuses(r"attention_mask must be \(B, tokens so far\)", embeds, attention_mask[:, 1:], visual_mask)
+    refuses("position_ids must count up by 1 where there is no attention_mask", embeds, None, visual_mask,
+            position_ids=torch.arange(S)[None] % 12)
+    refuses("past_key_values must be None, or a DynamicCache", embeds, attention_mask, visual_mask,
+            past_key_values=StaticCache(config=tiny().config, max_cache_len=64))
+    filled = DynamicCache(config=tiny().config)
+    forward(tiny(), embeds, attention_mask, past_key_values=filled)
+    refuses("past_key_values must be None, or a DynamicCache that is empty or was filled in this block",
+            embeds[:, :1], torch.ones(3, S + 1), visual_mask, past_key_values=filled)
+    broken = embeds.clone()
+    broken[1, 12] = math.nan
+    refuses("hidden states at layer 1 must be finite, but hold NaN or infinity", broken, attention_mask, visual_mask)
+    window = build("Mistral", sliding_window=S - 1)
+    refuses(f"the sequence must fit the decoder's sliding_window, but has {S} tokens", embeds, attention_mask,
+            visual_mask, model=window)
+    with pytest.raises(ValueError, match="the decoder did not run, or was compiled before"), \
+            prune(tiny(), visual_mask):
+        pass
+
+
+def test_a_window_that_holds_the_whole_sequence_changes_nothing():
+    embeds, attention_mask, visual_mask = ragged()
+    ids = []
+    for window in (None, embeds.shape[1] + 6):
+        model = build("Mistral", sliding_window=window)
+        with prune(model, visual_mask):
+            ids.append(generate(model, embeds, attention_mask))
+    assert torch.equal(*ids)
+
+
+# -------------------------------------------------------------------------------------------------- the file
+
+def test_file_keeps_to_its_form():
+    path = Path(stage3_decode.__file__)
+    lines = path.read_text().splitlines()
+    assert len(lines) <= 300 and max(map(len, lines)) <= 110
+    imports = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+    names = {(alias.name if isinstance(node, ast.Import) else node.module).split(".")[0]
+             for node in imports for alias in node.names}
+    assert names <= {"torch", "transformers"} | sys.stdlib_module_names
+
+
+def test_file_runs_alone(tmp_path):
+    shutil.copy(stage3_decode.__file__, tmp_path)
+    run = subprocess.run([sys.executable, "stage3_decode.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("KV cache [64, ") == 3 and "lambda inf: 48 -> [[48, 48]" in run.stdout
