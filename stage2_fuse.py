@@ -139,7 +139,7 @@ def fuse(tokens: list[torch.Tensor], budget: int | None, strategy: str = "collab
             keep_idx = _choose(tokens, sizes, budget, strategy, generator)
     kept = together.gather(1, keep_idx[..., None].expand(-1, -1, together.shape[-1]))  # (B, K, D)
     starts = torch.tensor(sizes, device=device).cumsum(0)
-    encoder_id = torch.bucketize(keep_idx, starts, right=True)  # (B, K)
+    encoder_id = torch.bucketize(keep_idx.contiguous(), starts, right=True)  # (B, K)
     return Fused(kept, encoder_id, keep_idx)
 
 

@@ -229,7 +229,8 @@ class AdaptivePruner:
         require(getattr(mask, "shape", 0) == (rows, past + T), "attention_mask must be (B, tokens so far)")
         require(past + T <= (getattr(decoder.config, "sliding_window", None) or math.inf),
                 f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens")
-        self._tail, self._changed = mask[:, S:].bool() if past else None, {}  # tail: (rows, tokens after S)
+        self._past, self._changed = past, {}
+        self._tail = mask.bool()[:, self._visual.shape[1] if past else T:]  # (rows, tokens since the prompt)
         if past:
             return
         require(T == S or T > S and self.kept, f"the prompt must be visual_mask's {S} tokens, got {T}")
@@ -248,12 +249,11 @@ class AdaptivePruner:
         kwargs = kwargs | self._changed
         hidden, cache, rotary = args[0], kwargs.get("past_key_values"), kwargs["position_embeddings"]
         if i in self.layers:
-            if self._tail is None:
+            if not self._past:
                 idx, self._valid = compact(self._stays(i, layer, hidden, rotary))  # (rows, N)
                 hidden, *rotary = (x.take_along_dim(idx[..., None], dim=1) for x in (hidden, *rotary))
                 self._index, self._stages[i], self._cache = self._index.gather(1, idx), self._valid, cache
-            left = self._stages[i]  # (rows, N), and in a continuation (rows, N + tokens since the prompt)
-            valid = left if self._tail is None else torch.cat([left, self._tail], dim=1)
+            valid = torch.cat([self._stages[i], self._tail], dim=1)  # (rows, N + tokens since the prompt)
             mask = create_causal_mask(self.decoder.config, hidden, valid, cache, layer_idx=i)
             self._changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
         return (hidden, *args[1:]), kwargs | self._changed
@@ -278,7 +278,7 @@ class AdaptivePruner:
 
     def _after_decoder(self, decoder, args, output) -> None:
         """The prompt's last hidden state goes back to full length, so that logits and labels line up."""
-        if self._tail is None:
+        if not self._past:
             hidden = output.last_hidden_state.masked_fill(~self._valid[..., None], 0)  # (rows, N, D)
             full = hidden.new_zeros(*self._visual.shape, hidden.shape[2])
             output.last_hidden_state = full.scatter(1, self._index[..., None].expand_as(hidden), hidden)

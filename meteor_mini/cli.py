@@ -19,7 +19,6 @@ import torch
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
-from safetensors import SafetensorError
 
 from . import evaluate, glyphworld
 from .model import CHECKPOINTS, Answer, Budget, Meteor
@@ -52,20 +51,24 @@ def build_parser() -> Parser:
     ask.add_argument("image", type=Path, metavar="IMAGE")
     ask.add_argument("question", metavar="QUESTION")
     amount = ask.add_mutually_exclusive_group()
-    amount.add_argument("--tokens", type=float, metavar="N", help="wanted mean visual tokens per LLM layer")
+    amount.add_argument("--tokens", type=number, metavar="N", help="wanted mean visual tokens per LLM layer")
     amount.add_argument("--keep-all", action="store_true", help="no pruning")
     ask.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage")
     ask.add_argument("--json", action="store_true", help="print JSON")
-    score.add_argument("--samples", type=positive, default=1000, metavar="N", help="questions (1000)")
+    score.add_argument("--samples", type=count, default=1000, metavar="N", help="questions (1000)")
     score.add_argument("--split", choices=["test", "val"], default="test")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     return parser
 
 
-def positive(text: str) -> int:
+def count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, got {text}")
     return int(text)
+
+
+def number(text: str) -> int | float:
+    return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
 def check_output(path: Path, directory: bool = False) -> None:
@@ -81,8 +84,10 @@ def check_output(path: Path, directory: bool = False) -> None:
 
 def load_model(name: str) -> Meteor:
     """`Meteor.from_pretrained`; what can be no model is refused before the hub is asked."""
-    local = name in CHECKPOINTS or Path(name).is_dir()
-    if not local and (Path(name).exists() or not HUB_ID.fullmatch(name)):
+    folder = CHECKPOINTS.get(name, Path(name))
+    if name in CHECKPOINTS and not folder.is_dir():
+        raise ValueError(f"model {name!r} is not in {folder}: `python -m meteor_mini.train` makes it")
+    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
         presets = ", ".join(CHECKPOINTS)
         raise ValueError(f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)")
     try:
@@ -227,7 +232,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         {"demo": run_demo, "ask": run_ask, "eval": run_eval}[args.command](args)
-    except (ValueError, TypeError, OSError, SafetensorError) as error:
+    except (ValueError, TypeError, OSError) as error:
         print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -25,7 +25,7 @@ import stage3_decode
 from .presets import build_decoder, build_encoder
 
 CHECKPOINTS = {"glyph": Path(__file__).parent / "checkpoint"}
-PROPORTIONS = (1193, 576, 242)  # the paper's tokens after stages 1 and 2, and per LLM layer
+PAPER_TOKENS = (1193, 576, 242)  # after stages 1 and 2, and per LLM layer: the paper's main result
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<ans>"]  # <ans> ends the question
 
 
@@ -100,7 +100,7 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False)
 
 
-class Meteor(nn.Module, PyTorchModelHubMixin):
+class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", license="mit"):
     """C encoders, C projectors and a decoder, pruned by the three stages.
 
     Args: config, a JSON-able dictionary: "encoders" {name: [family, options]}, "decoder" options, "words",
@@ -127,19 +127,25 @@ class Meteor(nn.Module, PyTorchModelHubMixin):
         """The budget that the model was calibrated for; `Budget.none()` where there is none."""
         return Budget(**self.config["budget"]) if self.config.get("budget") else Budget.none()
 
+    @property
+    def proportions(self) -> tuple[float, float, float]:
+        """Tokens after stages 1 and 2, and per LLM layer, of the model's own budget; the paper's where it has none."""
+        shares = (self.budget.stage1, self.budget.stage2, self.budget.stage3)
+        return PAPER_TOKENS if None in shares else shares
+
     def budget_for(self, tokens: float) -> Budget:
-        """A wanted mean of `tokens` per LLM layer, and stages 1 and 2 in the paper's `PROPORTIONS` to it.
+        """A wanted mean of `tokens` per LLM layer, and stages 1 and 2 in the `proportions` of the model's own budget.
 
         A stage whose share exceeds the tokens there are keeps all of them.
         Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
-        Source: [paper, main result; our choice as a rule for other budgets]
+        Source: [our choice]
         """
         total = sum(a.num_tokens for a in self.adapters)
         if not 4 <= tokens <= total:
             raise ValueError(f"tokens must be 4 to {total}, the visual tokens of all encoders, got {tokens}")
         if tokens == total:
             return Budget.none()
-        stage1, stage2 = (round(tokens * share / PROPORTIONS[2]) for share in PROPORTIONS[:2])
+        stage1, stage2 = (round(tokens * share / self.proportions[2]) for share in self.proportions[:2])
         return replace(self.budget, stage1=stage1 if stage1 < total else None,
                        stage2=stage2 if stage2 < total else None, stage3=tokens)
 
@@ -290,17 +296,15 @@ class Meteor(nn.Module, PyTorchModelHubMixin):
         return {k: v for k, v in self.state_dict().items() if k != tied}
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = "glyph", **options) -> "Meteor":
+    def from_pretrained(cls, name: str | Path = "glyph", **hub) -> "Meteor":
         """The embedded model "glyph", a directory that `save_pretrained` wrote, or a hub id; in eval mode, float32.
 
-        Raises: ValueError for a directory without config.json or model.safetensors, or whose weights do not fit.
+        Args: hub: of huggingface_hub's `hf_hub_download`, as revision, cache_dir, token.
+        Raises: ValueError for a directory without config.json or model.safetensors, or whose weights do not fit, and
+        where the hub cannot be reached.
         """
-        return super().from_pretrained(str(CHECKPOINTS.get(str(name), name)), **options).eval()
-
-    @classmethod
-    def _from_pretrained(cls, *, model_id: str, **options) -> "Meteor":
-        hub = {k: options.get(k) for k in ("revision", "cache_dir", "force_download", "token", "local_files_only")}
-        config_file, weights_file = (_find(model_id, file, hub) for file in ("config.json", "model.safetensors"))
+        folder = str(CHECKPOINTS.get(str(name), name))
+        config_file, weights_file = (_find(folder, file, hub) for file in ("config.json", "model.safetensors"))
         try:
             model = cls(json.loads(Path(config_file).read_text()))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
@@ -315,7 +319,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin):
             raise ValueError(f"{weights_file} does not fit {config_file}: {len(wrong)} tensors are missing, unknown or of "
                              f"another shape, first {min(wrong)}")
         model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)  # tied weights appear once
-        return model
+        return model.eval()
 
 
 def _find(model_id: str, file: str, hub: dict) -> str:
@@ -362,10 +366,11 @@ def calibrate(model: Meteor, images: torch.Tensor, questions: list[str], Ks: lis
     Args: images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1 leaves each K
     the tokens that `Meteor.budget_for` would.
     """
-    rows = []
+    rows, total = [], sum(a.num_tokens for a in model.adapters)
     for K in Ks:
-        budget = model.budget_for(K * PROPORTIONS[2] / PROPORTIONS[1])
-        encoded = model.encode(images, replace(budget, stage2=K))
+        stage1 = round(K * model.proportions[0] / model.proportions[1])
+        budget = replace(model.budget, stage1=stage1 if stage1 < total else None, stage2=K)
+        encoded = model.encode(images, budget)
         embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
         row = []
         for lam in lams:

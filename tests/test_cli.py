@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from meteor_mini import CHECKPOINTS, Budget, Meteor, cli, evaluate, glyphworld
+from meteor_mini import CHECKPOINTS, Answer, Budget, Meteor, cli, evaluate, glyphworld
 from meteor_mini.presets import GLYPH_DECODER, GLYPH_ENCODERS
 
 FAMILIES = list(glyphworld.FAMILIES)
@@ -103,6 +103,28 @@ def test_demo_ends_with_the_measured_saving(demo):
         assert len(before) == len(after) == len(FAMILIES)
         assert float(percent) == pytest.approx(100 * sum(after) / sum(before) - 100, abs=tolerance)
     assert int(found[1]) < -90
+
+
+def test_the_saving_is_of_sums_over_all_questions(model, monkeypatch, capsys):
+    first = {"unpruned": {"tokens": 600, "prefill": 30, "right": True},
+             "METEOR": {"tokens": 100, "prefill": 60, "right": False}}
+    other = {name: {"tokens": 100, "prefill": 10, "right": True} for name in first}
+    monkeypatch.setattr(cli, "load_model", lambda name: model)
+    monkeypatch.setattr(cli, "demo_question", lambda m, budgets, index, *_: other if index else first)
+    assert cli.main(["demo"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "tokens -38 %, prefill time +30 %"  # 800 / 1300, 130 / 100
+    assert "unpruned 8 of 8, METEOR 7 of 8" in lines[-2]
+
+
+def test_the_figure_shows_the_last_answer_and_what_all_said(monkeypatch):
+    answers = {name: Answer(name + "!", {"stage3": tokens}, {}, {"stage1": name})
+               for name, tokens in {"unpruned": 576, "METEOR": 34.06}.items()}
+    monkeypatch.setattr(cli, "survivor_figure", lambda *args: args)
+    image, texts, kept = cli.figure(torch.zeros(1, 3, 8, 8), {"question": "?"}, answers)
+    assert image.shape == (3, 8, 8) and kept == {"stage1": "METEOR"}
+    assert texts == {"question": "?", "unpruned, 576 tokens per LLM layer": "unpruned!",
+                     "METEOR, 34.1 tokens per LLM layer": "METEOR!"}
 
 
 def test_the_budgets_are_timed_in_turns_and_the_median_counts(model, monkeypatch):
@@ -196,7 +218,7 @@ def refused(argv, capsys, *words):
     (["demo", "--out", "file"], ["file", "not a directory"]),
     (["demo", "--model", "nosuch"], ["'nosuch'", "glyph"]),
     (["demo", "--model", "./no/such/model"], ["'./no/such/model'"]),
-    (["demo", "--model", "file"], ["'file'"]),
+    (["demo", "--model", "in/picture.png"], ["'in/picture.png'", "no preset"]),
     (["demo", "--model", "nobody/nothing"], ["nobody/nothing"]),  # the tests run with the hub switched off
     (["demo", "--model", "."], ["config.json"]),
     (["eval", "--samples", "0"], ["--samples", "1 or more"]),
@@ -217,8 +239,8 @@ def test_refused_before_a_model_is_there(argv, words, picture, tmp_path, capsys,
 @pytest.mark.parametrize("options, words", [
     ([""], ["question", "empty"]), (["   "], ["question", "empty"]),
     (["is there a zebra or a Yak ?"], ["zebra", "Yak", "circle", "tallest"]),
-    ([QUESTION, "--tokens", "0"], ["4 to 576", "0"]),
-    ([QUESTION, "--tokens", "-3"], ["4 to 576", "-3"]),
+    ([QUESTION, "--tokens", "0"], ["4 to 576", "got 0\n"]),
+    ([QUESTION, "--tokens", "-3"], ["4 to 576", "got -3\n"]),
     ([QUESTION, "--tokens", "1000000000"], ["4 to 576", "1000000000"]),
     ([QUESTION, "--tokens", "nan"], ["4 to 576", "nan"]),
 ])
@@ -251,6 +273,11 @@ def wrong_shape(copy):
 ], ids=["no weights", "no config", "wrong shape", "no safetensors", "empty config", "no json"])
 def test_refused_model_directories(damage, words, folder, picture, tmp_path, capsys):
     refused(["ask", str(picture), QUESTION, "--model", str(broken(folder, tmp_path, damage))], capsys, *words)
+
+
+def test_a_preset_without_its_checkpoint(picture, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(CHECKPOINTS, "glyph", tmp_path / "checkpoint")
+    refused(["ask", str(picture), QUESTION], capsys, "'glyph'", "python -m meteor_mini.train")
 
 
 def test_errors_of_programming_are_not_swallowed(picture, monkeypatch):

@@ -627,7 +627,8 @@ def test_encode_all_gives_each_its_part_of_the_total(models):
         for strategy in STRATEGIES:
             for total in (4, 97, 256):
                 tokens, _ = encode_all(four(models), pictures(1), total, ranks, strategy)
-                assert sum(t.shape[1] for t in tokens) == total
+                plan = plan_budgets(total, ranks, [64] * 4, [True, False, True, True], strategy)
+                assert [t.shape[1] for t in tokens] == [n for *_, n in plan] and sum(t.shape[1] for t in tokens) == total
         tokens, keep_idx = encode_all(four(models), pictures(1), None)
         assert [k.tolist() for k in keep_idx] == [[list(range(64))]] * 4
         criteria = ("similarity", "similarity", "similarity")

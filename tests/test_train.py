@@ -75,7 +75,7 @@ def test_dialogues_are_true_and_short():
     for index in range(20):
         picture = glyphworld.make_picture(index)
         pairs = train.dialogue(picture, rng)
-        assert 1 <= len(pairs) <= 8 and all(q and a for q, a in pairs)
+        assert 1 <= len(pairs) <= 9 and all(q and a for q, a in pairs)
         assert len({q for q, _ in pairs}) == len(pairs)
 
 
