@@ -45,7 +45,9 @@ def test_align_loss_equals_a_loop_over_patches(model):
     table, total, mass = train.slot_ids(model), 0.0, 0.0
     for b in range(2):
         for n in range(3):
-            logp = (model.decoder.get_input_embeddings().weight @ projected[b, n]).log_softmax(0)
+            x = projected[b, n]
+            h = x / (x.pow(2).mean() + model.decoder.config.rms_norm_eps).sqrt() * model.decoder.model.norm.weight
+            logp = (model.decoder.get_input_embeddings().weight @ h).log_softmax(0)
             there = [table[s][w].item() for s, w in enumerate(words[b, n].tolist()) if w]
             weight = 1.0 if there else train.BACKGROUND_WEIGHT
             total -= weight * np.mean([logp[i].item() for i in there or [model.tokenizer.pad_token_id]])
