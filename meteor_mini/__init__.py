@@ -7,7 +7,8 @@ import stage1_encode
 import stage2_fuse
 import stage3_decode
 
-from .model import CHECKPOINTS, Answer, Budget, Encoded, Meteor, calibrate
+from .calibration import calibrate
+from .model import CHECKPOINTS, Answer, Budget, Encoded, Meteor
 
 __all__ = ["CHECKPOINTS", "Answer", "Budget", "Encoded", "Meteor", "calibrate", "load", "stage1_encode", "stage2_fuse",
            "stage3_decode"]

@@ -22,6 +22,7 @@ import stage1_encode
 import stage2_fuse
 import stage3_decode
 
+from .calibration import lambda_from_table
 from .presets import build_decoder, build_encoder
 
 CHECKPOINTS = {"glyph": Path(__file__).parent / "checkpoint"}
@@ -206,6 +207,53 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         position = torch.arange(1 + K + T, device=visual.device) - pads[:, None]  # (B, S); negative on padding
         return embeds, (position >= 0).long(), (position >= 1) & (position <= K)
 
+    def forward(self, images: torch.Tensor, dialogues: list[list[tuple[str, str]]], budget: Budget | None = None) -> dict:
+        """The training loss: mean cross-entropy of the answers' tokens, with stages 1 and 2 active.
+
+        Args: images (B, 3, H, W) float in [0, 1], or an `Encoded` batch; dialogues: per picture its questions with true
+        answers; budget: the model's own where None (stage 3, as in the paper, works at inference only).
+        Returns: {"loss": scalar, "logits": (n, V), "labels": (n,)} of the n tokens of all answers, <eos> with them.
+        """
+        encoded = images if isinstance(images, Encoded) else self.encode(images, budget)
+        embeds, mask, position, labels = self.pack(encoded.fused.tokens, dialogues)
+        hidden = self.decoder.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False)[0]
+        said = labels[:, 1:] != -100
+        logits, labels = self.decoder.lm_head(hidden[:, :-1][said]), labels[:, 1:][said]
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits, "labels": labels}
+
+    def pack(self, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]) -> tuple[torch.Tensor, ...]:
+        """[<bos>, visual tokens, question 1 <ans> answer 1 <eos>, question 2 ...]: several questions a picture, none of
+        which sees another, each at the positions it would have alone.
+
+        Args: visual (B, K, D). Returns: inputs_embeds (B, S, D), mask (B, 1, S, S) bool, position_ids (B, S), labels (B, S)
+        with -100 where nothing is asked (labels[i] is predicted at i - 1).
+        """
+        B, K, _ = visual.shape
+        eos, start = self.tokenizer.eos_token_id, 1 + K
+        ids, owner, position, labels = [], [], [], []
+        for dialogue in dialogues:
+            row_ids, row_owner, row_position, row_labels = [], [], [], []
+            questions = self.tokenize([q for q, _ in dialogue])
+            answers = self.tokenizer([a for _, a in dialogue], add_special_tokens=False).input_ids
+            for number, (q, a) in enumerate(zip(questions, answers), 1):
+                row_ids += q + a + [eos]
+                row_owner += [number] * (len(q) + len(a) + 1)
+                row_position += range(start, start + len(q) + len(a) + 1)
+                row_labels += [-100] * len(q) + a + [eos]
+            ids.append(row_ids), owner.append(row_owner), position.append(row_position), labels.append(row_labels)
+        T = max(map(len, ids))
+        fill = lambda rows, value: torch.tensor([row + [value] * (T - len(row)) for row in rows], device=visual.device)
+        ids, owner, labels = fill(ids, self.tokenizer.pad_token_id), fill(owner, -1), fill(labels, -100)
+        position = fill(position, 0)
+        embed = self.decoder.get_input_embeddings()
+        bos = embed(torch.full((B, 1), self.tokenizer.bos_token_id, device=visual.device))
+        embeds = torch.cat([bos, visual, embed(ids)], dim=1)  # (B, 1 + K + T, D)
+        owner = F.pad(owner, (start, 0))  # 0: <bos> and the picture, which every question sees
+        causal = torch.ones(start + T, start + T, dtype=torch.bool, device=visual.device).tril()
+        mask = causal & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))  # (B, S, S)
+        position = torch.cat([torch.arange(start, device=visual.device).expand(B, -1), position], dim=1)
+        return embeds, mask[:, None], position, F.pad(labels, (start, 0), value=-100)
+
     def lam(self, budget: Budget) -> float:
         """Stage 3's lambda for a wanted average, from the calibration table; infinity where stage 3 keeps all."""
         if budget.stage3 is None:
@@ -333,49 +381,3 @@ def _find(model_id: str, file: str, hub: dict) -> str:
     except Exception as error:  # the hub raises a dozen kinds: offline, unknown repository, bad name
         raise ValueError(f"model {model_id!r} is no preset ({', '.join(CHECKPOINTS)}), no directory, and {file} could not "
                          f"be fetched from the hub: download it elsewhere and give the directory") from error
-
-
-# -------------------------------------------------------------------- lambda from a wanted average
-
-def lambda_from_table(table: dict | None, K: int, target: float) -> float:
-    """lambda for a wanted average of `target` tokens per LLM layer when K enter it.
-
-    table: {"K": [..ascending], "lam": [..ascending], "average": one row per K}, measured by `calibrate`. The rows of
-    the two nearest K are mixed linearly, then the monotone curve is inverted, linearly too.
-    Raises: ValueError without a table, or for a target outside what the table reaches at this K.
-    """
-    if not table:
-        raise ValueError("stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first")
-    Ks, lams, rows = (torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average"))
-    if not Ks[0] <= K <= Ks[-1]:
-        raise ValueError(f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, got {K}")
-    above = int(torch.searchsorted(Ks, torch.tensor(float(K), dtype=torch.float64)).clamp(1, len(Ks) - 1))
-    mix = (K - Ks[above - 1]) / (Ks[above] - Ks[above - 1])
-    curve = ((1 - mix) * rows[above - 1] + mix * rows[above]).cummax(0).values  # (lams,)
-    if not curve[0] <= target <= curve[-1]:
-        raise ValueError(f"stage3 must be {curve[0]:.1f} to {curve[-1]:.1f} tokens when stage2 leaves {K}, got {target}")
-    i = int(torch.searchsorted(curve, torch.tensor(float(target), dtype=torch.float64)).clamp(1, len(curve) - 1))
-    step = (curve[i] - curve[i - 1]).clamp(min=1e-9)
-    return float(lams[i - 1] + (target - curve[i - 1]) / step * (lams[i] - lams[i - 1]))
-
-
-@torch.no_grad()
-def calibrate(model: Meteor, images: torch.Tensor, questions: list[str], Ks: list[int], lams: list[float]) -> dict:
-    """Measure stage 3's average tokens for each K entering the LLM and each lambda: the table of `lambda_from_table`.
-
-    Args: images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1 leaves each K
-    the tokens that `Meteor.budget_for` would.
-    """
-    rows, total = [], sum(a.num_tokens for a in model.adapters)
-    for K in Ks:
-        stage1 = round(K * model.proportions[0] / model.proportions[1])
-        budget = replace(model.budget, stage1=stage1 if stage1 < total else None, stage2=K)
-        encoded = model.encode(images, budget)
-        embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
-        row = []
-        for lam in lams:
-            with stage3_decode.AdaptivePruner(model.decoder, visual_mask, lam=lam, k=budget.k) as pruner:
-                model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
-            row.append(round(float(pruner.average_tokens().mean()), 3))
-        rows.append(row)
-    return {"K": list(Ks), "lam": list(lams), "average": rows}

@@ -26,18 +26,19 @@ from tqdm import tqdm
 import stage1_encode
 
 from . import glyphworld
+from .calibration import calibrate
 from .evaluate import accuracy, batches, print_recall, recall, to_images
-from .model import CHECKPOINTS, Budget, Meteor, calibrate
+from .model import CHECKPOINTS, Budget, Meteor
 from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEPS = {"clip": 1000, "convnext": 1000, "eva": 1000, "pix2struct": 1500, "align": 1000, "answer": 3300}
+STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 1500, "align": 1000, "answer": 5000}
 BUDGET = dict(stage1=168, stage2=110, stage3=33)  # chosen on validation questions: K=80, the paper's proportion, loses more
-RESTART = 1500  # of "answer": the learning rate rises once more
-# "answer" goes through phases, in which what is learned gives way to what is not (reading and charts come first, then
-# colors, then counting and comparing): first step, share of pictures described, scenes preferred, weight of families.
-PHASES = [(0, 0.25, False, {}), (1000, 0.75, True, {}),
-          (1500, 0.4, True, {"relation": 4, "presence": 3, "count": 3})]
+# How often "answer" asks each family, beside one: reading and charts are learned first, these last.
+FAMILY_WEIGHTS = {"relation": 3, "where": 2, "count": 2, "presence": 2}
+DESCRIBED = 0.4  # share of pictures that are also described as a whole
+# Stage 2 in training: mostly the default, so that the same weights serve every strategy that evaluate.py compares.
+STRATEGIES = {"collaborative": 0.7, "greedy": 0.1, "separate": 0.1, "random": 0.1}
 FEATURE_CHUNKS = 800  # of the pool's 1250: encoded in 5 minutes, 1.2 GB
 CHUNK = 32  # pictures a batch, and a file of cached features
 
@@ -45,7 +46,7 @@ POOL = 40_000  # training pictures
 SLOT_SIZES = [len(v) + 1 for v in glyphworld.SLOTS.values()]
 # How much each encoder is asked about each slot of words (the order of `SLOTS`): a different mix
 # each, as CLIP, ConvNeXt, EVA and Pix2Struct were trained on different things, so that they complement one another.
-SLOT_WEIGHTS = {"clip": [1, 1, 0.1, 0.3, 0.3, 0.5, 0.5, 0.5], "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
+SLOT_WEIGHTS = {"clip": [1, 1, 0.1, 0.3, 2, 0.5, 0.5, 0.5], "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
                 "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1], "pix2struct": [0.7, 0.4, 2, 1, 0.1, 1, 1, 0.5]}
 BACKGROUND_WEIGHT = 0.1  # of class "none" in each slot; at 1 the digits stay near chance
 
@@ -252,57 +253,15 @@ def align(model: Meteor, folder: Path, steps: int) -> None:
 
 # ------------------------------------------------------------------ questions
 
-def pack(model: Meteor, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]):
-    """[<bos>, visual tokens, question 1 <ans> answer 1 <eos>, question 2 ...]: several questions a picture, none of
-    which sees another, each at the positions it would have alone.
-
-    Args: visual (B, K, D). Returns: inputs_embeds (B, S, D), mask (B, 1, S, S) bool, position_ids (B, S), labels (B, S)
-    with -100 where nothing is asked (labels[i] is predicted at i - 1).
-    """
-    B, K, _ = visual.shape
-    eos, start = model.tokenizer.eos_token_id, 1 + K
-    ids, owner, position, labels = [], [], [], []
-    for dialogue in dialogues:
-        row_ids, row_owner, row_position, row_labels = [], [], [], []
-        questions = model.tokenize([q for q, _ in dialogue])
-        answers = model.tokenizer([a for _, a in dialogue], add_special_tokens=False).input_ids
-        for number, (q, a) in enumerate(zip(questions, answers), 1):
-            row_ids += q + a + [eos]
-            row_owner += [number] * (len(q) + len(a) + 1)
-            row_position += range(start, start + len(q) + len(a) + 1)
-            row_labels += [-100] * len(q) + a + [eos]
-        ids.append(row_ids), owner.append(row_owner), position.append(row_position), labels.append(row_labels)
-    T = max(map(len, ids))
-    fill = lambda rows, value: torch.tensor([row + [value] * (T - len(row)) for row in rows], device=visual.device)
-    ids, owner, labels = fill(ids, model.tokenizer.pad_token_id), fill(owner, -1), fill(labels, -100)
-    position = fill(position, 0)
-    embed = model.decoder.get_input_embeddings()
-    bos = embed(torch.full((B, 1), model.tokenizer.bos_token_id, device=visual.device))
-    embeds = torch.cat([bos, visual, embed(ids)], dim=1)  # (B, 1 + K + T, D)
-    owner = F.pad(owner, (start, 0))  # 0: <bos> and the picture, which every question sees
-    causal = torch.ones(start + T, start + T, dtype=torch.bool, device=visual.device).tril()
-    mask = causal & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))  # (B, S, S)
-    position = torch.cat([torch.arange(start, device=visual.device).expand(B, -1), position], dim=1)
-    return embeds, mask[:, None], position, F.pad(labels, (start, 0), value=-100)
-
-
-def answer_loss(model: Meteor, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]) -> torch.Tensor:
-    """Mean cross-entropy of the answers' tokens."""
-    embeds, mask, position, labels = pack(model, visual, dialogues)
-    hidden = model.decoder.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False)[0]
-    said = labels[:, 1:] != -100
-    return F.cross_entropy(model.decoder.lm_head(hidden[:, :-1][said]), labels[:, 1:][said])
-
-
-def dialogue(picture: glyphworld.Picture, rng: np.random.Generator, describe: float = 0.25, weights: dict = {},
-             most: int = 80) -> list[tuple[str, str]]:
+def dialogue(picture: glyphworld.Picture, rng: np.random.Generator, most: int = 80) -> list[tuple[str, str]]:
     """Questions with true answers about a picture, families mixed, about `most` words in all (so that the rows of a
-    batch are nearly as long as one another), with probability `describe` after a description of the whole picture."""
-    families = [f for f, kind in glyphworld.KIND_OF_FAMILY.items() if kind == picture.kind
-                for _ in range(weights.get(f, 1))]
-    pairs = dict([glyphworld.describe(picture)] if rng.random() < describe else [])
+    batch are nearly as long as one another), some after a description of the whole picture."""
+    kinds = glyphworld.KIND_OF_FAMILY | {"where": "scene"}
+    families = [f for f, kind in kinds.items() if kind == picture.kind for _ in range(FAMILY_WEIGHTS.get(f, 1))]
+    pairs = dict([glyphworld.describe(picture)] if rng.random() < DESCRIBED else [])
     for _ in range(16):
-        pair = glyphworld.ask(picture, families[rng.integers(len(families))], rng)
+        family = families[rng.integers(len(families))]
+        pair = glyphworld.where(picture, rng) if family == "where" else glyphworld.ask(picture, family, rng)
         if pair and sum(len(q.split()) + len(a.split()) + 2 for q, a in [*pairs.items(), pair]) <= most:
             pairs[pair[0]] = pair[1]
     return list(pairs.items()) or [glyphworld.describe(picture)]
@@ -314,8 +273,8 @@ def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int) -> tu
         return 8, Budget()
     if rng.random() < 0.15:
         return 16, Budget()
-    K = int(rng.integers(48, 120))
-    return CHUNK, Budget(stage2=min(K, kept_by_stage1))
+    strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
+    return 24, Budget(stage2=min(int(rng.integers(48, 120)), kept_by_stage1), stage2_strategy=strategy)
 
 
 def answer(model: Meteor, folder: Path, steps: int, rate: float = 2e-3, seed: int = 17) -> None:
@@ -335,14 +294,11 @@ def answer(model: Meteor, folder: Path, steps: int, rate: float = 2e-3, seed: in
         features, kept = load_chunk(model, folder, chunk)
         size, budget = random_batch(rng, sum(x.shape[1] for x in features), full)
         rows = rng.permutation(CHUNK)[:size]
-        _, describe, scenes, weights = max(phase for phase in PHASES if phase[0] <= step)
-        if scenes and size == CHUNK:
-            rows = np.array(sorted(rows, key=lambda r: pictures[chunk * CHUNK + r].kind != "scene")[:24])
+        torch.manual_seed(step)  # of stage 2's strategy "random"
         encoded = model.fuse([x[rows] for x in features], [k[rows] for k in kept], budget)
-        loss = answer_loss(model, encoded.fused.tokens, [dialogue(pictures[chunk * CHUNK + r], rng, describe, weights) for r in rows])
+        loss = model(encoded, [dialogue(pictures[chunk * CHUNK + r], rng) for r in rows])["loss"]
         for group in optimizer.param_groups:
-            group["lr"] = rate * (schedule(step, 2800) if step < RESTART else
-                                  0.75 * schedule(step - RESTART, steps - RESTART, hold=0.5))
+            group["lr"] = rate * schedule(step, steps, hold=0.5)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -353,7 +309,7 @@ def answer(model: Meteor, folder: Path, steps: int, rate: float = 2e-3, seed: in
         if step % 250 == 249 or step == steps - 1:
             save_state(state, model.weights(), optimizer, step + 1)
         if step % 500 == 499:
-            for name, budget in {"stages 1+2": Budget(168, 80), "unpruned": Budget.none()}.items():
+            for name, budget in {"stages 1+2": Budget(**BUDGET | {"stage3": None}), "unpruned": Budget.none()}.items():
                 result = accuracy(model.eval(), budget, "val", samples=160)
                 print(f"\nstep {step + 1} {name}: {result['accuracy']:.1f} %  " +
                       ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items()), flush=True)

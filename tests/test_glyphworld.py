@@ -87,6 +87,22 @@ def truth(picture, question):
     return str(bars[words[-3]])
 
 
+def test_where_tells_the_places_of_a_kind_or_of_a_pair():
+    rng, forms = np.random.default_rng(0), set()
+    for picture in pictures(60, kind="scene"):
+        question, answer = g.where(picture, rng)
+        cells = [(g.ROWS[r], g.COLUMNS[c], shape) for _, shape, r, c in picture.facts["objects"]]
+        if match := re.match(r"where are the (\w+) , (\w+) \?", question):
+            expected = [f"{r} {c}" for name in match.groups() for r, c, shape in cells if shape == name]
+        else:
+            name = re.match(r"where are the (\w+) shapes \?", question)[1]
+            expected = [f"{r} {c}" for r in g.ROWS for c in g.COLUMNS if (r, c, name) in cells]
+        assert answer == " , ".join(expected)
+        assert all(w in g.WORDS for w in f"{question} {answer}".split())
+        forms.add(bool(match))
+    assert forms == {True, False}
+
+
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("family", g.FAMILIES)
 def test_answers_are_true(family, split):

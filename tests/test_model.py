@@ -13,7 +13,7 @@ import stage1_encode
 import stage2_fuse
 from meteor_mini import Budget, Meteor, glyphworld, load
 from meteor_mini.evaluate import to_images
-from meteor_mini.model import lambda_from_table
+from meteor_mini.calibration import lambda_from_table
 
 FAMILIES = list(glyphworld.FAMILIES)
 

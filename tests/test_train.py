@@ -62,7 +62,7 @@ def test_slot_ids_are_the_words_of_the_tokenizer(model):
 
 def test_packed_positions_and_mask_by_hand(model):
     visual = torch.zeros(1, 2, 128)
-    embeds, mask, position, labels = train.pack(model, visual, [[("is there", "yes"), ("red", "4 2")]])
+    embeds, mask, position, labels = model.pack(visual, [[("is there", "yes"), ("red", "4 2")]])
     # <bos> v v | is there <ans> yes <eos> | red <ans> 4 2 <eos>
     assert position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7]]
     spoken = [model.tokenizer.convert_ids_to_tokens([i])[0] if i != -100 else "" for i in labels[0].tolist()]
