@@ -6,6 +6,7 @@ stage files in order and keeps the books (which patch of which encoder is still 
 import contextlib
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -254,23 +255,24 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         position = torch.cat([torch.arange(start, device=visual.device).expand(B, -1), position], dim=1)
         return embeds, mask[:, None], position, F.pad(labels, (start, 0), value=-100)
 
-    def lam(self, budget: Budget) -> float:
-        """Stage 3's lambda for a wanted average, from the calibration table; infinity where stage 3 keeps all."""
-        if budget.stage3 is None:
-            return float("inf")
-        K = budget.stage2 or sum(a.num_tokens for a in self.adapters)
-        return lambda_from_table(self.config.get("lambda_table"), K, budget.stage3)
+    def lam(self, budget: Budget, K: int) -> float:
+        """Stage 3's lambda for a wanted average of the K tokens that enter the LLM; infinity where it keeps all."""
+        return float("inf") if budget.stage3 is None else lambda_from_table(self.config.get("lambda_table"), K, budget.stage3)
 
     @torch.no_grad()
-    def generate(self, encoded: Encoded, questions: list[str], budget: Budget | None = None, **options):
+    def generate(self, encoded: Encoded, questions: list[str], budget: Budget | None = None, pruner: Callable | None = None,
+                 **options):
         """Hugging Face `generate` under stage 3's pruner; keywords go on to it.
 
+        Args: pruner: (decoder, visual_mask) -> `AdaptivePruner`, in place of the budget's stage 3.
         Returns: new token ids (B, T) int64, and the pruner (None where stage 3 keeps all) with what it kept.
         """
         budget = self.budget if budget is None else budget
         embeds, attention_mask, visual_mask = self.prompt(encoded, questions)
-        lam = self.lam(budget)
-        pruner = None if lam == float("inf") else stage3_decode.AdaptivePruner(self.decoder, visual_mask, lam=lam, k=budget.k)
+        if pruner is not None:
+            pruner = pruner(self.decoder, visual_mask)
+        elif (lam := self.lam(budget, encoded.fused.tokens.shape[1])) < float("inf"):
+            pruner = stage3_decode.AdaptivePruner(self.decoder, visual_mask, lam=lam, k=budget.k)
         with pruner or contextlib.nullcontext():
             options = {"max_new_tokens": 24, "do_sample": False} | options
             ids = self.decoder.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)
@@ -281,15 +283,16 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
         return [re.sub(r"(?<=\d) (?=\d)", "", text).strip() for text in texts]
 
-    def answer(self, images: torch.Tensor, questions: list[str], budget: Budget | None = None, **options) -> list[Answer]:
+    def answer(self, images: torch.Tensor, questions: list[str], budget: Budget | None = None, pruner: Callable | None = None,
+               **options) -> list[Answer]:
         """Answer one question for each picture, with what happened to the visual tokens on the way.
 
         Args: images (B, 3, H, W) float in [0, 1], or an `Encoded` batch to reuse; questions: B texts; budget: the
-        model's own where None; options: of Hugging Face `generate`.
+        model's own where None; pruner, options: of `generate`.
         """
         budget = self.budget if budget is None else budget
         encoded = images if isinstance(images, Encoded) else self.encode_no_grad(images, budget)
-        ids, pruner = self.generate(encoded, questions, budget, **options)
+        ids, pruner = self.generate(encoded, questions, budget, pruner, **options)
         return self.report(encoded, self.decode(ids), pruner)
 
     @torch.no_grad()

@@ -39,6 +39,7 @@ FAMILY_WEIGHTS = {"relation": 3, "where": 2, "count": 2, "presence": 2}
 DESCRIBED = 0.4  # share of pictures that are also described as a whole
 # Stage 2 in training: mostly the default, so that the same weights serve every strategy that evaluate.py compares.
 STRATEGIES = {"collaborative": 0.7, "greedy": 0.1, "separate": 0.1, "random": 0.1}
+MASKED = 0.08  # share of batches with encoders replaced by zeros, so that evaluate.py can ask what each is worth
 FEATURE_CHUNKS = 800  # of the pool's 1250: encoded in 5 minutes, 1.2 GB
 CHUNK = 32  # pictures a batch, and a file of cached features
 
@@ -295,7 +296,8 @@ def answer(model: Meteor, folder: Path, steps: int, rate: float = 2e-3, seed: in
         size, budget = random_batch(rng, sum(x.shape[1] for x in features), full)
         rows = rng.permutation(CHUNK)[:size]
         torch.manual_seed(step)  # of stage 2's strategy "random"
-        encoded = model.fuse([x[rows] for x in features], [k[rows] for k in kept], budget)
+        seen = rng.random(len(features)) < 0.6 if rng.random() < MASKED else np.ones(len(features), bool)
+        encoded = model.fuse([x[rows] * float(s) for x, s in zip(features, seen)], [k[rows] for k in kept], budget)
         loss = model(encoded, [dialogue(pictures[chunk * CHUNK + r], rng) for r in rows])["loss"]
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps, hold=0.5)
