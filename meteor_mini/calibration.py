@@ -32,8 +32,8 @@ def lambda_from_table(table: dict | None, K: int, target: float) -> float:
 def calibrate(model, images: torch.Tensor, questions: list[str], Ks: list[int], lams: list[float]) -> dict:
     """Measure stage 3's average tokens for each K entering the LLM and each lambda: the table of `lambda_from_table`.
 
-    Args: model: a `Meteor`; images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1 leaves each K
-    the tokens that `Meteor.budget_for` would.
+    Args: model: a `Meteor`; images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1
+    leaves each K the tokens that `Meteor.budget_for` would.
     """
     rows, total = [], sum(a.num_tokens for a in model.adapters)
     for K in Ks:

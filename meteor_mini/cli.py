@@ -20,12 +20,13 @@ import transformers
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
-from . import evaluate, glyphworld
+from . import evaluate, glyphworld, tables
 from .model import CHECKPOINTS, Answer, Budget, Meteor
 from .pictures import load_picture
 from .plots import survivor_figure
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
+TABLE_SAMPLES = 400  # questions a row: all tables in under an hour on 2 cores
 RUNS = 3  # timed runs of each kind, after one to warm up; the median counts
 
 
@@ -55,7 +56,9 @@ def build_parser() -> Parser:
     amount.add_argument("--keep-all", action="store_true", help="no pruning")
     ask.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage")
     ask.add_argument("--json", action="store_true", help="print JSON")
-    score.add_argument("--samples", type=count, default=1000, metavar="N", help="questions (1000)")
+    score.add_argument("--samples", type=count, metavar="N", help=f"questions (1000; {TABLE_SAMPLES} with --table)")
+    score.add_argument("--table", choices=[*tables.TITLES, "all"], metavar="NAME",
+                       help=f"a table of the paper: {', '.join(tables.TITLES)}; all: every one, into results/")
     score.add_argument("--split", choices=["test", "val"], default="test")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     return parser
@@ -207,9 +210,15 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_output(args.json)
     model = load_model(args.model)
-    rows = []
+    if args.table is not None:
+        names = list(tables.TITLES) if args.table == "all" else [args.table]
+        results = tables.report(model, names, args.samples or TABLE_SAMPLES, Path("results") if args.table == "all" else None)
+        if args.json is not None:
+            args.json.write_text(json.dumps(results, indent=1, default=float) + "\n")
+        return
+    rows, samples = [], args.samples or 1000
     for method, budget in {"unpruned": Budget.none(), "meteor": model.budget}.items():
-        result = evaluate.accuracy(model, budget, args.split, args.samples)
+        result = evaluate.accuracy(model, budget, args.split, samples)
         rows.append({"method": method, "average_tokens": float(result["average_tokens"]),
                      "grid_cells": max(adapter.num_tokens for adapter in model.adapters),
                      "accuracy": float(result["accuracy"]),
@@ -219,7 +228,7 @@ def run_eval(args: argparse.Namespace) -> None:
         print(f"{family:16}" + "".join(f"{row['families'][family]:10.1f}" for row in rows))
     for key in ("accuracy", "average_tokens"):
         print(f"{key.replace('_', ' '):16}" + "".join(f"{row[key]:10.1f}" for row in rows))
-    print(f"{args.samples} questions of split {args.split}; accuracy in percent; visual tokens per LLM layer "
+    print(f"{samples} questions of split {args.split}; accuracy in percent; visual tokens per LLM layer "
           f"(one encoder's grid: {rows[0]['grid_cells']})")
     if args.json is not None:
         args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")

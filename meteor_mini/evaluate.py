@@ -1,12 +1,13 @@
 """Accuracy by question family, average tokens, and which patches survive: what `meteor-mini eval` prints."""
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from . import glyphworld
 from .glyphworld import FAMILIES
-from .model import Budget, Meteor
+from .model import Answer, Budget, Meteor
 
 
 def to_images(pixels: list[np.ndarray]) -> torch.Tensor:
@@ -22,25 +23,80 @@ def batches(split: str, samples: int, batch: int = 50, first: int = 0) -> Iterat
         yield [(names[i % len(names)], *glyphworld.example(i // len(names), split, names[i % len(names)])) for i in rows]
 
 
+Method = Budget | Callable[[Meteor, torch.Tensor, list[str]], list[Answer]]  # what is measured: (model, images, questions)
+
+
 @torch.no_grad()
-def accuracy(model: Meteor, budget: Budget, split: str = "test", samples: int = 1000, first: int = 0) -> dict:
+def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 1000, first: int = 0) -> dict:
     """Exact-match accuracy in percent.
 
+    Args: method: a budget, or a function (model, images, questions) -> answers.
     Returns: {"accuracy": mean over questions, "families": {family: accuracy}, "average_tokens": mean visual tokens per
-    LLM layer, "family_tokens": the same by family, "right": [bool per question]}.
+    LLM layer, "family_tokens": the same by family, "right": [bool per question], "llm_flops": mean FLOPs of the LLM's
+    prefill, "survivors": {stage: {encoder: {family: mean tokens}}}}.
     """
-    right, tokens, family = [], [], []
+    right, tokens, family, flops, survivors = [], [], [], [], []
     for examples in batches(split, samples, first=first):
         images = to_images([picture.image for _, picture, _, _ in examples])
-        answers = model.answer(images, [question for *_, question, _ in examples], budget)
+        questions = [question for *_, question, _ in examples]
+        answers = model.answer(images, questions, method) if isinstance(method, Budget) else method(model, images, questions)
         right += [answer.text == truth for answer, (*_, truth) in zip(answers, examples)]
         tokens += [answer.tokens["stage3"] for answer in answers]
         family += [name for name, *_ in examples]
+        flops += [prefill_flops(model.decoder.config, answer.layers, len(ids) + 1)
+                  for answer, ids in zip(answers, model.tokenize(questions))]
+        survivors += [answer.survivors for answer in answers]
     right, tokens, family = np.array(right), np.array(tokens), np.array(family)
+    present = [f for f in FAMILIES if (family == f).any()]
+    mean = {stage: {name: {f: float(np.mean([s[stage][name] for s, g in zip(survivors, family) if g == f])) for f in present}
+                    for name in counts} for stage, counts in survivors[0].items()}
     return {"accuracy": 100 * right.mean(), "average_tokens": tokens.mean(),
-            "families": {f: 100 * right[family == f].mean() for f in FAMILIES if (family == f).any()},
-            "family_tokens": {f: tokens[family == f].mean() for f in FAMILIES if (family == f).any()},
-            "right": right.tolist()}
+            "families": {f: 100 * right[family == f].mean() for f in present},
+            "family_tokens": {f: tokens[family == f].mean() for f in present},
+            "right": right.tolist(), "llm_flops": float(np.mean(flops)), "survivors": mean}
+
+
+def prefill_flops(config, visual: list[float], text: int) -> float:
+    """FLOPs of a Llama's prefill, without embeddings and head: 2 (4 n d^2 + 2 n^2 d + 3 n d m) summed over layers.
+
+    Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, in all layers. n: both together;
+    d: width, of which grouped keys and values take their part; m: width of the gated MLP.  Source: [METHOD.md; counts
+    what torch.utils.flop_counter counts]
+    """
+    d, m, grouped = config.hidden_size, config.intermediate_size, config.num_key_value_heads / config.num_attention_heads
+    return sum(2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m) for n in (v + text for v in visual))
+
+
+def encoding_flops(model: Meteor, budget: Budget) -> int:
+    """FLOPs of encoders, stages 1 and 2 and projectors for one picture, counted by torch while they run."""
+    image = to_images([glyphworld.make_picture(0, "val").image])
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.encode(image, budget)
+    return counter.get_total_flops()
+
+
+def interval(right: list[bool], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """95 % bootstrap interval over questions of an accuracy, or of a mean difference, in percent."""
+    values, rng = np.asarray(right, dtype=float), np.random.default_rng(seed)
+    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    low, high = np.percentile(means, [2.5, 97.5])
+    return 100 * float(low), 100 * float(high)
+
+
+def difference(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
+    """Accuracy of a minus b on the same questions, in points, with its paired 95 % interval: (mean, low, high)."""
+    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    return 100 * float(d.mean()), *interval(d)
+
+
+def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[str, float]:
+    """CUR(e) = (acc(E) - acc(E without e)) / acc(E) for each encoder e; the information gap is max - min of these.
+
+    Args: accuracies: subset of names -> accuracy, at least E and its subsets of one less.
+    Source: [arXiv 2507.03262]
+    """
+    everyone = frozenset(names)
+    return {e: (accuracies[everyone] - accuracies[everyone - {e}]) / accuracies[everyone] for e in names}
 
 
 GROUPS = {"background": [], "shape": glyphworld.SHAPES, "glyph": ["number", "cell"], "header": ["header"], "bar": ["bar"]}

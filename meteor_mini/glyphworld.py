@@ -336,6 +336,30 @@ def where(scene: Picture, rng: np.random.Generator) -> tuple[str, str]:
     return f"where are the {shape} shapes ?", " , ".join(f"{ROWS[r]} {COLUMNS[c]}" for r, c in places)
 
 
+def make_clip(index: int, kind: str) -> tuple[np.ndarray, str, str]:
+    """A short film as one picture, its frames tiled row by row into the 3 x 3 cells of a scene (as IG-VLM does).
+
+    kind "colors": six frames of a shape that changes colour once, asked whether it was ever of some colour; "counter":
+    three frames of a digit that counts up, asked for the digits. Neither occurs in training.
+    Returns: image (96, 96, 3) uint8, question, answer.
+    """
+    rng = np.random.default_rng([3, index, *kind.encode()])
+    canvas, cell = _Canvas(rng), SIZE // 3
+    if kind == "colors":
+        shape = SHAPES[rng.integers(len(SHAPES))]
+        seen = [list(COLORS)[i] for i in rng.permutation(len(COLORS))]
+        change = int(rng.integers(1, 6))
+        for frame in range(6):
+            x, y = frame % 3 * cell + cell / 2, frame // 3 * cell + cell / 2
+            _shape(canvas.draw, shape, x, y, 12, COLORS[seen[frame >= change]])
+        asked = seen[rng.integers(2) if rng.random() < 0.5 else rng.integers(2, len(seen))]
+        return np.asarray(canvas.image).copy(), f"is there a {asked} {shape} ?", "yes" if asked in seen[:2] else "no"
+    first, size, row = int(rng.integers(8)), int(rng.integers(21, 25)), int(rng.integers(3))
+    for frame in range(3):
+        canvas.glyph(str(first + frame), frame * cell + PATCH, row * cell, (2 * PATCH, 3 * PATCH), size)
+    return np.asarray(canvas.image).copy(), "what is the number ?", "".join(str(first + frame) for frame in range(3))
+
+
 def example(index: int, split: str, family: str) -> tuple[Picture, str, str]:
     """(picture, question, answer) number `index` of a family: what accuracy is measured on.
 

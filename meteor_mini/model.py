@@ -75,12 +75,13 @@ class Answer:
     """One question answered.
 
     text; tokens: visual tokens {"encoders", "stage1", "stage2", "stage3"}, the last the mean over the LLM's layers;
-    survivors: stage name -> {encoder: count}, "stage3" counting those in the LLM's last layer; kept: stage name ->
+    layers: visual tokens in each LLM layer; survivors: stage name -> {encoder: count}, "stage3" counting those in the LLM's last layer; kept: stage name ->
     {encoder: (h, w) bool tensor}, True where the patch's token is still there.
     """
 
     text: str
     tokens: dict[str, float]
+    layers: list[int]
     survivors: dict[str, dict[str, int]]
     kept: dict[str, dict[str, torch.Tensor]]
 
@@ -301,11 +302,11 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
 
     def report(self, encoded: Encoded, texts: list[str], pruner) -> list[Answer]:
         """The books of a batch: counts and patch maps after each stage, for every sample."""
-        K = encoded.fused.tokens.shape[1]
-        last = torch.ones(len(texts), K, dtype=torch.bool)
-        average = torch.full((len(texts),), float(K))
+        (B, K), L = encoded.fused.tokens.shape[:2], self.decoder.config.num_hidden_layers
+        last, layers = torch.ones(B, K, dtype=torch.bool), torch.full((B, L), K)
         if pruner is not None:
-            average = pruner.average_tokens()
+            for i, count in pruner.counts.items():
+                layers[:, i:] = count[:, None]
             last = torch.stack([kept[seen] for kept, seen in zip(pruner.kept[max(pruner.kept)], pruner.visual_mask)])
         answers = []
         for b, text in enumerate(texts):
@@ -313,8 +314,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
                     "stage3": self.patches(encoded, b, last[b].cpu())}
             survivors = {stage: {n: int(m.sum()) for n, m in maps.items()} for stage, maps in kept.items()}
             tokens = {"encoders": sum(a.num_tokens for a in self.adapters), "stage1": sum(survivors["stage1"].values()),
-                      "stage2": K, "stage3": float(average[b])}
-            answers.append(Answer(text, tokens, survivors, kept))
+                      "stage2": K, "stage3": layers[b].float().mean().item()}
+            answers.append(Answer(text, tokens, layers[b].tolist(), survivors, kept))
         return answers
 
     def patches(self, encoded: Encoded, b: int, alive: torch.Tensor | None) -> dict[str, torch.Tensor]:

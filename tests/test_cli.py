@@ -118,7 +118,7 @@ def test_the_saving_is_of_sums_over_all_questions(model, monkeypatch, capsys):
 
 
 def test_the_figure_shows_the_last_answer_and_what_all_said(monkeypatch):
-    answers = {name: Answer(name + "!", {"stage3": tokens}, {}, {"stage1": name})
+    answers = {name: Answer(name + "!", {"stage3": tokens}, [], {}, {"stage1": name})
                for name, tokens in {"unpruned": 576, "METEOR": 34.06}.items()}
     monkeypatch.setattr(cli, "survivor_figure", lambda *args: args)
     image, texts, kept = cli.figure(torch.zeros(1, 3, 8, 8), {"question": "?"}, answers)
