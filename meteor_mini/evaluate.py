@@ -93,10 +93,10 @@ def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[st
     """CUR(e) = (acc(E) - acc(E without e)) / acc(E) for each encoder e; the information gap is max - min of these.
 
     Args: accuracies: subset of names -> accuracy, at least E and its subsets of one less.
-    Source: [arXiv 2507.03262]
+    Returns: {e: CUR(e)}, at most 1; nan for all where the full model is never right.  Source: [arXiv 2507.03262]
     """
-    everyone = frozenset(names)
-    return {e: (accuracies[everyone] - accuracies[everyone - {e}]) / accuracies[everyone] for e in names}
+    everyone = accuracies[frozenset(names)] or float("nan")
+    return {e: (everyone - accuracies[frozenset(names) - {e}]) / everyone for e in names}
 
 
 GROUPS = {"background": [], "shape": glyphworld.SHAPES, "glyph": ["number", "cell"], "header": ["header"], "bar": ["bar"]}

@@ -1,9 +1,13 @@
 """Accuracy and recall against counting by hand."""
+import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaModel
 
 from meteor_mini import Budget, glyphworld, load
-from meteor_mini.evaluate import GROUPS, accuracy, batches, recall, to_images
+from meteor_mini.evaluate import (GROUPS, accuracy, batches, difference, encoding_flops, interval, prefill_flops, recall,
+                                  to_images, utilization)
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +49,44 @@ def test_recall_of_keep_all_is_everything_and_never_rises(model):
 def test_pictures_become_images_in_zero_to_one():
     images = to_images([glyphworld.make_picture(0).image])
     assert images.shape == (1, 3, 96, 96) and images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+
+
+@pytest.mark.parametrize("grouped", [8, 2])
+def test_the_flops_formula_agrees_with_torchs_counter(grouped):
+    config = LlamaConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
+                         num_key_value_heads=grouped, vocab_size=64)
+    llama = LlamaModel(config)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        llama(inputs_embeds=torch.randn(1, 300, 256), use_cache=False)
+    assert prefill_flops(config, [250] * 4, 50) == pytest.approx(counter.get_total_flops(), rel=0.02)
+
+
+def test_the_flops_formula_gives_the_papers_rows():
+    vicuna = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    full = prefill_flops(vicuna, [2880] * 32, 0)
+    assert round(100 * prefill_flops(vicuna, [2880] * 2 + [1440] * 30, 0) / full) == 51  # FastV
+    pyramid = [2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8
+    assert 100 * prefill_flops(vicuna, pyramid, 60) / prefill_flops(vicuna, [2880] * 32, 60) == pytest.approx(46, abs=0.6)
+
+
+def test_flops_of_encoding_fall_with_the_budget(model):
+    full, pruned = encoding_flops(model, Budget.none()), encoding_flops(model, model.budget)
+    assert 0.3 * full < pruned < full
+
+
+def test_interval_and_difference_by_hand():
+    assert interval([True] * 50) == (100, 100) and interval([False] * 50) == (0, 0)
+    rng = np.random.default_rng(1)
+    right = rng.random(400) < 0.8
+    low, high = interval(right)
+    spread = 196 * np.sqrt(right.mean() * (1 - right.mean()) / 400)  # the normal approximation
+    assert low == pytest.approx(100 * right.mean() - spread, abs=0.7) and high == pytest.approx(100 * right.mean() + spread, abs=0.7)
+    mean, low, high = difference([True, True, False, True], [True, False, False, False])
+    assert mean == 50 and low <= 50 <= high
+    assert difference(right, right) == (0, 0, 0)
+
+
+def test_utilization_by_hand():
+    everyone = frozenset("abc")
+    accuracies = {everyone: 80, frozenset("bc"): 20, frozenset("ac"): 80, frozenset("ab"): 88}
+    assert utilization(accuracies, list("abc")) == {"a": 0.75, "b": 0, "c": pytest.approx(-0.1)}

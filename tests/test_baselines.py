@@ -1,0 +1,105 @@
+"""Each baseline against a naive version: loops over heads, tokens and groups."""
+import pytest
+import torch
+import torch.nn.functional as F
+
+import stage1_encode
+from meteor_mini import Budget, baselines, glyphworld, load, tables
+from meteor_mini.evaluate import to_images
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load("glyph")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    examples = [glyphworld.example(5, "val", family) for family in glyphworld.FAMILIES]
+    return to_images([p.image for p, *_ in examples]), [q for _, q, _ in examples]
+
+
+def dense_attention(layer, hidden, position_embeddings, mask, t):
+    """Attention of token t of one sample in every head, by loops. hidden (S, D); mask (S,) bool. -> (H, S)"""
+    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+    attn, S = layer.self_attn, len(hidden)
+    x = layer.input_layernorm(hidden)
+    q = attn.q_proj(x).view(S, -1, attn.head_dim).transpose(0, 1)[None]
+    k = attn.k_proj(x).view(S, -1, attn.head_dim).transpose(0, 1)[None]
+    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+    rows = []
+    for h in range(q.shape[1]):
+        scores = torch.full((S,), -torch.inf)
+        for s in range(t + 1):
+            if mask[s]:
+                scores[s] = (q[0, h, t] @ k[0, h, s]) * attn.scaling
+        rows.append(scores.softmax(0))
+    return torch.stack(rows)
+
+
+@torch.no_grad()
+def test_fastv_keeps_what_the_last_token_attends_to_over_all_heads(model, batch):
+    images, questions = batch
+    encoded = model.encode(images[:3], Budget(stage1=60, stage2=24))
+    embeds, attention_mask, visual_mask = model.prompt(encoded, questions[:3])
+    with baselines.fastv(7, layer=2)(model.decoder, visual_mask) as pruner:
+        model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
+    states = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True).hidden_states[2]
+    for b in range(3):
+        real = attention_mask[b].bool()
+        position = (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None]
+        rotary = model.decoder.model.rotary_emb(states, position)
+        score = dense_attention(model.decoder.model.layers[2], states[b], rotary, real, len(real) - 1).mean(0)
+        places = visual_mask[b].nonzero()[:, 0].tolist()
+        expected = sorted(sorted(places, key=lambda s: (-score[s].item(), s))[:7])
+        assert pruner.kept[2][b].nonzero()[:, 0].tolist() == expected
+    assert pruner.average_tokens().tolist() == [(2 * 24 + 6 * 7) / 8] * 3
+
+
+def test_pyramid_drop_drops_after_each_quarter(model, batch):
+    images, questions = batch
+    answers = model.answer(images, questions, Budget(stage1=60, stage2=40), baselines.pyramid_drop([20, 10, 5], 8))
+    assert all(a.layers == [40, 40, 20, 20, 10, 10, 5, 5] for a in answers)
+
+
+@pytest.mark.parametrize("k", [1, 5, None])
+def test_fixed_counts_are_the_same_for_every_question(model, batch, k):
+    images, questions = batch
+    answers = model.answer(images, questions, Budget(stage1=60, stage2=40), baselines.fixed({1: 30, 3: 8}, k))
+    assert all(a.layers == [40, 30, 30, 8, 8, 8, 8, 8] for a in answers)
+
+
+def test_merged_tokens_are_the_means_of_their_groups():
+    torch.manual_seed(0)
+    tokens, keep_idx = torch.randn(2, 9, 5), torch.tensor([[0, 4, 7], [2, 3, 8]])
+    merged = baselines.merge(tokens, keep_idx)
+    for b in range(2):
+        groups = {j: [tokens[b, j]] for j in keep_idx[b].tolist()}
+        for i in range(9):
+            if i not in groups:
+                groups[max(groups, key=lambda j: F.cosine_similarity(tokens[b, i], tokens[b, j], dim=0).item())].append(tokens[b, i])
+        for place, group in enumerate(groups.values()):
+            torch.testing.assert_close(merged[b, place], torch.stack(group).mean(0))
+    assert torch.equal(baselines.merge(tokens, torch.arange(9).expand(2, 9)), tokens)
+
+
+@torch.no_grad()
+def test_prumerge_shares_equally_and_knows_its_patches(model, batch):
+    images, questions = batch
+    encoded = baselines.prumerge(model, images, ["clip", "convnext", "eva", "pix2struct"], 34)
+    assert encoded.fused.tokens.shape[:2] == (8, 34)
+    answer = model.answer(encoded, questions, Budget.none())[0]
+    assert sorted(answer.survivors["stage2"].values()) == [8, 8, 9, 9]
+    _, attended = stage1_encode.encode(model.encoders["clip"], images, (None, None, 9))
+    assert torch.equal(encoded.stage1_idx[0], attended)
+
+
+@torch.no_grad()
+def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
+    images, questions = batch
+    encoded = tables.alone("eva", 20)(model, images)
+    features, kept = stage1_encode.encode_all([model.encoders["eva"]], images, 20, model.ranks[:, [2]])
+    torch.testing.assert_close(encoded.fused.tokens, model.projectors["eva"](features[0]))
+    answer = model.answer(encoded, questions, Budget.none())[3]
+    assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}
+    assert answer.kept["stage2"]["eva"].flatten().nonzero()[:, 0].tolist() == kept[0][3].tolist()
