@@ -204,32 +204,25 @@ def lambda_for(model: Meteor, encode: Callable[[Meteor, torch.Tensor], Encoded],
 # ------------------------------------------------------------------ measuring rows
 
 def measure_rows(model: Meteor, rows: list[Row], samples: int, cache: dict) -> list[dict]:
-    """One dictionary a row: accuracy with its interval, by group and family, tokens, FLOPs, difference to `against`.
+    """One dictionary a row: accuracy with its interval, by group and family, tokens, FLOPs, differences to `against`.
 
-    cache: label -> result, of methods that several tables share ("unpruned" and budgets, whose labels are their own).
+    cache: repr of a budget -> result; tables that share a row share its questions and its run.
     """
     done, results = {}, []
     for row in tqdm(rows, desc="rows", mininterval=5, leave=False):
-        key = repr(row.method) if isinstance(row.method, Budget) else None
-        torch.manual_seed(0)  # of the strategy "random"
-        result = cache.get(key) or accuracy(model, row.method, "test", samples)
-        if key:
-            cache[key] = result
-        done[row.label] = result
-        right, families = result["right"], result["families"]
-        by_group = {g: [r for i, r in enumerate(right) if glyphworld.FAMILIES[list(FAMILIES)[i % len(FAMILIES)]] == g] for g in GROUPS}
+        key = repr(row.method) if isinstance(row.method, Budget) else row.label
+        if key not in cache or key == row.label:
+            torch.manual_seed(0)  # of the strategy "random"
+            cache[key] = accuracy(model, row.method, "test", samples)
+        result = done[row.label] = cache[key]
+        masks = {"all": result["group"] != "", **{g: result["group"] == g for g in GROUPS}}
         results.append({
-            "label": row.label, "average_tokens": result["average_tokens"], "accuracy": result["accuracy"],
-            "interval": interval(right), "groups": {g: 100 * float(np.mean(v)) for g, v in by_group.items()},
-            "families": families, "family_tokens": result["family_tokens"], "survivors": result["survivors"],
-            "flops": result["llm_flops"] + encoding_flops(model, row.encoding), "llm_flops": result["llm_flops"],
-            "against": row.against, "paper": row.paper,
-            "difference": difference(right, done[row.against]["right"]) if row.against else None})
-        if row.against:
-            theirs = done[row.against]["right"]
-            results[-1]["group_difference"] = {
-                g: difference(by_group[g], [r for i, r in enumerate(theirs)
-                                            if FAMILIES[list(FAMILIES)[i % len(FAMILIES)]] == g]) for g in GROUPS}
+            "label": row.label, "paper": row.paper, "against": row.against, "interval": interval(result["right"]),
+            "flops": result["llm_flops"] + encoding_flops(model, row.encoding),
+            "groups": {g: 100 * float(result["right"][masks[g]].mean()) for g in GROUPS},
+            "differences": {g: difference(result["right"][mask], done[row.against]["right"][mask])
+                            for g, mask in masks.items()} if row.against else {},
+            **{k: result[k] for k in ("average_tokens", "accuracy", "families", "family_tokens", "survivors")}})
     return results
 
 
@@ -369,11 +362,8 @@ def markdown(name: str, result: dict) -> str:
     head = ["", "tokens", "FLOPs", "accuracy", *GROUPS, *FAMILIES, "difference", *GROUPS, *(f"paper: {c}" for c in paper)]
     lines = []
     for row in rows:
-        differences = [""] * (1 + len(GROUPS))
-        if row["difference"]:
-            pairs = [row["difference"], *row["group_difference"].values()]
-            differences = [f"{mean:+.1f} {bracket(low, high)}" for mean, low, high in pairs]
-            differences[0] += f" to {row['against']}"
+        differences = [f"{mean:+.1f} {bracket(low, high)}" for mean, low, high in row["differences"].values()]
+        differences = [f"{differences[0]} to {row['against']}", *differences[1:]] if differences else [""] * (1 + len(GROUPS))
         lines.append([row["label"], f"{row['average_tokens']:.1f}", f"{100 * row['flops'] / full:.0f} %",
                       f"{row['accuracy']:.1f} {bracket(*row['interval'])}", *(f"{v:.1f}" for v in row["groups"].values()),
                       *(f"{row['families'][f]:.1f}" for f in FAMILIES), *differences, *(str(row["paper"].get(c, "")) for c in paper)])
