@@ -20,7 +20,7 @@ import transformers
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
-from . import evaluate, glyphworld, tables
+from . import evaluate, glyphworld, report
 from .model import CHECKPOINTS, Answer, Budget, Meteor
 from .pictures import load_picture
 from .plots import survivor_figure
@@ -57,8 +57,8 @@ def build_parser() -> Parser:
     ask.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage")
     ask.add_argument("--json", action="store_true", help="print JSON")
     score.add_argument("--samples", type=count, metavar="N", help=f"questions (1000; {TABLE_SAMPLES} with --table)")
-    score.add_argument("--table", choices=[*tables.TITLES, "all"], metavar="NAME",
-                       help=f"a table of the paper: {', '.join(tables.TITLES)}; all: every one, into results/")
+    score.add_argument("--table", choices=[*report.TITLES, "all"], metavar="NAME",
+                       help=f"a table of the paper: {', '.join(report.TITLES)}; all: every one, into results/")
     score.add_argument("--split", choices=["test", "val"], default="test")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     return parser
@@ -211,8 +211,9 @@ def run_eval(args: argparse.Namespace) -> None:
         check_output(args.json)
     model = load_model(args.model)
     if args.table is not None:
-        names = list(tables.TITLES) if args.table == "all" else [args.table]
-        results = tables.report(model, names, args.samples or TABLE_SAMPLES, Path("results") if args.table == "all" else None)
+        names = list(report.TITLES) if args.table == "all" else [args.table]
+        folder = Path("results") if args.table == "all" else None
+        results = report.report(model, names, args.samples or TABLE_SAMPLES, folder)
         if args.json is not None:
             args.json.write_text(json.dumps(results, indent=1, default=float) + "\n")
         return

@@ -53,7 +53,8 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     return {"accuracy": 100 * right.mean(), "average_tokens": tokens.mean(),
             "families": {f: 100 * right[family == f].mean() for f in present},
             "family_tokens": {f: tokens[family == f].mean() for f in present},
-            "right": right, "group": np.array([FAMILIES[f] for f in family]), "llm_flops": float(np.mean(flops)), "survivors": mean}
+            "right": right, "group": np.array([FAMILIES[f] for f in family]), "llm_flops": float(np.mean(flops)),
+            "survivors": mean}
 
 
 def prefill_flops(config, visual: list[float], text: int) -> float:

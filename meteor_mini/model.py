@@ -75,8 +75,8 @@ class Answer:
     """One question answered.
 
     text; tokens: visual tokens {"encoders", "stage1", "stage2", "stage3"}, the last the mean over the LLM's layers;
-    layers: visual tokens in each LLM layer; survivors: stage name -> {encoder: count}, "stage3" counting those in the LLM's last layer; kept: stage name ->
-    {encoder: (h, w) bool tensor}, True where the patch's token is still there.
+    layers: visual tokens in each LLM layer; survivors: stage name -> {encoder: count}, "stage3" counting those in the
+    LLM's last layer; kept: stage name -> {encoder: (h, w) bool tensor}, True where the patch's token is still there.
     """
 
     text: str

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from meteor_mini import Budget, load, tables
+from meteor_mini import Budget, load, report, tables
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def test_every_row_compares_with_a_row_above_it(model):
 def test_rows_of_table_3_have_the_same_average(model):
     rows = {row.label: row for row in tables.table3(model)}
     cache = {}
-    results = tables.measure_rows(model, [r for label, r in rows.items() if label.startswith("fixed")], 8, cache)
+    results = report.measure_rows(model, [r for label, r in rows.items() if label.startswith("fixed")], 8, cache)
     for result in results:
         assert abs(result["average_tokens"] - model.budget.stage3) <= 0.6, result["label"]
 
@@ -67,10 +67,10 @@ def test_the_information_gap_and_full_subset_agree_with_the_accuracies(model):
 
 
 def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path, capsys):
-    first = tables.report(model, ["2", "figure1", "video"], 8, tmp_path)
-    again = tables.report(model, ["2", "figure1", "video"], 8, None)
+    first = report.report(model, ["2", "figure1", "video"], 8, tmp_path)
+    again = report.report(model, ["2", "figure1", "video"], 8, None)
     assert json.dumps(first, default=float) == json.dumps(again, default=float)
     text = (tmp_path / "README.md").read_text()
-    assert all(tables.TITLES[name] in text for name in ("2", "figure1", "video")) and "paper: DocVQA" in text
+    assert all(report.TITLES[name] in text for name in ("2", "figure1", "video")) and "paper: DocVQA" in text
     assert json.loads((tmp_path / "tables.json").read_text()).keys() == {"2", "figure1", "video"}
-    assert tables.TITLES["2"] in capsys.readouterr().out
+    assert report.TITLES["2"] in capsys.readouterr().out
