@@ -68,11 +68,12 @@ def prefill_flops(config, visual: list[float], text: int) -> float:
     return sum(2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m) for n in (v + text for v in visual))
 
 
-def encoding_flops(model: Meteor, budget: Budget) -> int:
-    """FLOPs of encoders, stages 1 and 2 and projectors for one picture, counted by torch while they run."""
+@torch.no_grad()
+def encoding_flops(model: Meteor, encode: Callable[[Meteor, torch.Tensor], object]) -> int:
+    """FLOPs of encode(model, images) for one picture, encoders, stages 1 and 2, projectors: counted while they run."""
     image = to_images([glyphworld.make_picture(0, "val").image])
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.encode(image, budget)
+    with FlopCounterMode(display=False) as counter:
+        encode(model, image)
     return counter.get_total_flops()
 
 

@@ -38,7 +38,7 @@ def measure_rows(model: Meteor, rows: list[Row], samples: int, cache: dict) -> l
         masks = {"all": result["group"] != "", **{g: result["group"] == g for g in GROUPS}}
         results.append({
             "label": row.label, "paper": row.paper, "against": row.against, "interval": interval(result["right"]),
-            "flops": result["llm_flops"] + encoding_flops(model, row.encoding),
+            "flops": result["llm_flops"] + encoding_flops(model, row.encode),
             "groups": {g: 100 * float(result["right"][masks[g]].mean()) for g in GROUPS},
             "differences": {g: difference(result["right"][mask], done[row.against]["right"][mask])
                             for g, mask in masks.items()} if row.against else {},

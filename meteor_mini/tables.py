@@ -24,31 +24,38 @@ Encode = Callable[[Meteor, torch.Tensor], Encoded]
 
 @dataclass
 class Row:
-    """label; method: what is measured; encoding: the budget that the encoders work under, whose FLOPs are counted;
-    against: label of the row above that it is compared with, question by question; paper: {column: value}."""
+    """label; method: what is measured; encode: what makes its visual tokens, for counting FLOPs; against: label of the
+    row above that it is compared with, question by question; paper: {column: value}."""
 
     label: str
     method: Method
-    encoding: Budget = Budget()
+    encode: Encode
     against: str | None = None
     paper: dict[str, float | str] = field(default_factory=dict)
 
 
 def own(budget: Budget, label: str, against: str | None = None, **paper) -> Row:
     """A row of METEOR itself."""
-    return Row(label, budget, replace(budget, stage3=None), against, paper)
+    return Row(label, budget, lambda m, x: m.encode(x, budget), against, paper)
 
 
 def other(budget: Budget, pruner: baselines.Pruner, label: str, against: str | None = None, **paper) -> Row:
     """Stages 1 and 2 under a budget, another pruner in place of stage 3."""
     budget = replace(budget, stage3=None)
-    return Row(label, lambda model, images, questions: model.answer(images, questions, budget, pruner), budget, against, paper)
+    method = lambda model, images, questions: model.answer(images, questions, budget, pruner)
+    return Row(label, method, lambda m, x: m.encode(x, budget), against, paper)
 
 
 def encoded(encode: Encode, pruner: baselines.Pruner | None, label: str, against: str | None = None, **paper) -> Row:
     """Another way to make the LLM's visual tokens, and a pruner in the LLM or none."""
     method = lambda model, images, questions: model.answer(encode(model, images), questions, Budget.none(), pruner)
-    return Row(label, method, Budget(), against, paper)
+    return Row(label, method, encode, against, paper)
+
+
+def merged(names: list[str], budget: int, label: str, against: str | None = None, **paper) -> Row:
+    """PruMerge++-style; FLOPs of one pass through each encoder, though ours makes two."""
+    row = encoded(lambda m, x: baselines.prumerge(m, x, names, budget), None, label, against, **paper)
+    return replace(row, encode=lambda m, x: [stage1_encode.encode(m.encoders[n], x) for n in names])
 
 
 def fastv_count(K: int, average: float, layer: int, L: int) -> int:
@@ -85,7 +92,7 @@ def main_table(model: Meteor) -> list[Row]:
         *(own(replace(budget, stage3=n), f"METEOR, {n}", "unpruned") for n in wanted),
         other(budget, fastv(K, average, L), f"stages 1+2, then FastV, {average}", mine),
         other(budget, pyramid(K, average, L), f"stages 1+2, then PyramidDrop, {average}", mine),
-        encoded(lambda m, x: baselines.prumerge(m, x, names, average), None, f"PruMerge++-style, {average}", mine),
+        merged(names, average, f"PruMerge++-style, {average}", mine),
         other(Budget.none(), fastv(everything, cells, L), f"FastV alone, {cells}", mine),
         other(Budget.none(), pyramid(everything, 1.5 * cells, L), f"PyramidDrop alone, {1.5 * cells:.0f}", mine)]
 
@@ -145,11 +152,11 @@ def table6(model: Meteor) -> list[Row]:
     few = round(0.27 * model.adapters[list(model.encoders).index(name)].num_tokens)  # 29 % of FLOPs in the paper's row
     both = adaptive(lambda_for(model, alone(name, few), 0.45 * few, k), k)
     columns = lambda *values: dict(zip(["GQA", "POPE", "TextVQA"], values))
-    merged = f"PruMerge++-style, {few}"
+    first = f"PruMerge++-style, {few}"
     return [encoded(alone(name), None, f"{name} alone", **columns(62.0, 85.9, 58.2)),
-            encoded(lambda m, x: baselines.prumerge(m, x, [name], few), None, merged, **columns(57.5, 84.0, 57.1)),
-            encoded(alone(name, few), None, f"stage 1, {few}", merged, **columns(58.6, 84.5, 57.3)),
-            encoded(alone(name, few), both, f"stages 1 and 3, {0.45 * few:.0f}", merged, **columns(55.1, 78.4, 53.8))]
+            merged([name], few, first, **columns(57.5, 84.0, 57.1)),
+            encoded(alone(name, few), None, f"stage 1, {few}", first, **columns(58.6, 84.5, 57.3)),
+            encoded(alone(name, few), both, f"stages 1 and 3, {0.45 * few:.0f}", first, **columns(55.1, 78.4, 53.8))]
 
 
 def table7(model: Meteor) -> list[Row]:

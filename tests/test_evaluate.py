@@ -70,8 +70,10 @@ def test_the_flops_formula_gives_the_papers_rows():
 
 
 def test_flops_of_encoding_fall_with_the_budget(model):
-    full, pruned = encoding_flops(model, Budget.none()), encoding_flops(model, model.budget)
+    full, pruned = (encoding_flops(model, lambda m, x: m.encode(x, b)) for b in (Budget.none(), model.budget))
     assert 0.3 * full < pruned < full
+    clip = encoding_flops(model, lambda m, x: m.encoders["clip"](x))
+    assert clip < full / 2
 
 
 def test_interval_and_difference_by_hand():
