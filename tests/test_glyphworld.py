@@ -133,6 +133,20 @@ def test_every_word_of_questions_and_answers_is_in_the_vocabulary():
             assert all(w in g.WORDS or w.isdigit() for w in text.split())
 
 
+def test_clips_are_seeded_and_their_answers_true():
+    answers = set()
+    for index in range(40):
+        image, question, answer = g.make_clip(index, "colors")
+        assert np.array_equal(image, g.make_clip(index, "colors")[0]) and image.shape == (96, 96, 3)
+        color = np.array(g.COLORS[question.split()[3]])
+        middles = [image[r * 32 + 16, c * 32 + 16] for r in range(2) for c in range(3)]  # of the six frames
+        assert answer == ("yes" if any(np.array_equal(m, color) for m in middles) else "no")
+        answers.add(answer)
+        _, question, answer = g.make_clip(index, "counter")
+        assert question == "what is the number ?" and [int(d) - int(answer[0]) for d in answer] == [0, 1, 2]
+    assert answers == {"yes", "no"}
+
+
 @pytest.mark.parametrize("arguments, message", [
     ((0, "dev"), "split must be one of"), ((0, "train", "photo"), "kind must be"), ((-1,), "index must be 0 or more"),
 ])

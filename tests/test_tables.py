@@ -33,6 +33,24 @@ def test_divergence_by_hand():
     assert tables.divergence(p, p).tolist() == pytest.approx([0, 0])
 
 
+@torch.no_grad()
+def test_last_attention_equals_the_librarys_own_weights(model):
+    questions = ["is there a red circle ?", "describe the picture ."]
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    encoded = model.encode(images, Budget(stage1=40, stage2=20))
+    got = tables.last_attention(model, encoded, questions)
+    embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
+    model.decoder.set_attn_implementation("eager")
+    try:
+        weights = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True).attentions[-1]
+    finally:
+        model.decoder.set_attn_implementation("sdpa")
+    for b in range(2):
+        places = visual_mask[b].nonzero()[:, 0]
+        expected = weights[b][:, places[-1] + 1:, places].mean(dim=(0, 1))  # heads, text after the picture
+        torch.testing.assert_close(got[b], expected / expected.sum(), atol=1e-5, rtol=1e-4)
+
+
 def test_every_row_compares_with_a_row_above_it(model):
     for build in tables.TABLES.values():
         seen = []
