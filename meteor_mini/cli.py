@@ -209,6 +209,10 @@ def run_ask(args: argparse.Namespace) -> None:
 def run_eval(args: argparse.Namespace) -> None:
     if args.json is not None:
         check_output(args.json)
+    if args.table == "all":
+        check_output(Path("results"), directory=True)
+    if args.table is not None and args.split != "test":
+        raise ValueError("--split must be test beside --table, whose rows are of the held-out questions")
     model = load_model(args.model)
     if args.table is not None:
         names = list(report.TITLES) if args.table == "all" else [args.table]

@@ -120,7 +120,12 @@ def markdown(name: str, result: dict) -> str:
 
 
 def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -> dict:
-    """Measure and print tables; with a folder, write README.md and tables.json there after each one."""
+    """Measure and print tables; with a folder, write them to its README.md and tables.json.
+
+    Raises: ValueError for a model without a budget of its own for all three stages, from which the rows are made.
+    """
+    if not all(isinstance(v, (int, float)) for v in (model.budget.stage1, model.budget.stage2, model.budget.stage3)):
+        raise ValueError(f"model must have a budget with a count for each stage, got {model.budget}")
     cache, results, start = {}, {}, time.time()
     for name in names:
         results[name] = run(model, name, samples, cache)

@@ -192,6 +192,14 @@ def test_eval_writes_both_rows(folder, model, tmp_path, capsys):
         assert re.search(rf"^{name} +[\d.]+ +[\d.]+$", printed, re.M)
 
 
+def test_eval_prints_a_table(folder, tmp_path, capsys):
+    path = tmp_path / "table.json"
+    assert cli.main(["eval", "--model", str(folder), "--table", "1", "--samples", "8", "--json", str(path)]) == 0
+    printed, rows = capsys.readouterr().out, json.loads(path.read_text())["1"]["rows"]
+    assert "Table 1" in printed and "rank_reverse, 84" in printed and "paper: Avg" in printed
+    assert [row["average_tokens"] for row in rows] == [168] * 3 + [84] * 3
+
+
 # ------------------------------------------------------------------ wrong input
 
 def refused(argv, capsys, *words):
@@ -228,6 +236,8 @@ def refused(argv, capsys, *words):
     (["eval", "--split", "train"], ["--split", "train"]),
     (["eval", "--json", "none/out.json"], ["none", "does not exist"]),
     (["eval", "--json", "."], ["it is a directory"]),
+    (["eval", "--table", "9"], ["--table", "redundancy"]),
+    (["eval", "--table", "all", "--split", "val"], ["--split", "--table"]),
 ])
 def test_refused_before_a_model_is_there(argv, words, picture, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
