@@ -1,19 +1,23 @@
 """What METEOR is compared with, each a few lines over the same interfaces.
 
 Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`. At the encoders' outputs:
-`prumerge`. Each is named after the paper whose idea it follows; what differs from that paper's own code is said.
+`prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it follows; what differs from that paper's own code is said.
 """
+import copy
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
-from stage1_encode import adapter, allocate_budget, encode
-from stage2_fuse import Fused, fuse
+from stage1_encode import adapter, allocate_budget, encode, encode_all
+from stage2_fuse import Fused, Projector, fuse
 from stage3_decode import AdaptivePruner
 
-from .model import Encoded, Meteor
+from .evaluate import Method
+from .model import Answer, Budget, Encoded, Meteor
 
 Pruner = Callable[..., AdaptivePruner]
 
@@ -84,3 +88,102 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     index = [list(model.encoders).index(n) for n in names]
     all_kept = [kept[names.index(n)] if n in names else kept[0][:, :0] for n in model.encoders]
     return Encoded(Fused(tokens.tokens, torch.tensor(index)[tokens.encoder_id], tokens.keep_idx), all_kept)
+
+
+# ------------------------------------------------------------------ learned fusions: (C x (B, N, D_l)) -> (B, K, D)
+
+class ChannelFusion(nn.Module):
+    """EAGLE's pre-projection fusion: the encoders' channels side by side, one projector, a token per grid cell.
+
+    Source: [supplement Table 2, "Pre-projection fusion"; arXiv 2408.15998]
+    """
+
+    def __init__(self, widths: list[int], grid: tuple[int, int], width: int):
+        super().__init__()
+        self.project = Projector(sum(widths), width)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return self.project(torch.cat(features, dim=-1))  # (B, N, sum D_l) -> (B, N, D)
+
+
+class Resampler(nn.Module):
+    """Learned queries, as many as there are grid cells, attend to all encoders' projected tokens.
+    Source: [supplement Table 2, "Resampler"; one layer, as in Qwen-VL, arXiv 2308.12966]"""
+
+    def __init__(self, widths: list[int], grid: tuple[int, int], width: int):
+        super().__init__()
+        self.projectors = nn.ModuleList(Projector(w, width) for w in widths)
+        self.query = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
+        self.place = nn.Parameter(0.02 * torch.randn(len(widths), grid[0] * grid[1], width))  # which patch of which encoder
+        self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        values = torch.cat([p(x) for p, x in zip(self.projectors, features)], dim=1)  # (B, C N, D)
+        keys = self.norm(values) + self.place.flatten(0, 1)
+        return self.attention(self.query.expand(len(values), -1, -1), keys, values, need_weights=False)[0]  # (B, N, D)
+
+
+class PixShuffle(nn.Module):
+    """Each 2 x 2 patches of an encoder become one token, their channels side by side: a quarter of all tokens.
+    Source: [supplement Table 2, "PixShuffle"; InternVL, arXiv 2404.16821]"""
+
+    def __init__(self, widths: list[int], grid: tuple[int, int], width: int):
+        super().__init__()
+        self.grid, self.projectors = grid, nn.ModuleList(Projector(4 * w, width) for w in widths)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        (h, w), tokens = self.grid, []
+        for x, project in zip(features, self.projectors):
+            x = x.view(len(x), h // 2, 2, w // 2, 2, -1).transpose(2, 3)  # (B, h/2, w/2, 2, 2, D_l)
+            tokens.append(project(x.flatten(3).flatten(1, 2)))
+        return torch.cat(tokens, dim=1)  # (B, C N / 4, D)
+
+
+class TokenMLP(nn.Module):
+    """An MLP along the tokens: the N tokens of each encoder, after its projector, mix into N / 4.
+    Source: [supplement Table 2, "MLP"; which dimension it mixes is our reading]"""
+
+    def __init__(self, widths: list[int], grid: tuple[int, int], width: int):
+        super().__init__()
+        N = grid[0] * grid[1]
+        self.projectors = nn.ModuleList(Projector(w, width) for w in widths)
+        self.mix = nn.ModuleList(Projector(N, N // 4) for _ in widths)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        return torch.cat([mix(p(x).mT).mT for p, mix, x in zip(self.projectors, self.mix, features)], dim=1)  # (B, C N / 4, D)
+
+
+LEARNED = {"EAGLE-style": ChannelFusion, "Resampler": Resampler, "MLP": TokenMLP, "PixShuffle": PixShuffle}
+
+
+def new_fusions(model: Meteor) -> nn.ModuleDict:
+    """All learned fusions, untrained; those with a projector for each encoder start from the model's own."""
+    widths, width = [a.dim for a in model.adapters], model.decoder.config.hidden_size
+    fusions = nn.ModuleDict({name: build(widths, model.adapters[0].grid, width) for name, build in LEARNED.items()})
+    for name in ("Resampler", "MLP"):
+        for mine, theirs in zip(fusions[name].projectors, model.projectors.values()):
+            mine.load_state_dict(theirs.state_dict())
+    return fusions
+
+
+def learned(model: Meteor, fusion: nn.Module) -> Method:
+    """What is measured of a learned fusion: the model's encoders unpruned, the fusion, the model's Llama."""
+    @torch.no_grad()
+    def method(_, images: Tensor, questions: list[str]) -> list[Answer]:
+        features, kept = encode_all(list(model.encoders.values()), images.to(model.device), None)
+        tokens = fusion(features)
+        place = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
+        fused = Fused(tokens, torch.zeros_like(place), place)  # its tokens are no patches: the books of patches stay empty
+        return model.answer(Encoded(fused, [keep[:, :0] for keep in kept]), questions, Budget.none())
+    return method
+
+
+def load_learned(model: Meteor, file: Path) -> dict[str, Method]:
+    """The learned fusions that `train_baselines.py` wrote, each with the Llama that was trained with them, by name."""
+    twin, weights = copy.deepcopy(model), {k: v.float() for k, v in load_file(file).items()}
+    fusions = new_fusions(twin).eval()
+    fusions.load_state_dict({k.removeprefix("fusions."): v for k, v in weights.items() if k.startswith("fusions.")})
+    decoder = {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
+    twin.decoder.load_state_dict(decoder, strict=False)  # word embeddings are tied to the head, and stored once
+    return {name: learned(twin, fusion) for name, fusion in fusions.items()}

@@ -112,7 +112,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
 
     def __init__(self, config: dict):
         super().__init__()
-        self.config = config
+        self.config, self.folder = config, None
         self.encoders = nn.ModuleDict({n: build_encoder(family, o) for n, (family, o) in config["encoders"].items()})
         self.tokenizer = build_tokenizer(config["words"])
         self.decoder = build_decoder(config["decoder"], len(self.tokenizer))
@@ -217,7 +217,11 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         Returns: {"loss": scalar, "logits": (n, V), "labels": (n,)} of the n tokens of all answers, <eos> with them.
         """
         encoded = images if isinstance(images, Encoded) else self.encode(images, budget)
-        embeds, mask, position, labels = self.pack(encoded.fused.tokens, dialogues)
+        return self.answer_loss(encoded.fused.tokens, dialogues)
+
+    def answer_loss(self, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]) -> dict:
+        """`forward` from visual tokens (B, K, D), however they were made."""
+        embeds, mask, position, labels = self.pack(visual, dialogues)
         hidden = self.decoder.model(inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False)[0]
         said = labels[:, 1:] != -100
         logits, labels = self.decoder.lm_head(hidden[:, :-1][said]), labels[:, 1:][said]
@@ -371,6 +375,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
             raise ValueError(f"{weights_file} does not fit {config_file}: {len(wrong)} tensors are missing, unknown or of "
                              f"another shape, first {min(wrong)}")
         model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)  # tied weights appear once
+        model.folder = Path(weights_file).parent  # what lies beside the weights, as baselines.safetensors
         return model.eval()
 
 

@@ -6,6 +6,7 @@ columns of their own. `report.py` measures and prints.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -58,6 +59,15 @@ def merged(names: list[str], budget: int, label: str, against: str | None = None
     return replace(row, encode=lambda m, x: [stage1_encode.encode(m.encoders[n], x) for n in names])
 
 
+def fusion_rows(model: Meteor, names: list[str], against: str, paper: dict[str, dict] = {}) -> list[Row]:
+    """Rows of `baselines.LEARNED`; none for a model whose folder has no baselines.safetensors (`train_baselines.py`)."""
+    file = Path(model.folder or "") / "baselines.safetensors"
+    methods = baselines.load_learned(model, file) if file.exists() else {}
+    everything = lambda m, x: m.encode(x, Budget.none())
+    return [Row(f"{n}, {model.adapters[0].num_tokens}", methods[n], everything, against, paper.get(n, {}))
+            for n in names if n in methods]
+
+
 def fastv_count(K: int, average: float, layer: int, L: int) -> int:
     """Tokens after `layer` of L so that K in front of it make the wanted average."""
     return max(1, round((average * L - K * layer) / (L - layer)))
@@ -89,6 +99,7 @@ def main_table(model: Meteor) -> list[Row]:
     wanted = [round(1.3 * average), average, round(0.7 * average)]
     return [
         own(Budget.none(), "unpruned"),
+        *fusion_rows(model, ["EAGLE-style"], "unpruned"),
         *(own(replace(budget, stage3=n), f"METEOR, {n}", "unpruned") for n in wanted),
         other(budget, fastv(K, average, L), f"stages 1+2, then FastV, {average}", mine),
         other(budget, pyramid(K, average, L), f"stages 1+2, then PyramidDrop, {average}", mine),
@@ -115,7 +126,12 @@ def table2(model: Meteor) -> list[Row]:
         rows += [own(Budget(stage1=total, stage2=K, stage2_strategy=s), f"{s}, {K}",
                      None if s == "collaborative" else f"collaborative, {K}", **(values if K == proportion else {}))
                  for s, values in paper.items()]
-    return rows
+    cells = model.adapters[0].num_tokens  # what the learned fusions leave
+    wide = Budget(stage1=round(cells * 1193 / 576), stage2=cells)
+    learned = {"EAGLE-style": dict(POPE=86.7, DocVQA=70.9, OCR=493), "Resampler": dict(POPE=85.5, DocVQA=48.1, OCR=348),
+               "MLP": dict(POPE=86.3, DocVQA=54.7, OCR=410), "PixShuffle": dict(POPE=85.9, DocVQA=53.4, OCR=400)}
+    return [*rows, own(wide, f"collaborative, {cells}"),
+            *fusion_rows(model, list(learned), f"collaborative, {cells}", learned)]
 
 
 def table3(model: Meteor) -> list[Row]:

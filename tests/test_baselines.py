@@ -2,6 +2,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 
 import stage1_encode
 from meteor_mini import Budget, baselines, glyphworld, load, tables
@@ -92,6 +93,39 @@ def test_prumerge_shares_equally_and_knows_its_patches(model, batch):
     assert sorted(answer.survivors["stage2"].values()) == [8, 8, 9, 9]
     _, attended = stage1_encode.encode(model.encoders["clip"], images, (None, None, 9))
     assert torch.equal(encoded.stage1_idx[0], attended)
+
+
+@torch.no_grad()
+def test_learned_fusions_see_each_cell_of_each_encoder(model, batch):
+    """The shapes, and by hand: which patches meet in one token."""
+    torch.manual_seed(0)
+    fusions = baselines.new_fusions(model).eval()
+    features, _ = stage1_encode.encode_all(list(model.encoders.values()), batch[0], None)  # 4 x (8, 144, 96)
+    for name, fusion in fusions.items():
+        assert fusion(features).shape == (8, 144, model.decoder.config.hidden_size), name
+    cell = torch.cat([x[3, 50] for x in features])  # EAGLE: one cell, all channels
+    torch.testing.assert_close(fusions["EAGLE-style"](features)[3, 50], fusions["EAGLE-style"].project(cell))
+    x = features[1][3].view(12, 12, -1)  # PixShuffle: rows 4-5, columns 6-7 of the second encoder
+    four = torch.cat([x[4, 6], x[4, 7], x[5, 6], x[5, 7]])
+    token = fusions["PixShuffle"](features)[3, 36 + 2 * 6 + 3]
+    torch.testing.assert_close(token, fusions["PixShuffle"].projectors[1](four), atol=1e-5, rtol=1e-5)
+    projected = [model.projectors[n](x[3]) for n, x in zip(model.encoders, features)]  # MLP: one encoder, channel by channel
+    mixed = torch.stack([fusions["MLP"].mix[2](projected[2][:, d]) for d in range(128)], dim=1)  # (36, 128)
+    torch.testing.assert_close(fusions["MLP"](features)[3, 72:108], mixed, atol=1e-5, rtol=1e-5)
+
+
+def test_learned_fusions_come_back_with_their_own_llama(model, batch, tmp_path):
+    torch.manual_seed(1)
+    fusions, decoder = baselines.new_fusions(model), dict(model.decoder.state_dict())
+    changed = {f"decoder.{k}": v + 0.01 * torch.randn_like(v) for k, v in decoder.items() if k != "lm_head.weight"}
+    save_file(changed | {f"fusions.{k}": v for k, v in fusions.state_dict().items()}, tmp_path / "baselines.safetensors")
+    methods = baselines.load_learned(model, tmp_path / "baselines.safetensors")
+    assert list(methods) == list(baselines.LEARNED)
+    answers = methods["PixShuffle"](model, *batch)
+    assert len(answers) == 8 and all(a.layers == [144] * 8 for a in answers)
+    assert all(torch.equal(v, decoder[k]) for k, v in model.decoder.state_dict().items())  # ours is untouched
+    texts = [a.text for a in baselines.learned(model, fusions["PixShuffle"])(model, *batch)]
+    assert texts != [a.text for a in answers]
 
 
 @torch.no_grad()

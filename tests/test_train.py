@@ -1,11 +1,11 @@
-"""The training's losses against loops, and one tiny run of every stage end to end, stopped and resumed."""
+"""The training's losses against loops, and one tiny run of every stage end to end (slow), stopped and resumed."""
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from meteor_mini import glyphworld, load, train
+from meteor_mini import evaluate, glyphworld, load, tables, train, train_baselines
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,35 @@ def test_background_is_weighted_down():
     words = torch.zeros(1, 10, len(train.SLOT_SIZES), dtype=torch.long)
     assert train.word_loss(scores, words, [1] * len(train.SLOT_SIZES)).item() == pytest.approx(
         np.mean([math.log(size) for size in train.SLOT_SIZES]), rel=1e-5)
+
+
+def run(module, monkeypatch, work, out, *options):
+    monkeypatch.setattr("sys.argv", ["train", "--work", str(work), "--out", str(out), *options])
+    module.main()
+
+
+@pytest.mark.slow  # about two minutes: every stage of both trainings, and calibration
+def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp_path):
+    steps = {name: 2 for name in train.STEPS}
+    for name, value in {"POOL": 128, "FEATURE_CHUNKS": 4, "STEPS": steps}.items():
+        monkeypatch.setattr(train, name, value)
+    run(train, monkeypatch, tmp_path / "work", tmp_path / "model")
+    model = load(tmp_path / "model")
+    assert model.config["ranks"] and model.config["lambda_table"] and model.budget.stage1 == train.BUDGET["stage1"]
+
+    once = (tmp_path / "work" / "answer.safetensors").read_bytes()
+    for name in ("answer.safetensors", "answer.resume.safetensors"):
+        (tmp_path / "work" / name).unlink()
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", lambda step, _, **options: schedule(step, 2, **options))
+    monkeypatch.setattr(train, "STEPS", steps | {"answer": 1})  # stopped after one step
+    run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", "answer")
+    monkeypatch.setattr(train, "STEPS", steps)
+    run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", "answer")
+    assert (tmp_path / "work" / "answer.safetensors").read_bytes() == once
+
+    monkeypatch.setattr(train_baselines, "CHUNKS", 2)
+    monkeypatch.setattr(train_baselines, "STEPS", {"align": 2, "answer": 4})
+    run(train_baselines, monkeypatch, tmp_path / "work", tmp_path / "model" / "baselines.safetensors")
+    rows = [row for row in tables.table2(load(tmp_path / "model")) if row.label.startswith("Resampler")]
+    assert len(rows) == 1 and evaluate.accuracy(model, rows[0].method, "val", 8)["average_tokens"] == 144
