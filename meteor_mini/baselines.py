@@ -4,19 +4,21 @@ Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_dr
 `prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it follows; what differs from that paper's own code is said.
 """
 import copy
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from stage1_encode import adapter, allocate_budget, encode, encode_all
 from stage2_fuse import Fused, Projector, fuse
 from stage3_decode import AdaptivePruner
 
-from .evaluate import Method
 from .model import Answer, Budget, Encoded, Meteor
 
 Pruner = Callable[..., AdaptivePruner]
@@ -75,7 +77,7 @@ def prumerge(model: Meteor, images: Tensor, names: list[str], budget: int) -> En
     count is given, so the highest stay (of a ConvNet, which has no attention, those least like its mean token).
     Source: [arXiv 2403.15388]
     """
-    encoders = [model.encoders[n] for n in names]
+    encoders, images = [model.encoders[n] for n in names], images.to(model.device)
     counts = allocate_budget(budget, [1.0] * len(names), [adapter(e).num_tokens for e in encoders], "average")
     kept = [encode(e, images, (None, None, K))[1] for e, K in zip(encoders, counts)]
     merged = [merge(encode(e, images)[0], keep_idx) for e, keep_idx in zip(encoders, kept)]
@@ -87,7 +89,7 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     tokens = fuse([model.projectors[n](x) for n, x in zip(names, features)], None)
     index = [list(model.encoders).index(n) for n in names]
     all_kept = [kept[names.index(n)] if n in names else kept[0][:, :0] for n in model.encoders]
-    return Encoded(Fused(tokens.tokens, torch.tensor(index)[tokens.encoder_id], tokens.keep_idx), all_kept)
+    return Encoded(Fused(tokens.tokens, torch.tensor(index, device=model.device)[tokens.encoder_id], tokens.keep_idx), all_kept)
 
 
 # ------------------------------------------------------------------ learned fusions: (C x (B, N, D_l)) -> (B, K, D)
@@ -167,23 +169,61 @@ def new_fusions(model: Meteor) -> nn.ModuleDict:
     return fusions
 
 
-def learned(model: Meteor, fusion: nn.Module) -> Method:
-    """What is measured of a learned fusion: the model's encoders unpruned, the fusion, the model's Llama."""
+class Learned(NamedTuple):
+    """answer: what is measured, (model, images, questions) -> answers; encode: (model, images) -> tokens (B, K, D)."""
+
+    answer: Callable
+    encode: Callable
+
+
+def learned(model: Meteor, fusion: nn.Module) -> Learned:
+    """A learned fusion behind the model's encoders, all unpruned, and before the model's Llama."""
     @torch.no_grad()
-    def method(_, images: Tensor, questions: list[str]) -> list[Answer]:
-        features, kept = encode_all(list(model.encoders.values()), images.to(model.device), None)
-        tokens = fusion(features)
+    def encode(_, images: Tensor) -> Tensor:
+        return fusion(encode_all(list(model.encoders.values()), images.to(model.device), None)[0])
+
+    def answer(_, images: Tensor, questions: list[str]) -> list[Answer]:
+        tokens = encode(_, images)
         place = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        fused = Fused(tokens, torch.zeros_like(place), place)  # its tokens are no patches: the books of patches stay empty
-        return model.answer(Encoded(fused, [keep[:, :0] for keep in kept]), questions, Budget.none())
-    return method
+        none = [place[:, :0]] * len(model.encoders)  # its tokens are no patches: the books of patches stay empty
+        return model.answer(Encoded(Fused(tokens, torch.zeros_like(place), place), none), questions, Budget.none())
+
+    return Learned(answer, encode)
 
 
-def load_learned(model: Meteor, file: Path) -> dict[str, Method]:
-    """The learned fusions that `train_baselines.py` wrote, each with the Llama that was trained with them, by name."""
-    twin, weights = copy.deepcopy(model), {k: v.float() for k, v in load_file(file).items()}
-    fusions = new_fusions(twin).eval()
-    fusions.load_state_dict({k.removeprefix("fusions."): v for k, v in weights.items() if k.startswith("fusions.")})
-    decoder = {k.removeprefix("decoder."): v for k, v in weights.items() if k.startswith("decoder.")}
-    twin.decoder.load_state_dict(decoder, strict=False)  # word embeddings are tied to the head, and stored once
-    return {name: learned(twin, fusion) for name, fusion in fusions.items()}
+def fingerprint(model: Meteor) -> str:
+    """Of the encoders' weights in half precision, as they are stored."""
+    digest = hashlib.sha256()
+    for name, value in sorted(model.encoders.state_dict().items()):
+        digest.update(name.encode() + value.detach().cpu().half().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def save_learned(model: Meteor, fusions: nn.ModuleDict, file: Path) -> None:
+    """The fusions and the model's Llama in half precision, with the fingerprint of the encoders they were trained on."""
+    tied = "lm_head.weight"  # the word embeddings, stored once
+    arrays = {f"fusions.{k}": v for k, v in fusions.state_dict().items()}
+    arrays |= {f"decoder.{k}": v for k, v in model.decoder.state_dict().items() if k != tied}
+    save_file({k: v.half().cpu().contiguous() for k, v in arrays.items()}, file, metadata={"encoders": fingerprint(model)})
+
+
+def load_learned(model: Meteor, file: Path) -> dict[str, Learned]:
+    """The learned fusions that `train_baselines.py` wrote, by name, each with the Llama that was trained with them.
+
+    Raises: ValueError for a file that is damaged or was trained on other encoders than the model's.
+    """
+    try:
+        with safe_open(file, "pt") as f:
+            trained_on, weights = (f.metadata() or {}).get("encoders"), {k: f.get_tensor(k).float() for k in f.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{file} is not a safetensors file, or is cut short: {error}") from error
+    if trained_on != fingerprint(model):
+        raise ValueError(f"{file} was trained on other encoders than the model's: run `python -m meteor_mini.train_baselines`")
+    twin = copy.deepcopy(model)
+    both = nn.ModuleDict({"fusions": new_fusions(twin), "decoder": twin.decoder})
+    missing = set(both.state_dict()) ^ set(weights)
+    if missing - {"decoder.lm_head.weight"}:
+        raise ValueError(f"{file} does not fit the model: {min(missing)} is missing or unknown")
+    both.load_state_dict(weights, strict=False)
+    both.eval().requires_grad_(False)
+    return {name: learned(twin, fusion) for name, fusion in both["fusions"].items()}

@@ -219,7 +219,7 @@ def run_eval(args: argparse.Namespace) -> None:
         folder = Path("results") if args.table == "all" else None
         results = report.report(model, names, args.samples or TABLE_SAMPLES, folder)
         if args.json is not None:
-            args.json.write_text(json.dumps(results, indent=1, default=float) + "\n")
+            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
         return
     rows, samples = [], args.samples or 1000
     for method, budget in {"unpruned": Budget.none(), "meteor": model.budget}.items():

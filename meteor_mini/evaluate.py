@@ -27,16 +27,16 @@ Method = Budget | Callable[[Meteor, torch.Tensor, list[str]], list[Answer]]  # w
 
 
 @torch.no_grad()
-def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 1000, first: int = 0) -> dict:
+def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 1000) -> dict:
     """Exact-match accuracy in percent.
 
     Args: method: a budget, or a function (model, images, questions) -> answers.
     Returns: {"accuracy": mean over questions, "families": {family: accuracy}, "average_tokens": mean visual tokens per
-    LLM layer, "family_tokens": the same by family, "right" (n,) bool and "group" (n,) str of each question, "llm_flops": mean
+    LLM layer, "family_tokens": the same by family, "right" (n,) bool and "family" (n,) str of each question, "llm_flops": mean
     FLOPs of the LLM's prefill, "survivors": {stage: {encoder: {family: mean tokens}}}}.
     """
     right, tokens, family, flops, survivors = [], [], [], [], []
-    for examples in batches(split, samples, first=first):
+    for examples in batches(split, samples):
         images = to_images([picture.image for _, picture, _, _ in examples])
         questions = [question for *_, question, _ in examples]
         answers = model.answer(images, questions, method) if isinstance(method, Budget) else method(model, images, questions)
@@ -53,7 +53,7 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     return {"accuracy": 100 * right.mean(), "average_tokens": tokens.mean(),
             "families": {f: 100 * right[family == f].mean() for f in present},
             "family_tokens": {f: tokens[family == f].mean() for f in present},
-            "right": right, "group": np.array([FAMILIES[f] for f in family]), "llm_flops": float(np.mean(flops)),
+            "right": right, "family": family, "llm_flops": float(np.mean(flops)),
             "survivors": mean}
 
 
@@ -61,8 +61,8 @@ def prefill_flops(config, visual: list[float], text: int) -> float:
     """FLOPs of a Llama's prefill, without embeddings and head: 2 (4 n d^2 + 2 n^2 d + 3 n d m) summed over layers.
 
     Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, in all layers. n: both together;
-    d: width, of which grouped keys and values take their part; m: width of the gated MLP.  Source: [METHOD.md; counts
-    what torch.utils.flop_counter counts]
+    d: width, of which grouped keys and values take their part; m: width of the gated MLP. What torch.utils.flop_counter
+    counts; a pruner's own q and k are not in it (of METEOR on the embedded model: 5 % of the LLM's).
     """
     d, m, grouped = config.hidden_size, config.intermediate_size, config.num_key_value_heads / config.num_attention_heads
     return sum(2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m) for n in (v + text for v in visual))
@@ -101,7 +101,7 @@ def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[st
     return {e: (everyone - accuracies[frozenset(names) - {e}]) / everyone for e in names}
 
 
-GROUPS = {"background": [], "shape": glyphworld.SHAPES, "glyph": ["number", "cell"], "header": ["header"], "bar": ["bar"]}
+PATCHES = {"background": [], "shape": glyphworld.SHAPES, "glyph": ["number", "cell"], "header": ["header"], "bar": ["bar"]}
 
 
 @torch.no_grad()
@@ -116,7 +116,7 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
         images = to_images([picture.image for _, picture, _, _ in examples])
         for answer, (_, picture, *_) in zip(model.answer(images, [e[2] for e in examples], budget), examples):
             word = torch.from_numpy(picture.patch_words[:, what])
-            for group, words in GROUPS.items():
+            for group, words in PATCHES.items():
                 members = [glyphworld.SLOTS["what"].index(w) + 1 for w in words] or [0]
                 patches = torch.isin(word, torch.tensor(members))
                 total[group] = total.get(group, 0) + int(patches.sum())
@@ -125,7 +125,7 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
                         key = (stage, name, group)
                         alive[key] = alive.get(key, 0) + int((grid.flatten() & patches).sum())
     stages, names = ["stage1", "stage2", "stage3"], list(model.encoders)
-    return {s: {n: {g: 100 * alive[s, n, g] / max(1, total[g]) for g in GROUPS} for n in names} for s in stages}
+    return {s: {n: {g: 100 * alive[s, n, g] / max(1, total[g]) for g in PATCHES} for n in names} for s in stages}
 
 
 def print_recall(table: dict) -> None:

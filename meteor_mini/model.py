@@ -133,7 +133,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
     @property
     def proportions(self) -> tuple[float, float, float]:
         """Tokens after stages 1 and 2, and per LLM layer, of the model's own budget; the paper's where it has none."""
-        shares = (self.budget.stage1, self.budget.stage2, self.budget.stage3)
+        stage1 = self.budget.stage1 if isinstance(self.budget.stage1, (int, type(None))) else self.budget.stage1[-1]
+        shares = (stage1, self.budget.stage2, self.budget.stage3)
         return PAPER_TOKENS if None in shares else shares
 
     def budget_for(self, tokens: float) -> Budget:

@@ -1,8 +1,9 @@
 """Trains the learned fusions of `baselines.py`, after the embedded model: `python -m meteor_mini.train_baselines`.
 
 One Llama serves them all: it starts from the embedded model's and goes on learning the same questions, the fusions in
-turn, every encoder unpruned. So it has seen more than the embedded model's own Llama, never less. EAGLE-style fusion is
-first aligned with words as the embedded model's projectors are; Resampler and MLP start from those projectors.
+turn, every encoder unpruned: that Llama has seen more than the embedded model's own, but each fusion only a quarter of the
+steps here. EAGLE-style fusion is first aligned with words as the embedded model's projectors are; Resampler and MLP start
+from those projectors, their mixing parts and PixShuffle from random weights.
 """
 import argparse
 import json
@@ -17,7 +18,7 @@ from tqdm import tqdm
 import stage1_encode
 
 from . import glyphworld
-from .baselines import learned, new_fusions
+from .baselines import learned, new_fusions, save_learned
 from .evaluate import accuracy, to_images
 from .model import CHECKPOINTS, Meteor
 from .train import CHUNK, DEVICE, align_loss, dialogue, load_state, save_state, save_whole, schedule, slot_ids, trained
@@ -104,11 +105,10 @@ def main() -> None:
     if not (args.work / "baselines.resume.safetensors").exists():
         align(model, fusions["EAGLE-style"], args.work, STEPS["align"])
     answer(model, fusions, args.work, STEPS["answer"])
-    both = nn.ModuleDict({"fusions": fusions, "decoder": model.decoder})
-    save_whole({k: v.half().contiguous() for k, v in weights(both).items()}, args.out)
-    model.requires_grad_(False), fusions.eval()
-    for name in fusions:
-        result = accuracy(model.eval(), learned(model, fusions[name]), "val", 160)
+    save_learned(model, fusions, args.out)
+    model.eval().requires_grad_(False), fusions.eval().requires_grad_(False)
+    for name, fusion in fusions.items():
+        result = accuracy(model, learned(model, fusion).answer, "val", 160)
         print(f"{name}: {result['accuracy']:.1f} %  " + ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items()))
 
 

@@ -1,8 +1,9 @@
 """Each baseline against a naive version: loops over heads, tokens and groups."""
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 
 import stage1_encode
 from meteor_mini import Budget, baselines, glyphworld, load, tables
@@ -38,23 +39,29 @@ def dense_attention(layer, hidden, position_embeddings, mask, t):
     return torch.stack(rows)
 
 
+@pytest.mark.parametrize("pruner, layer, k, last_only", [
+    (baselines.fastv(7, layer=2), 2, 8, True), (baselines.pyramid_drop([7, 5, 3], 8), 2, 8, True),
+    (baselines.fixed({1: 7, 3: 4}, k=2), 1, 2, False), (baselines.fixed({1: 7}, k=None), 1, 8, False),
+], ids=["FastV", "PyramidDrop", "fixed, 2 heads", "fixed, all heads"])
 @torch.no_grad()
-def test_fastv_keeps_what_the_last_token_attends_to_over_all_heads(model, batch):
+def test_who_is_kept_at_the_first_layer_by_loops(model, batch, pruner, layer, k, last_only):
     images, questions = batch
     encoded = model.encode(images[:3], Budget(stage1=60, stage2=24))
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions[:3])
-    with baselines.fastv(7, layer=2)(model.decoder, visual_mask) as pruner:
+    with pruner(model.decoder, visual_mask) as pruner:
         model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
-    states = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True).hidden_states[2]
+    states = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True).hidden_states
     for b in range(3):
-        real = attention_mask[b].bool()
+        real, places = attention_mask[b].bool(), visual_mask[b].nonzero()[:, 0].tolist()
         position = (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None]
-        rotary = model.decoder.model.rotary_emb(states, position)
-        score = dense_attention(model.decoder.model.layers[2], states[b], rotary, real, len(real) - 1).mean(0)
-        places = visual_mask[b].nonzero()[:, 0].tolist()
-        expected = sorted(sorted(places, key=lambda s: (-score[s].item(), s))[:7])
-        assert pruner.kept[2][b].nonzero()[:, 0].tolist() == expected
-    assert pruner.average_tokens().tolist() == [(2 * 24 + 6 * 7) / 8] * 3
+        rotary = model.decoder.model.rotary_emb(states[layer], position)
+        asks = [len(real) - 1] if last_only else range(places[-1] + 1, len(real))
+        rows = [dense_attention(model.decoder.model.layers[layer], states[layer][b], rotary, real, t) for t in asks]
+        attention = torch.stack(rows).mean(0)[:, places]  # (H, 24)
+        heads = sorted(range(8), key=lambda h: -attention[h].sum().item())[:k]
+        score = attention[heads].sum(0)
+        expected = sorted(sorted(range(24), key=lambda i: (-score[i].item(), i))[:7])
+        assert [places.index(s) for s in pruner.kept[layer][b].nonzero()[:, 0].tolist()] == expected
 
 
 def test_pyramid_drop_drops_after_each_quarter(model, batch):
@@ -116,16 +123,30 @@ def test_learned_fusions_see_each_cell_of_each_encoder(model, batch):
 
 def test_learned_fusions_come_back_with_their_own_llama(model, batch, tmp_path):
     torch.manual_seed(1)
-    fusions, decoder = baselines.new_fusions(model), dict(model.decoder.state_dict())
-    changed = {f"decoder.{k}": v + 0.01 * torch.randn_like(v) for k, v in decoder.items() if k != "lm_head.weight"}
-    save_file(changed | {f"fusions.{k}": v for k, v in fusions.state_dict().items()}, tmp_path / "baselines.safetensors")
-    methods = baselines.load_learned(model, tmp_path / "baselines.safetensors")
-    assert list(methods) == list(baselines.LEARNED)
-    answers = methods["PixShuffle"](model, *batch)
-    assert len(answers) == 8 and all(a.layers == [144] * 8 for a in answers)
-    assert all(torch.equal(v, decoder[k]) for k, v in model.decoder.state_dict().items())  # ours is untouched
-    texts = [a.text for a in baselines.learned(model, fusions["PixShuffle"])(model, *batch)]
-    assert texts != [a.text for a in answers]
+    other, file = copy.deepcopy(model), tmp_path / "baselines.safetensors"
+    for p in other.decoder.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    fusions = baselines.new_fusions(other)
+    baselines.save_learned(other, fusions, file)
+    again = baselines.load_learned(model, file)
+    assert list(again) == list(baselines.LEARNED)
+    for name, fusion in fusions.items():
+        other.decoder.half().float(), fusion.half().float()  # as they were stored
+        expected = baselines.learned(other, fusion).answer(None, *batch)
+        answers = again[name].answer(None, *batch)
+        assert [a.text for a in answers] == [a.text for a in expected] and answers[0].layers == [144] * 8
+    assert [a.text for a in answers] != [a.text for a in baselines.learned(model, fusion).answer(None, *batch)]
+
+
+def test_learned_fusions_of_other_encoders_or_of_a_damaged_file_are_refused(model, tmp_path):
+    file, other = tmp_path / "baselines.safetensors", copy.deepcopy(model)
+    other.encoders["clip"].ln_post.weight.data[0] += 0.5
+    baselines.save_learned(other, baselines.new_fusions(other), file)
+    with pytest.raises(ValueError, match="trained on other encoders than the model's"):
+        baselines.load_learned(model, file)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(ValueError, match="is not a safetensors file, or is cut short"):
+        baselines.load_learned(model, file)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 from meteor_mini import Budget, glyphworld, load
-from meteor_mini.evaluate import (GROUPS, accuracy, batches, difference, encoding_flops, interval, prefill_flops, recall,
+from meteor_mini.evaluate import (PATCHES, accuracy, batches, difference, encoding_flops, interval, prefill_flops, recall,
                                   to_images, utilization)
 
 
@@ -42,7 +42,7 @@ def test_recall_of_keep_all_is_everything_and_never_rises(model):
     assert all(v in (0, 100) for maps in everything.values() for groups in maps.values() for v in groups.values())
     table = recall(model, model.budget, samples=16)
     for name in model.encoders:
-        for group in GROUPS:
+        for group in PATCHES:
             assert 100 >= table["stage1"][name][group] >= table["stage2"][name][group] >= table["stage3"][name][group] >= 0
 
 
@@ -63,10 +63,10 @@ def test_the_flops_formula_agrees_with_torchs_counter(grouped):
 
 def test_the_flops_formula_gives_the_papers_rows():
     vicuna = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
-    full = prefill_flops(vicuna, [2880] * 32, 0)
-    assert round(100 * prefill_flops(vicuna, [2880] * 2 + [1440] * 30, 0) / full) == 51  # FastV
-    pyramid = [2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8
-    assert 100 * prefill_flops(vicuna, pyramid, 60) / prefill_flops(vicuna, [2880] * 32, 60) == pytest.approx(46, abs=0.6)
+    full = prefill_flops(vicuna, [2880] * 32, 30)  # 30: a short question
+    fastv, pyramid = [2880] * 2 + [1440] * 30, [2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8
+    assert round(100 * prefill_flops(vicuna, fastv, 30) / full) == 51
+    assert round(100 * prefill_flops(vicuna, pyramid, 30) / full) == 46
 
 
 def test_flops_of_encoding_fall_with_the_budget(model):
