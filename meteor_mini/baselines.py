@@ -1,7 +1,8 @@
 """What METEOR is compared with, each a few lines over the same interfaces.
 
 Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`. At the encoders' outputs:
-`prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it follows; what differs from that paper's own code is said.
+`prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it
+follows; what differs from that paper's own code is said.
 """
 import copy
 import hashlib
@@ -153,7 +154,8 @@ class TokenMLP(nn.Module):
         self.mix = nn.ModuleList(Projector(N, N // 4) for _ in widths)
 
     def forward(self, features: list[Tensor]) -> Tensor:
-        return torch.cat([mix(p(x).mT).mT for p, mix, x in zip(self.projectors, self.mix, features)], dim=1)  # (B, C N / 4, D)
+        parts = [mix(p(x).mT).mT for p, mix, x in zip(self.projectors, self.mix, features)]
+        return torch.cat(parts, dim=1)  # (B, C N / 4, D)
 
 
 LEARNED = {"EAGLE-style": ChannelFusion, "Resampler": Resampler, "MLP": TokenMLP, "PixShuffle": PixShuffle}

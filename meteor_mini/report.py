@@ -183,7 +183,8 @@ def plain(value):
 def commit() -> str:
     """Of the checkout that this file lies in; "unknown" without git."""
     try:
-        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=Path(__file__).parent)
+        found = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True,
+                               cwd=Path(__file__).parent)
     except OSError:
         return "unknown"
     return found.stdout.strip() or "unknown"

@@ -100,7 +100,8 @@ def fastv(model: Meteor, K: int, average: float) -> tuple[baselines.Pruner, str]
 
 def pyramid(model: Meteor, K: int, average: float) -> tuple[baselines.Pruner, str]:
     counts = pyramid_counts(K, average)
-    return baselines.pyramid_drop(counts, model.decoder.config.num_hidden_layers), f"PyramidDrop {K}-" + "-".join(map(str, counts))
+    pruner = baselines.pyramid_drop(counts, model.decoder.config.num_hidden_layers)
+    return pruner, f"PyramidDrop {K}-" + "-".join(map(str, counts))
 
 
 # ------------------------------------------------------------------ the tables, each a list of rows
@@ -129,8 +130,9 @@ def table1(model: Meteor) -> list[Row]:
     for total in (full, full // 2):
         fall = total * sum(inside) / len(inside) / n  # the same totals at the inner points, whatever the strategy
         totals = (round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), total)
-        rows += [meteor_row(Budget(stage1=totals, stage1_strategy=s), f"{s}, {total}", None if s == "rank" else f"rank, {total}",
-                            **({"Avg": value} if total == full else {})) for s, value in paper.items()]
+        rows += [meteor_row(Budget(stage1=totals, stage1_strategy=s), f"{s}, {total}",
+                            None if s == "rank" else f"rank, {total}", **({"Avg": value} if total == full else {}))
+                 for s, value in paper.items()]
     return rows
 
 
@@ -213,7 +215,8 @@ def table8(model: Meteor) -> list[Row]:
     budget = model.budget
     encode = lambda m, x: m.encode(x, replace(budget, stage3=None))
     lams = {k: lambda_for(model, encode, budget.stage3, k) for k in (5, 3, 7)}
-    paper = {(5, 1): (73.5, 65.0), (3, 1): (73.6, 64.8), (7, 1): (73.5, 64.6), (5, 65 / 50): (73.8, 65.6), (5, 25 / 50): (73.4, 63.4)}
+    paper = {(5, 1): (73.5, 65.0), (3, 1): (73.6, 64.8), (7, 1): (73.5, 64.6),
+             (5, 65 / 50): (73.8, 65.6), (5, 25 / 50): (73.4, 63.4)}
     rows = []
     for (k, factor), values in paper.items():
         label = f"k = {k}, lambda = {factor * lams[k]:.1f}"
@@ -270,7 +273,8 @@ def redundancy(model: Meteor, samples: int) -> dict:
                 attention[subset] = last_attention(model, encoded, questions)
         for n in names:
             kl[n] += divergence(attention[subsets[0]], attention[frozenset([n])]).tolist()
-    kinds = {"all": list(FAMILIES), **{g: [f for f in FAMILIES if FAMILIES[f] == g] for g in GROUPS}, **{f: [f] for f in FAMILIES}}
+    kinds = {"all": list(FAMILIES), **{g: [f for f in FAMILIES if FAMILIES[f] == g] for g in GROUPS}}
+    kinds |= {f: [f] for f in FAMILIES}
     of = lambda s, kind: [r for r, f in zip(right[s], family) if f in kinds[kind]]
     score = {s: {kind: 100 * float(np.mean(of(s, kind))) for kind in kinds} for s in subsets}
     cur = {kind: utilization({s: score[s][kind] for s in subsets}, names) for kind in kinds}
@@ -308,8 +312,10 @@ def video(model: Meteor, samples: int) -> dict:
         table[kind], right = {}, {}
         clips = [glyphworld.make_clip(i, kind) for i in range(samples)]
         for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
-            answers = [a for start in range(0, samples, 50) for a in model.answer(
-                to_images([image for image, *_ in clips[start:start + 50]]), [q for _, q, _ in clips[start:start + 50]], budget)]
+            answers = []
+            for start in range(0, samples, 50):
+                images, questions, _ = zip(*clips[start:start + 50])
+                answers += model.answer(to_images(images), list(questions), budget)
             right[name] = [a.text == truth for a, (*_, truth) in zip(answers, clips)]
             table[kind][name] = {"accuracy": 100 * float(np.mean(right[name])), "interval": interval(right[name]),
                                  "average_tokens": float(np.mean([a.tokens["stage3"] for a in answers])), "questions": samples}
