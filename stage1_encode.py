@@ -9,15 +9,11 @@ Blocks form three equal parts; tokens are pruned after the last block of each pa
 
 In:   C library models, unmodified; images (B, 3, H, W) in [0, 1]; a total k_2; ranks (3, C).
 Out:  per encoder: tokens (B, n_l, D_l) after its final norm; keep_idx (B, n_l): which patches, raster order.
-
 Change here: `RTOL`, `feature_rank` (what rank means), `allocate_budget` (how many stay), `mean_similarity`,
 `received_attention` (which stay), `FAMILIES` (another encoder: an `Adapter` and a line).
-
 Not from the paper: rank = singular values above RTOL times the largest; largest remainder, counts of 1 to all
 there are; k_0, k_1 fall geometrically unless given; which criterion serves which part; without CLS, the mean
 attention from all tokens; a ConvNet, which needs its dense grid, is pruned at its output, by similarity.
-
-Needs torch and your encoders' libraries. `python stage1_encode.py` runs five families with random weights.
 """
 import math
 from collections.abc import Iterable, Sequence
@@ -29,14 +25,19 @@ from torch import Tensor, nn
 
 RTOL = 1e-2  # at 1e-3 float features are all but full rank; at 1e-1 ranks vary by a third between pictures
 CRITERIA = ("similarity", "attention", "attention")  # of parts 0, 1, 2
-STRATEGIES = ("rank", "average", "rank_reverse")
+STRATEGIES = {"rank": lambda r: r, "average": lambda r: 1, "rank_reverse": lambda r: 1 / r}  # of rank r
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+
+def require(condition, message: str, error: type = ValueError) -> None:
+    if not condition:
+        raise error(message)
 
 
 def singular_values(tokens: Tensor) -> Tensor:
     """Roots of the eigenvalues of the smaller Gram matrix. (B, N, D) -> (B, min(N, D)) float64, ascending."""
-    if tokens.dim() != 3 or not tokens.isfinite().all():
-        raise ValueError(f"tokens must be finite, of shape (B, N, D), got shape {tuple(tokens.shape)}")
+    require(tokens.dim() == 3 and tokens.isfinite().all(),
+            f"tokens must be finite, of shape (B, N, D), got shape {tuple(tokens.shape)}")
     A = tokens.double()
     gram = A @ A.mT if A.shape[1] <= A.shape[2] else A.mT @ A
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # rounding leaves zeros just below 0
@@ -44,8 +45,7 @@ def singular_values(tokens: Tensor) -> Tensor:
 
 def feature_rank(tokens: Tensor, rtol: float = RTOL) -> Tensor:
     """#{j: sigma_j > rtol sigma_max}. (B, N, D) -> (B,) int64.  Source: [paper; our choice of rtol]"""
-    if not 1e-6 <= rtol < 1:  # the Gram matrix resolves sigma / sigma_max no finer
-        raise ValueError(f"rtol must be at least 1e-6 and below 1, got {rtol}")
+    require(1e-6 <= rtol < 1, f"rtol must be at least 1e-6 and below 1, got {rtol}")  # a Gram matrix's limit
     sigma = singular_values(tokens)
     return (sigma > rtol * sigma[:, -1:]).sum(dim=1)
 
@@ -63,9 +63,8 @@ def mean_similarity(tokens: Tensor) -> Tensor:
 
 def received_attention(q: Tensor, k: Tensor, scale: float, from_cls: bool, chunk: int = 256) -> Tensor:
     r"""s_i = 1/H \sum_h softmax(scale q^h K^h)_i; q of token 0 if from_cls, else the mean over all queries.
-
-    Args: q, k (B, H, N, d) float; chunk: queries at a time, so that no N x N matrix is held.
-    Returns: score (B, N) float32, each row sums to 1.  Source: [paper, Finding 2]; without CLS [our choice]
+    q, k (B, H, N, d) -> score (B, N) float32 of row sum 1; by `chunk` queries, to hold no N x N matrix.
+    Source: [paper, Finding 2]; without CLS [our choice]
     """
     q, k = (q[:, :, :1] if from_cls else q).float(), k.float()
     with torch.autocast(q.device.type, enabled=False):
@@ -77,27 +76,24 @@ def allocate_budget(total: int, ranks: Sequence[float], available: Sequence[int]
                     strategy: str = "rank") -> list[int]:
     r"""k^l = k r^l / \sum_m r^m in whole tokens, 1 <= k^l <= available[l], their sum exactly `total`.
 
-    A share that meets a bound is held there, and the others divide the rest by the same rule; then largest
-    remainder, ties to the lower index. In exact fractions: no rounding decides.
-
-    Args: ranks: C positive numbers; strategy: "average" ignores them, "rank_reverse" takes 1 / rank.
-    Raises: ValueError for a total outside C..sum(available), for ranks or a strategy not as above.
+    A share that meets a bound is held there, and the others divide the rest by the same rule, in fractions;
+    then largest remainder, ties to the lower index. `STRATEGIES` may replace r by 1 or by 1 / r.
+    Raises: ValueError for a total outside C..sum(available), ranks not C positive numbers, another strategy.
     Source: [paper, Eq. of k_b^l; supplement Table 1]; bounds and rounding [our choice]
     """
     C, ranks = len(available), [float(r) for r in ranks]
-    if strategy not in STRATEGIES:
-        raise ValueError(f"strategy must be one of {STRATEGIES}, got {strategy!r}")
-    if not isinstance(total, int) or not C <= total <= sum(available) or min(available) < 1:
-        raise ValueError(f"total must be an int from {C}, one each, to all of {[*available]}, got {total}")
-    if len(ranks) != C or not all(0 < r < math.inf for r in ranks):
-        raise ValueError(f"ranks must be {C} positive numbers, one for each encoder, got {ranks}")
+    require(strategy in STRATEGIES, f"strategy must be one of {*STRATEGIES,}, got {strategy!r}")
+    require(isinstance(total, int) and C <= total <= sum(available) and min(available) >= 1,
+            f"total must be an int from {C}, one each, to all of {[*available]}, got {total}")
+    require(len(ranks) == C and all(0 < r < math.inf for r in ranks),
+            f"ranks must be {C} positive numbers, one for each encoder, got {ranks}")
     # A share is t w, held to 1..available: the sum of all rises with t, in straight lines from bend to bend.
-    weights = [{"rank": Fraction(r), "average": 1, "rank_reverse": 1 / Fraction(r)}[strategy] for r in ranks]
+    weights = [Fraction(STRATEGIES[strategy](Fraction(r))) for r in ranks]
     held = lambda t: [min(max(t * w, 1), n) for w, n in zip(weights, available)]
-    bends = [Fraction(bound) / w for w, n in zip(weights, available) for bound in (1, n)]
+    bends = [bound / w for w, n in zip(weights, available) for bound in (1, n)]
     t = max(bend for bend in bends if sum(held(bend)) <= total)
-    slope = [w if 1 <= t * w < n else 0 for w, n in zip(weights, available)]
-    shares = [s + (total - sum(held(t))) * w / (sum(slope) or 1) for s, w in zip(held(t), slope)]
+    slope = sum(w for w, n in zip(weights, available) if 1 <= t * w < n) or 1
+    shares = held(t + Fraction(total - sum(held(t))) / slope)
     counts = [math.floor(s) for s in shares]
     for l in sorted(range(C), key=lambda l: counts[l] - shares[l])[: total - sum(counts)]:  # a stable sort
         counts[l] += 1
@@ -106,27 +102,23 @@ def allocate_budget(total: int, ranks: Sequence[float], available: Sequence[int]
 
 def plan_budgets(totals: int | Sequence[int] | None, ranks: Tensor | Sequence[Sequence[float]] | None,
                  available: Sequence[int], inside: Sequence[bool], strategy: str = "rank") -> list[tuple]:
-    """Tokens left to each encoder at the points 0, 1, 2; what is left at one point bounds the next.
-
-    Args:
-        totals: k_2, or (k_0, k_1, k_2), or None to keep all. Encoders pruned inside share k_0 and k_1, which
-            fall geometrically to their part of k_2 unless given.
-        ranks: (3, C), or None with "average"; inside: C bool, `Adapter.prunable_inside`.
-    Returns: C triples; the last entries sum to k_2.
+    """Tokens left to each encoder at the points 0, 1, 2: C triples, never rising; the last entries make k_2.
+    totals: k_2, or (k_0, k_1, k_2), or None to keep all; ranks: (3, C), or None with "average". Those pruned
+    `inside` (C bool) share k_0 and k_1, which fall geometrically to their part of k_2 unless given.
     Raises: ValueError for totals or ranks not as above.  Source: [paper]; k_0, k_1 [our choice]
     """
     C, part = len(available), [l for l, prunable in enumerate(inside) if prunable]
     if totals is None:
         return [(n, n, n) for n in available]
     ranks = [[1.0] * C] * 3 if ranks is None and strategy == "average" else ranks
-    if ranks is None or len(ranks) != 3 or any(len(row) != C for row in ranks):
-        raise ValueError(f"ranks must be (3, {C}), points by encoders, as expected_ranks gives, got {ranks}")
+    require(ranks is not None and len(ranks) == 3 and all(len(row) == C for row in ranks),
+            f"ranks must be (3, {C}), points by encoders, as expected_ranks gives, got {ranks}")
+    require(isinstance(totals, int) or len(totals) == 3 and part,
+            f"totals must be an int, or 3 where an encoder is pruned inside, got {totals}")
     if isinstance(totals, int):
         last, n = allocate_budget(totals, ranks[2], available, strategy), sum(available[l] for l in part)
         fall = sum(last[l] for l in part) / max(n, 1)
         totals = [round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), totals]
-    elif len(totals) != 3 or not part:
-        raise ValueError(f"totals must be an int, or 3 where an encoder is pruned inside, got {totals}")
     left, plan = list(available), []
     for total, row, who in zip(totals, ranks, (part, part, range(C))):
         if who:
@@ -140,38 +132,36 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
            part_criteria: Sequence[str] = CRITERIA) -> tuple[Tensor, Tensor]:
     """Run an encoder, pruning at the points 0, 1, 2; with nothing pruned, the library's own tokens.
 
-    Args:
-        encoder: see `adapter`; images (B, 3, H, W) float in [0, 1], of any size.
-        keep: tokens left at each point, never rising; None: those there are. A ConvNet keeps all to the end.
-        part_criteria: "similarity" or "attention" for each part.
-    Returns: tokens (B, K, D), no CLS; keep_idx (B, K) int64, ascending. The choice carries no gradient.
-    Raises: ValueError for images, keep, part_criteria not as above or features that are not finite.
+    Args: images (B, 3, H, W) float in [0, 1], any size; keep: tokens left at each point, never rising, None
+    for all (inside, a ConvNet keeps all); part_criteria: "similarity" or "attention" for each part.
+    Returns: tokens (B, K, D), no CLS; keep_idx (B, K) int64, ascending, ties to the lower index, no gradient.
+    Raises: ValueError for arguments not as above or features that are not finite; TypeError: see `adapter`.
     """
     a = adapter(encoder)
-    counts = a.check(keep, part_criteria)
+    require(len(keep) == len(part_criteria) == 3 and {*part_criteria} <= {*CRITERIA},
+            "keep and part_criteria ('similarity' or 'attention') must have 3 entries, one a part, "
+            f"got {keep} and {part_criteria}")
     x, rope = a.embed(images)  # (B, P + N, D); (B, N, 2 d), or None
     P, keep_idx = a.prefix, torch.arange(a.num_tokens, device=x.device).expand(len(x), -1)  # (B, N)
-    for part, K, criterion in zip(a.parts, counts, part_criteria):
+    for b, (part, K, criterion) in enumerate(zip(a.parts, keep, part_criteria)):
         for i in part:
             x_in, x = x, a.block(i, x, rope)
-        if not x.isfinite().all():
-            raise ValueError(f"features of {type(encoder).__name__} must be finite, but hold NaN or infinity")
-        if K == keep_idx.shape[1]:
+        require(x.isfinite().all(), f"features of {type(encoder).__name__} must be finite, got NaN or inf")
+        N, least = x.shape[1] - P, 1 if a.prunable_inside or b == 2 else a.num_tokens
+        require(K is None or isinstance(K, int) and least <= K <= N,
+                f"keep[{b}] must be None or an int, {least} to {N} here, got {K}")
+        if K in (None, N):
             continue
         with torch.no_grad():
             if criterion == "similarity" or not a.prunable_inside:
                 score = -mean_similarity(x[:, P:])
             else:  # attention in the block that has just run, from its own q and k
                 score = received_attention(*a.attention(i, x_in, rope), a.from_cls)[:, P:]
-            order = score.argsort(dim=1, descending=True, stable=True)  # ties: lower index first
-            stay = order[:, :K].sort(dim=1).values  # (B, K)
-        x = torch.cat([x[:, :P], take(x[:, P:], stay)], dim=1)  # (B, P + K, D)
-        rope, keep_idx = rope if rope is None else take(rope, stay), keep_idx.gather(1, stay)
+            stay = score.argsort(dim=1, descending=True, stable=True)[:, :K].sort(dim=1).values  # (B, K)
+        x = torch.cat([x[:, :P], x[:, P:].take_along_dim(stay[..., None], dim=1)], dim=1)  # (B, P + K, D)
+        rope = rope if rope is None else rope.take_along_dim(stay[..., None], dim=1)
+        keep_idx = keep_idx.gather(1, stay)
     return a.norm(x)[:, P:], keep_idx
-
-
-def take(t: Tensor, stay: Tensor) -> Tensor:
-    return t.gather(1, stay[..., None].expand(-1, -1, t.shape[-1]))  # (B, N, D), (B, K) -> (B, K, D)
 
 
 def encode_all(encoders: Sequence[nn.Module], images: Tensor, total: int | Sequence[int] | None,
@@ -188,7 +178,6 @@ def encode_all(encoders: Sequence[nn.Module], images: Tensor, total: int | Seque
 @torch.no_grad()
 def expected_ranks(encoders: Sequence[nn.Module], batches: Iterable[Tensor], rtol: float = RTOL) -> Tensor:
     """r_b^l: mean rank over all pictures of the patch tokens at each point, unpruned. -> (3, C) float64.
-
     Models in eval mode, 64 pictures or more; a ConvNet's three are its output's.  Source: [supplement B.1]
     """
     adapters, pictures = [adapter(e) for e in encoders], 0
@@ -201,20 +190,16 @@ def expected_ranks(encoders: Sequence[nn.Module], batches: Iterable[Tensor], rto
                 for i in part:
                     x = a.block(i, x, rope)
                 ranks[b, l] += feature_rank(x[:, a.prefix:], rtol).sum().item()
-    if not pictures:
-        raise ValueError("batches must hold at least one picture, got none")
+    require(pictures, "batches must hold at least one picture, got none")
     return ranks / pictures
 
 
 class Adapter:
-    """What the walk must know of a family of models; the four below show how little that is.
-
-    Attributes: blocks; norm, the final one; dim D; grid (h, w) of patches; size (H, W) of its pictures;
-    prefix P, how many tokens precede the patches; from_cls: the first is a CLS. Methods: patchify(pixels) ->
-    x (B, P + N, D), rotary table (N, 2 d) or None; block(i, x, rope) -> x; attention(i, x, rope) -> q, k (B,
-    H, P + N, d), scale.
+    """What `encode` must know of a family: blocks; norm, the final one; dim D; grid (h, w) of patches; size
+    (H, W) of its pictures; prefix P, the tokens before the patches; from_cls: the first is a CLS. Methods:
+    patchify(pixels) -> x (B, P + N, D), rotary table (N, 2 d) or None; attention(i, x, rope) -> q, k
+    (B, H, P + N, d), scale, as block i computes them from x.
     """
-
     prunable_inside, mode = True, "bicubic"
     kinds = ()  # "block.attention" classes that `attention` is written for
 
@@ -225,37 +210,23 @@ class Adapter:
         self.parts = [range(L * b // 3, L * (b + 1) // 3) for b in range(3)]  # of 24: they end at 7, 15, 23
         self.cfg = getattr(outer, "preprocess_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
         found = {f"{type(b).__name__}.{type(b.attn).__name__}" for b in blocks if self.kinds}
-        if not found <= {*self.kinds}:
-            raise TypeError(f"blocks of {type(model).__name__} must be {self.kinds}, got {sorted(found)}")
-        if self.prunable_inside and L < 3:
-            raise ValueError(f"encoder must have at least 3 blocks, one for each part, got {L}")
-
-    def check(self, keep, part_criteria) -> list[int]:
-        """keep, with None replaced by the count there is."""
-        if len(keep) != 3 or len(part_criteria) != 3 or not set(part_criteria) <= set(CRITERIA):
-            raise ValueError("keep and part_criteria ('similarity' or 'attention') must have 3 entries, one "
-                             f"a part, got {keep} and {part_criteria}")
-        counts, inside = [self.num_tokens], 1 if self.prunable_inside else self.num_tokens
-        for b, (K, least) in enumerate(zip(keep, (inside, inside, 1))):
-            counts.append(counts[-1] if K is None else K)
-            if not isinstance(counts[-1], int) or not least <= counts[-1] <= counts[-2]:
-                raise ValueError(f"keep[{b}] must be None or an int, {least} to {counts[-2]} here, got {K}")
-        return counts[1:]
+        require(found <= {*self.kinds},
+                f"blocks of {type(model).__name__} must be {self.kinds}, got {sorted(found)}", TypeError)
+        require(L >= 3 or not self.prunable_inside, f"encoder must have at least 3 blocks, got {L}")
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Resize, normalise and embed images: x (B, P + N, D) and rope (B, N, 2 d) or None."""
-        if images.dim() != 4 or images.shape[1] != 3 or not images.is_floating_point():
-            raise ValueError(f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        if not ((images >= 0) & (images <= 1)).all():  # NaN is neither
-            raise ValueError("images must be in [0, 1]: divide bytes by 255; encode normalises by itself")
+        require(images.dim() == 4 and images.shape[1] == 3 and images.is_floating_point(),
+                f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
+        require(((images >= 0) & (images <= 1)).all(), "images must be in [0, 1]: divide bytes by 255")
         mean, std = self.statistics(images)
         if images.shape[-2:] != self.size:
             images = F.interpolate(images, self.size, mode=self.mode, antialias=True).clamp(0, 1)  # overshoot
         dtype = max(self.model.parameters(), key=Tensor.dim).dtype  # of a weight, not of a norm or a bias
         x, rope = self.patchify(((images - mean) / std).to(dtype))
-        if x.shape[1] != self.prefix + self.num_tokens:
-            raise ValueError(f"encoder must embed {self.num_tokens} patches, got {x.shape[1] - self.prefix}: "
-                             "switch patch dropout off")
+        N = x.shape[1] - self.prefix
+        require(N == self.num_tokens,
+                f"encoder must embed {self.num_tokens} patches, got {N}: switch patch dropout off")
         return x, rope if rope is None else rope.expand(len(x), -1, -1)
 
     def statistics(self, images):
@@ -263,7 +234,9 @@ class Adapter:
         return [images.new_tensor(c).view(3, 1, 1) for c in constants]
 
     def block(self, i, x, rope):
-        return self.blocks[i](x)
+        # rope gets an axis for the heads: (B, N, 2 d) would be read as (H, N, 2 d)
+        out = self.blocks[i](x) if rope is None else self.blocks[i](x, rope=rope[:, None])
+        return out[0] if isinstance(out, tuple) else out  # transformers gives a tuple
 
 
 def heads(t: Tensor, d: int) -> Tensor:
@@ -272,7 +245,6 @@ def heads(t: Tensor, d: int) -> Tensor:
 
 class ClipViT(Adapter):
     """open_clip's VisionTransformer."""
-
     kinds = ("ResidualAttentionBlock.MultiheadAttention",)
 
     def __init__(self, v, outer):
@@ -291,12 +263,10 @@ class ClipViT(Adapter):
 
 class TimmViT(Adapter):
     """timm's VisionTransformer (SigLIP: no CLS) and Eva (EVA-02: rotary positions go with their tokens)."""
-
     kinds = ("Block.Attention", "EvaBlock.EvaAttention", "EvaBlock.AttentionRope")
 
     def __init__(self, v, outer):
-        if getattr(v, "rope_mixed", False):
-            raise TypeError("Eva must share one rotary table between blocks and heads, got rope_type 'mixed'")
+        require(not getattr(v, "rope_mixed", False), "Eva must have one rotary table, got 'mixed'", TypeError)
         super().__init__(v, outer, v.blocks, v.norm, v.embed_dim, v.patch_embed.grid_size,
                          v.patch_embed.img_size, v.num_prefix_tokens, v.cls_token is not None)
 
@@ -306,31 +276,25 @@ class TimmViT(Adapter):
         x, rope = x if isinstance(x, tuple) else (v.patch_drop(x), None)
         return v.norm_pre(x), rope
 
-    def block(self, i, x, rope):  # with an axis for the heads: (B, N, 2 d) would be read as (H, N, 2 d)
-        return self.blocks[i](x) if rope is None else self.blocks[i](x, rope=rope.unsqueeze(1))
-
     def attention(self, i, x, rope):
         attn, h, P = self.blocks[i].attn, self.blocks[i].norm1(x), self.prefix
-        split = getattr(attn, "q_proj", None) is not None
-        q, k = (attn.q_proj(h), attn.k_proj(h)) if split else attn.qkv(h).chunk(3, dim=-1)[:2]
+        q, k, *_ = attn.qkv(h).chunk(3, dim=-1) if attn.qkv else (attn.q_proj(h), attn.k_proj(h))
         q = q if getattr(attn, "q_bias", None) is None else q + attn.q_bias  # k has none
         q, k = attn.q_norm(heads(q, attn.head_dim)), attn.k_norm(heads(k, attn.head_dim))
         if rope is not None:
             from timm.layers import apply_rot_embed_cat
-            turn = lambda t: apply_rot_embed_cat(t[:, :, P:], rope.unsqueeze(1), half=attn.rotate_half)
+            turn = lambda t: apply_rot_embed_cat(t[:, :, P:], rope[:, None], half=attn.rotate_half)
             q, k = (torch.cat([t[:, :, :P], turn(t)], dim=2) for t in (q, k))
         return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), attn.scale
 
 
 class ConvNeXt(Adapter):
     """timm's ConvNeXt: a dense map, no blocks to stop at."""
-
     prunable_inside = False
 
     def __init__(self, v, outer):
         size = getattr(outer, "image_size", None) or getattr(v, "pretrained_cfg", {}).get("input_size")
-        if size is None:
-            raise ValueError("ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}")
+        require(size, "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}")
         grid = [s // v.feature_info[-1]["reduction"] for s in size[-2:]]
         super().__init__(v, outer, (), nn.Identity(), v.num_features, grid, size[-2:])
 
@@ -340,27 +304,21 @@ class ConvNeXt(Adapter):
 
 class Pix2Struct(Adapter):
     """transformers' Pix2StructVisionModel: config.meteor_grid = (h, w) patches, or the largest square."""
-
     mode = "bilinear"
 
     def __init__(self, v, outer):
-        c, side = v.config, math.isqrt(v.config.seq_len)
-        self.p, grid = math.isqrt(c.patch_embed_hidden_size // 3), getattr(c, "meteor_grid", (side, side))
-        size = [s * self.p for s in grid]
-        super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, size)
+        c, p, side = v.config, math.isqrt(v.config.patch_embed_hidden_size // 3), math.isqrt(v.config.seq_len)
+        self.p, grid = p, getattr(c, "meteor_grid", (side, side))
+        super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, [s * p for s in grid])
 
     def statistics(self, images):  # each picture's own
         std = images.flatten(1).std(dim=1).clamp(min=images[0].numel() ** -0.5)
         return images.mean(dim=(1, 2, 3), keepdim=True), std.view(-1, 1, 1, 1)
 
-    def patchify(self, pixels):
-        (h, w), p = self.grid, self.p
-        patches = pixels.reshape(-1, 3, h, p, w, p).permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
-        ids = torch.cartesian_prod(torch.arange(1, h + 1), torch.arange(1, w + 1)).to(pixels)  # row, column
-        return self.model.embeddings(torch.cat([ids.expand(len(pixels), -1, -1), patches], dim=-1)), None
-
-    def block(self, i, x, rope):
-        return self.blocks[i](x)[0]
+    def patchify(self, pixels):  # a patch: its row and column, from 1, then its pixels, channels last
+        cells = torch.cartesian_prod(*(torch.arange(1, s + 1) for s in self.grid)).to(pixels)  # (N, 2)
+        patches = F.unfold(pixels, self.p, stride=self.p).unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
+        return self.model.embeddings(torch.cat([cells.expand(len(pixels), -1, -1), patches], dim=-1)), None
 
     def attention(self, i, x, rope):
         attn, h = self.blocks[i].attention, self.blocks[i].pre_attention_layer_norm(x)
@@ -378,10 +336,7 @@ FAMILIES = {  # by name: only the libraries of your encoders are needed
 
 
 def adapter(encoder: nn.Module) -> Adapter:
-    """For a model of `FAMILIES`, an open_clip model or its `visual`, a Pix2StructForConditionalGeneration.
-
-    Raises: TypeError for any other, or for blocks that its adapter is not written for.
-    """
+    """For a model of `FAMILIES`, or an open_clip or Pix2Struct model around it; TypeError for any other."""
     visual = getattr(encoder, "visual", encoder)
     for model in (getattr(encoder, "encoder", None), getattr(visual, "trunk", None), visual):
         for cls in type(model).__mro__:
@@ -392,26 +347,23 @@ def adapter(encoder: nn.Module) -> Adapter:
 
 
 def main() -> None:
-    """Real library classes, small, with random weights: what each keeps of 300 tokens, by strategy."""
-    import timm.models as timm
+    """What the libraries' own models, with random weights, keep of 300 tokens, by strategy."""
+    import timm
     from open_clip.transformer import VisionTransformer
     from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
     torch.manual_seed(0)
-    vit = dict(img_size=96, patch_size=8, embed_dim=96, depth=6, num_heads=6)
-    p2s = Pix2StructVisionConfig(hidden_size=96, num_hidden_layers=6, num_attention_heads=6, d_kv=16, d_ff=96,
-                                 patch_embed_hidden_size=192, seq_len=144, initializer_range=0.02)
-    models = {"CLIP": VisionTransformer(96, 8, 96, 6, 6, 3.0), "Pix2Struct": Pix2StructVisionModel(p2s),
-              "EVA-02": timm.Eva(use_rot_pos_emb=True, **vit),
-              "SigLIP": timm.VisionTransformer(class_token=False, global_pool="map", **vit),
-              "ConvNeXt": timm.ConvNeXt(depths=(1, 1, 2, 1), dims=(16, 32, 64, 64), output_stride=8)}
-    models["ConvNeXt"].pretrained_cfg = {"input_size": (3, 96, 96)}
-    encoders, images = [m.eval() for m in models.values()], F.interpolate(torch.rand(4, 3, 7, 7), 80)
-    ranks = expected_ranks(encoders, [images])
-    for name, encoder, r in zip(models, encoders, ranks.T.tolist()):
-        print(f"{name:>12}: {adapter(encoder).num_tokens} tokens, expected ranks {r}")
+    config = Pix2StructVisionConfig(num_hidden_layers=3, seq_len=144, initializer_range=0.02)
+    encoders = [VisionTransformer(96, 8, 96, 3, 6, 2.0), Pix2StructVisionModel(config),
+                timm.create_model("eva02_tiny_patch14_224", img_size=168),
+                timm.create_model("vit_base_patch16_siglip_224", img_size=192, depth=3),
+                timm.create_model("convnext_atto", pretrained_cfg_overlay={"input_size": (3, 384, 384)})]
+    images = F.interpolate(torch.rand(4, 3, 7, 7), 80)
+    ranks = expected_ranks([e.eval() for e in encoders], [images])
+    for encoder, r in zip(encoders, ranks.T.tolist()):
+        print(f"{type(encoder).__name__:>21}: {adapter(encoder).num_tokens} tokens, expected ranks {r}")
     for strategy in STRATEGIES:
         tokens, _ = encode_all(encoders, images, 300, ranks, strategy)
-        print(f"{strategy:>12}: " + ", ".join(f"{name} {t.shape[1]}" for name, t in zip(models, tokens)))
+        print(f"{strategy:>21}: {[x.shape[1] for x in tokens]}")
 
 
 if __name__ == "__main__":

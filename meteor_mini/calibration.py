@@ -37,13 +37,13 @@ def calibrate(model, images: torch.Tensor, questions: list[str], Ks: list[int], 
     """
     rows, total = [], sum(a.num_tokens for a in model.adapters)
     for K in Ks:
-        stage1 = round(K * model.proportions[0] / model.proportions[1])
+        stage1 = round(K * model.proportions[0])
         budget = replace(model.budget, stage1=stage1 if stage1 < total else None, stage2=K)
         encoded = model.encode(images, budget)
         embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
         row = []
         for lam in lams:
-            with stage3_decode.AdaptivePruner(model.decoder, visual_mask, lam=lam, k=budget.k) as pruner:
+            with stage3_decode.AdaptivePruner(model.decoder, visual_mask, budget.layers, lam=lam, k=budget.k) as pruner:
                 model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
             row.append(round(float(pruner.average_tokens().mean()), 3))
         rows.append(row)

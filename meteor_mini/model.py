@@ -37,7 +37,8 @@ class Budget:
 
     stage1: total over the encoders at their output, or (k_0, k_1, k_2) for the three pruning points; stage2: K in
     the fused sequence; stage3: wanted mean number per LLM layer, averaged over layers and questions, from which
-    lambda is solved with the table measured at calibration; stage2_strategy, k: as in the stage files.
+    lambda is solved with the table measured at calibration; the strategies, k, layers (of the LLM, None: L/8, 3L/8, 5L/8):
+    as in the stage files.
     """
 
     stage1: int | tuple[int, int, int] | None = None
@@ -46,6 +47,7 @@ class Budget:
     stage1_strategy: str = "rank"
     stage2_strategy: str = "collaborative"
     k: int = 5
+    layers: tuple[int, ...] | None = None
 
     @classmethod
     def none(cls) -> "Budget":
@@ -131,16 +133,17 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         return Budget(**self.config["budget"]) if self.config.get("budget") else Budget.none()
 
     @property
-    def proportions(self) -> tuple[float, float, float]:
-        """Tokens after stages 1 and 2, and per LLM layer, of the model's own budget; the paper's where it has none."""
-        stage1 = self.budget.stage1 if isinstance(self.budget.stage1, (int, type(None))) else self.budget.stage1[-1]
-        shares = (stage1, self.budget.stage2, self.budget.stage3)
-        return PAPER_TOKENS if None in shares else shares
+    def proportions(self) -> tuple[float, float]:
+        """Tokens after stage 1 for each after stage 2, those of the model's own budget; and after stage 2 for each per LLM
+        layer, the paper's: a model's own may leave stage 3 little room below its own average."""
+        own, (one, two, three) = self.budget, PAPER_TOKENS
+        stage1 = own.stage1 if isinstance(own.stage1, (int, type(None))) else own.stage1[-1]
+        return (one / two if None in (stage1, own.stage2) else stage1 / own.stage2), two / three
 
     def budget_for(self, tokens: float) -> Budget:
-        """A wanted mean of `tokens` per LLM layer, and stages 1 and 2 in the `proportions` of the model's own budget.
+        """The model's own budget where it has this average; otherwise one that leaves a mean of `tokens` per LLM layer,
+        stages 1 and 2 in the model's `proportions`. A stage whose share exceeds the tokens there are keeps all of them.
 
-        A stage whose share exceeds the tokens there are keeps all of them.
         Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
         Source: [our choice]
         """
@@ -149,7 +152,10 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
             raise ValueError(f"tokens must be 4 to {total}, the visual tokens of all encoders, got {tokens}")
         if tokens == total:
             return Budget.none()
-        stage1, stage2 = (round(tokens * share / self.proportions[2]) for share in self.proportions[:2])
+        if tokens == self.budget.stage3:
+            return self.budget
+        stage2 = round(tokens * self.proportions[1])
+        stage1 = round(stage2 * self.proportions[0])
         return replace(self.budget, stage1=stage1 if stage1 < total else None,
                        stage2=stage2 if stage2 < total else None, stage3=tokens)
 
@@ -278,7 +284,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         if pruner is not None:
             pruner = pruner(self.decoder, visual_mask)
         elif (lam := self.lam(budget, encoded.fused.tokens.shape[1])) < float("inf"):
-            pruner = stage3_decode.AdaptivePruner(self.decoder, visual_mask, lam=lam, k=budget.k)
+            pruner = stage3_decode.AdaptivePruner(self.decoder, visual_mask, budget.layers, lam=lam, k=budget.k)
         with pruner or contextlib.nullcontext():
             options = {"max_new_tokens": 24, "do_sample": False} | options
             ids = self.decoder.generate(inputs_embeds=embeds, attention_mask=attention_mask, **options)

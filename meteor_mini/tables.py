@@ -110,14 +110,14 @@ def main_table(model: Meteor) -> list[Row]:
     budget, names = model.budget, list(model.encoders)
     K, average, cells = budget.stage2, budget.stage3, model.adapters[0].num_tokens
     everything, mine = sum(a.num_tokens for a in model.adapters), f"METEOR, {average}"
-    wanted = [round(1.3 * average), average, round(0.7 * average)]
+    wanted = [budget, *(model.budget_for(round(share * average)) for share in (1.3, 0.7))]
     in_llm = [fastv(model, K, average), pyramid(model, K, average)]
     alone_in_llm = [fastv(model, everything, cells), pyramid(model, everything, 1.25 * cells)]
     return [
         meteor_row(Budget.none(), "unpruned"),
         *fusion_rows(model, ["EAGLE-style"], "unpruned", {"EAGLE-style": {"tokens": "1024", "TFLOPs": 26.21}}),
-        *(meteor_row(replace(budget, stage3=n), f"METEOR, {n}", "unpruned", **(
-            {"tokens": "242*", "TFLOPs": 13.42, "points to EAGLE": -0.3} if n == average else {})) for n in wanted),
+        *(meteor_row(b, f"METEOR, {b.stage3}", "unpruned", **(
+            {"tokens": "242*", "TFLOPs": 13.42, "points to EAGLE": -0.3} if b == budget else {})) for b in wanted),
         *(pruner_row(budget, pruner, f"stages 1+2, {label}", mine) for pruner, label in in_llm),
         prumerge_row(names, average, f"PruMerge++-style, {average}", mine),
         *(pruner_row(Budget.none(), pruner, f"{label} alone", mine) for pruner, label in alone_in_llm)]
@@ -156,22 +156,26 @@ def table2(model: Meteor) -> list[Row]:
 
 
 def table3(model: Meteor) -> list[Row]:
-    budget, L, k = model.budget, model.decoder.config.num_hidden_layers, model.budget.k
-    K, average = budget.stage2, budget.stage3
+    """The model's own average, of K tokens in the paper's proportion to it."""
+    average, L, k = model.budget.stage3, model.decoder.config.num_hidden_layers, model.budget.k
+    K = round(average * 576 / 242)
+    budget = replace(model.budget, stage2=K)
     columns = lambda *values: dict(zip(["POPE", "DocVQA", "OCR"], values))
-    layers = [L // 8, 3 * L // 8, 5 * L // 8]
+    layers = budget.layers or (L // 8, 3 * L // 8, 5 * L // 8)
     shares = np.array([390, 172, 78])  # the paper's counts, scaled to the wanted average
     scale = (average * L - K * layers[0]) / (shares @ np.diff([*layers, L]))
     one, three = {1: fastv_count(K, average, 1, L)}, {i: max(1, round(n * scale)) for i, n in zip(layers, shares)}
-    fixed = f"fixed, 3 layers, top-{k} heads"
+    fixed = f"fixed, 3 layers, {k} head(s)"
     rows = [meteor_row(replace(budget, stage3=None), "upper bound", **columns(86.9, 72.2, 521)),
             pruner_row(budget, baselines.fixed(one, None), "fixed, layer 1, all heads", **columns(86.1, 59.9, 432)),
-            pruner_row(budget, baselines.fixed(one, k), f"fixed, layer 1, top-{k} heads", "fixed, layer 1, all heads",
+            pruner_row(budget, baselines.fixed(one, k), f"fixed, layer 1, {k} head(s)", "fixed, layer 1, all heads",
                        **columns(86.2, 61.4, 447)),
             pruner_row(budget, baselines.fixed(three, k), fixed, **columns(86.2, 65.9, 485))]
+    encode = lambda m, x: m.encode(x, budget)
     for share, values in ((312 / 242, (86.4, 70.1, 552)), (1, (86.2, 69.0, 550)), (162 / 242, (86.9, 66.7, 523))):
         n = round(share * average)
-        rows.append(meteor_row(replace(budget, stage3=n), f"adaptive, {n}", fixed, **columns(*values)))
+        rows.append(pruner_row(budget, adaptive(budget, lambda_for(model, encode, n, budget)), f"adaptive, {n}", fixed,
+                               **columns(*values)))
     return rows
 
 
@@ -185,10 +189,10 @@ def alone(name: str, total: int | None = None) -> Encode:
 
 
 def table6(model: Meteor) -> list[Row]:
-    name, k = "clip", model.budget.k
+    name, own = "clip", model.budget
     few = round(0.27 * model.adapters[0].num_tokens)  # about the paper's 29 % of the LLM's FLOPs
     fewer = round(0.45 * few)  # about its 12 %
-    both = adaptive(lambda_for(model, alone(name, few), fewer, k), k)
+    both = adaptive(own, lambda_for(model, alone(name, few), fewer, own))
     columns = lambda *values: dict(zip(["GQA", "POPE", "TextVQA"], values))
     merged = [f"PruMerge++-style, {n}" for n in (few, fewer)]
     return [encoding_row(alone(name), None, f"{name} alone", **columns(62.0, 85.9, 58.2)),
@@ -199,12 +203,12 @@ def table6(model: Meteor) -> list[Row]:
 
 
 def table7(model: Meteor) -> list[Row]:
-    name, k = "pix2struct", model.budget.k
+    name, own = "pix2struct", model.budget
     N, see = model.adapters[list(model.encoders).index(name)].num_tokens, alone(name)
     average = round(0.45 * N)
     columns = lambda *values: dict(zip(["POPE", "ChartQA", "DocVQA"], values))
     (first, label), (second, label2) = fastv(model, N, average), pyramid(model, N, average)
-    stage3 = adaptive(lambda_for(model, see, average, k), k)
+    stage3 = adaptive(own, lambda_for(model, see, average, own))
     return [encoding_row(see, None, f"{name} alone", **columns(86.1, 64.0, 70.0)),
             encoding_row(see, first, label, **columns(86.3, 55.9, 62.1)),
             encoding_row(see, second, label2, label, **columns(86.4, 59.1, 65.6)),
@@ -212,32 +216,33 @@ def table7(model: Meteor) -> list[Row]:
 
 
 def table8(model: Meteor) -> list[Row]:
-    budget = model.budget
-    encode = lambda m, x: m.encode(x, replace(budget, stage3=None))
-    lams = {k: lambda_for(model, encode, budget.stage3, k) for k in (5, 3, 7)}
-    paper = {(5, 1): (73.5, 65.0), (3, 1): (73.6, 64.8), (7, 1): (73.5, 64.6),
-             (5, 65 / 50): (73.8, 65.6), (5, 25 / 50): (73.4, 63.4)}
-    rows = []
-    for (k, factor), values in paper.items():
-        label = f"k = {k}, lambda = {factor * lams[k]:.1f}"
-        rows.append(pruner_row(budget, adaptive(factor * lams[k], k), label, rows[0].label if rows else None,
-                               **dict(zip(["Gene.", "OCR"], values))))
-    return rows
+    """K as in Table 3; besides the paper's k the model's own."""
+    own = replace(model.budget, stage2=round(model.budget.stage3 * 576 / 242))
+    encode = lambda m, x: m.encode(x, own)
+    paper = {3: (73.6, 64.8), 5: (73.5, 65.0), 7: (73.5, 64.6)}
+    lams = {k: lambda_for(model, encode, own.stage3, replace(own, k=k)) for k in dict.fromkeys([own.k, *paper])}
+    rows = [(k, lam, paper.get(k, ())) for k, lam in lams.items()]
+    rows += [(own.k, 65 / 50 * lams[own.k], (73.8, 65.6)), (own.k, 25 / 50 * lams[own.k], (73.4, 63.4))]
+    label = "k = {}, lambda = {:.1f}".format
+    first = label(*rows[0][:2])
+    return [pruner_row(own, adaptive(replace(own, k=k), lam), label(k, lam), first if label(k, lam) != first else None,
+                       **dict(zip(["Gene.", "OCR"], values))) for k, lam, values in rows]
 
 
-def adaptive(lam: float, k: int) -> baselines.Pruner:
-    return lambda decoder, visual_mask: AdaptivePruner(decoder, visual_mask, lam=lam, k=k)
+def adaptive(budget: Budget, lam: float) -> baselines.Pruner:
+    """Stage 3 with lambda as given, heads and layers of a budget."""
+    return lambda decoder, visual_mask: AdaptivePruner(decoder, visual_mask, budget.layers, lam=lam, k=budget.k)
 
 
 @torch.no_grad()
-def lambda_for(model: Meteor, encode: Encode, average: float, k: int) -> float:
+def lambda_for(model: Meteor, encode: Encode, average: float, budget: Budget) -> float:
     """lambda that keeps `average` tokens, solved on 96 validation questions, those of calibration among them."""
     examples = [e for part in batches("val", 96, first=50_000) for e in part]
     encoded = encode(model, to_images([picture.image for _, picture, _, _ in examples]))
     embeds, attention_mask, visual_mask = model.prompt(encoded, [question for *_, question, _ in examples])
 
     def measure(lam: float) -> float:
-        with AdaptivePruner(model.decoder, visual_mask, lam=lam, k=k) as pruner:
+        with adaptive(budget, lam)(model.decoder, visual_mask) as pruner:
             model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
         return pruner.average_tokens().mean().item()
 

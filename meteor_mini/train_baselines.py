@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs/glyph"), help="where meteor_mini.train left its stages")
     parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / "baselines.safetensors")
     args = parser.parse_args()
-    model = trained(args.work, "answer")
+    model = trained(args.work, "polish")
     cache_features(model, args.work)
     model.encoders.requires_grad_(False), model.projectors.requires_grad_(False)
     torch.manual_seed(0)

@@ -190,7 +190,9 @@ def test_a_budget_for_n_tokens_is_in_the_proportions_of_the_models_own(model):
     assert model.budget_for(576) == Budget.none() and model.budget_for(model.budget.stage3) == model.budget
     for tokens in (8, 20, 34, 60, 100):
         budget = model.budget_for(tokens)
-        assert budget.stage3 == tokens and budget.stage2 == round(tokens * model.budget.stage2 / model.budget.stage3)
+        if tokens != model.budget.stage3:
+            assert budget.stage3 == tokens and budget.stage2 == round(tokens * 576 / 242)
+            assert budget.stage1 == round(budget.stage2 * model.budget.stage1 / model.budget.stage2)
         assert model.lam(budget, budget.stage2 or 576) > 0
     for tokens in (0, -3, 577, 10**9):
         with pytest.raises(ValueError, match=f"tokens must be 4 to 576.*got {tokens}"):

@@ -691,7 +691,7 @@ def test_convnext_refuses_to_be_pruned_inside(models, keep, b):
 def test_features_that_are_not_finite_are_refused():
     model = perturbed(clip())
     model.transformer.resblocks[3].ln_1.weight.data[0] = math.nan
-    with pytest.raises(ValueError, match="features of VisionTransformer must be finite, but hold NaN or infinity"):
+    with pytest.raises(ValueError, match="features of VisionTransformer must be finite, got NaN or inf"):
         encode(model, pictures(1))
     with pytest.raises(ValueError, match="tokens must be finite"):
         expected_ranks([model], [pictures(1)])
@@ -703,8 +703,8 @@ def test_features_that_are_not_finite_are_refused():
     (lambda: nn.Linear(2, 2), TypeError, "got Linear"),
     (lambda: clip(qk_norm=True), TypeError, "blocks of VisionTransformer must be .* got .*CustomResidualAttentionBlock"),
     (lambda: Eva(use_post_norm=True, **VIT), TypeError, "blocks of Eva must be .* got .*EvaBlockPostNorm"),
-    (lambda: Eva(use_rot_pos_emb=True, rope_type="mixed", **VIT), TypeError, "one rotary table .* 'mixed'"),
-    (lambda: clip(layers=2), ValueError, "encoder must have at least 3 blocks, one for each part, got 2"),
+    (lambda: Eva(use_rot_pos_emb=True, rope_type="mixed", **VIT), TypeError, "one rotary table, got 'mixed'"),
+    (lambda: clip(layers=2), ValueError, "encoder must have at least 3 blocks, got 2"),
     (lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), ValueError, "ConvNeXt must tell its input: set pretrained_cfg"),
 ])
 def test_models_that_are_refused(encoder, error, message):
