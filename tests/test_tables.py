@@ -100,6 +100,7 @@ def test_labels_name_the_strategy_and_count_of_their_budget(rows):
         assert len({row.method.stage1 for row in rows["1"] if row.method.stage1[-1] == total}) == 1
 
 
+@pytest.mark.slow  # half a minute: many runs of the whole model
 def test_rows_have_the_averages_that_their_labels_say(model, rows):
     wanted = {row.label: int(row.label.split(", ")[1]) for row in rows["3"] if row.label.startswith("adaptive")}
     wanted |= {row.label: model.budget.stage3 for row in rows["3"] if row.label.startswith("fixed")}
@@ -166,6 +167,7 @@ def test_an_average_out_of_reach_is_refused(average):
         tables.pyramid_counts(576, average)
 
 
+@pytest.mark.slow  # half a minute: many runs of the whole model
 def test_masked_encoders_are_zero_and_the_others_are_not_touched(model, monkeypatch):
     seen, fuse = [], model.fuse
     monkeypatch.setattr(model, "fuse", lambda features, *rest: seen.append(features) or fuse(features, *rest))
@@ -176,6 +178,7 @@ def test_masked_encoders_are_zero_and_the_others_are_not_touched(model, monkeypa
     assert all(torch.equal(x, y) for features, mask in zip(seen, masks) for x, y, m in zip(features, full, mask) if not m)
 
 
+@pytest.mark.slow  # half a minute: many runs of the whole model
 def test_the_information_gap_and_full_subset_agree_with_the_accuracies(model):
     result = tables.redundancy(model, 8)
     assert len(result["subsets"]) == 15 and len(result["kl"]) == 4 and all(v >= 0 for v in result["kl"].values())
@@ -186,6 +189,7 @@ def test_the_information_gap_and_full_subset_agree_with_the_accuracies(model):
     assert result["ig"]["all"] == pytest.approx(max(result["cur"]["all"].values()) - min(result["cur"]["all"].values()))
 
 
+@pytest.mark.slow  # half a minute: many runs of the whole model
 def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path, capsys):
     first = report.report(model, ["2", "figure1", "video"], 8, tmp_path)
     again = report.report(model, ["2", "figure1", "video"], 8, None)
