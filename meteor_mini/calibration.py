@@ -33,7 +33,7 @@ def calibrate(model, images: torch.Tensor, questions: list[str], Ks: list[int], 
     """Measure stage 3's average tokens for each K entering the LLM and each lambda: the table of `lambda_from_table`.
 
     Args: model: a `Meteor`; images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1
-    leaves each K the tokens that `Meteor.budget_for` would.
+    leaves each K the tokens that `Meteor.proportions` gives it.
     """
     rows, total = [], sum(a.num_tokens for a in model.adapters)
     for K in Ks:

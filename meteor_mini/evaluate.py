@@ -53,8 +53,7 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     return {"accuracy": 100 * right.mean(), "average_tokens": tokens.mean(),
             "families": {f: 100 * right[family == f].mean() for f in present},
             "family_tokens": {f: tokens[family == f].mean() for f in present},
-            "right": right, "family": family, "llm_flops": float(np.mean(flops)),
-            "survivors": mean}
+            "right": right, "family": family, "llm_flops": float(np.mean(flops)), "survivors": mean}
 
 
 def prefill_flops(config, visual: list[float], text: int) -> float:
@@ -62,7 +61,7 @@ def prefill_flops(config, visual: list[float], text: int) -> float:
 
     Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, in all layers. n: both together;
     d: width, of which grouped keys and values take their part; m: width of the gated MLP. What torch.utils.flop_counter
-    counts; a pruner's own q and k are not in it (of METEOR on the embedded model: 5 % of the LLM's).
+    counts; a pruner's own q and k are not in it.
     """
     d, m, grouped = config.hidden_size, config.intermediate_size, config.num_key_value_heads / config.num_attention_heads
     return sum(2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m) for n in (v + text for v in visual))

@@ -30,7 +30,8 @@ NOTES = {
     "2": "The learned fusions see all tokens of all encoders and leave one for each grid cell; `train_baselines.py` says how long "
          "they were trained (less than the embedded model). Paper: 576 tokens of 1193; its EAGLE-style row is 1193 tokens wide.",
     "3": "K tokens after stage 2 in the paper's proportion to the average. All rows below the first have the same average here, "
-         "except the adaptive ones named otherwise; in the paper the rows at layer 1 have 297. The paper's third adaptive row is printed as 126 tokens; its counts make 162.",
+         "except the adaptive ones named otherwise; in the paper the rows at layer 1 have 297. The paper's third adaptive row "
+         "is printed as 126 tokens; its counts make 162.",
     "6": "Paper: LLaVA-1.5 at 29 % and 12 % of the FLOPs; AIM, its rival at 12 %, is not built here.",
     "7": "Paper: LLaVA-Next; FastV at 51 %, PyramidDrop at 46 %, stage 3 at 44 % of the FLOPs.",
     "8": "K as in Table 3. Differences are to the model's own k at the same average; the last two rows are 65/50 and 25/50 of its "

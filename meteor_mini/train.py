@@ -36,7 +36,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 1500, "align": 1000, "answer": 5000,
          "polish": 500}
 # Chosen on validation questions. The paper's five of 32 heads are in proportion one or two of 8. Its layers, L/8 ..., would
-# here prune after a single layer, when the text does not yet know which digits it will read: numbers fall by 30 points.
+# here prune after a single layer, when the text does not yet look at all the digits it will read.
 BUDGET = dict(stage1=190, stage2=124, stage3=34, k=1, layers=[2, 4, 6])
 # How often "answer" asks each family, beside one: reading and charts are learned first, these last.
 FAMILY_WEIGHTS = {"answer": {"relation": 3, "where": 2, "count": 2, "presence": 2},
@@ -399,7 +399,8 @@ def stage_calibrate(work: Path, out: Path) -> None:
 
 STAGES = {"pictures": lambda work, out: draw_pool(work, POOL),
           **{name: lambda work, out, name=name: train_encoder(name, work, STEPS[name]) for name in GLYPH_ENCODERS},
-          "features": stage_features, "align": stage_align, "answer": stage_answer, "polish": stage_polish, "calibrate": stage_calibrate}
+          "features": stage_features, "align": stage_align, "answer": stage_answer, "polish": stage_polish,
+          "calibrate": stage_calibrate}
 
 
 def main() -> None:
