@@ -33,7 +33,7 @@ from .model import CHECKPOINTS, Budget, Meteor
 from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 1500, "align": 1000, "answer": 5000,
+STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 3000, "align": 1000, "answer": 5000,
          "polish": 500}
 # Chosen on validation questions. The paper's five of 32 heads are in proportion one or two of 8. Its layers, L/8 ..., would
 # here prune after a single layer, when the text does not yet look at all the digits it will read.
@@ -54,7 +54,7 @@ SLOT_SIZES = [len(v) + 1 for v in glyphworld.SLOTS.values()]
 # How much each encoder is asked about each slot of words (the order of `SLOTS`): a different mix
 # each, as CLIP, ConvNeXt, EVA and Pix2Struct were trained on different things, so that they complement one another.
 SLOT_WEIGHTS = {"clip": [1, 1, 0.1, 0.3, 2, 0.5, 0.5, 0.5], "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
-                "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1], "pix2struct": [0.7, 0.4, 2, 1, 0.1, 1, 1, 0.5]}
+                "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1], "pix2struct": [0.7, 0.4, 2, 1, 2, 1, 1, 0.5]}
 BACKGROUND_WEIGHT = 0.1  # of class "none" in each slot; at 1 the digits stay near chance
 
 
