@@ -23,7 +23,7 @@ from PIL import Image
 from . import evaluate, glyphworld, report
 from .model import CHECKPOINTS, Answer, Budget, Meteor
 from .pictures import load_picture
-from .plots import survivor_figure
+from .survivors import survivor_figure
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TABLE_SAMPLES = 400  # questions a row: all tables in under an hour on 2 cores

@@ -107,7 +107,8 @@ PATCHES = {"background": [], "shape": glyphworld.SHAPES, "glyph": ["number", "ce
 def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96) -> dict:
     """Of the background, shape, glyph, header and bar patches, which percentage survives each stage, per encoder.
 
-    Returns: {stage: {encoder: {group: percent}}}. The one table that explains most accuracy figures.
+    Returns: {stage: {encoder: {group: percent}}}, with "any" for patches that survive in one encoder or more. The one
+    table that explains most accuracy figures.
     """
     alive, total = {}, {}
     what = list(glyphworld.SLOTS).index("what")
@@ -120,10 +121,10 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
                 patches = torch.isin(word, torch.tensor(members))
                 total[group] = total.get(group, 0) + int(patches.sum())
                 for stage, maps in answer.kept.items():
-                    for name, grid in maps.items():
+                    for name, grid in [*maps.items(), ("any", torch.stack([*maps.values()]).any(dim=0))]:
                         key = (stage, name, group)
                         alive[key] = alive.get(key, 0) + int((grid.flatten() & patches).sum())
-    stages, names = ["stage1", "stage2", "stage3"], list(model.encoders)
+    stages, names = ["stage1", "stage2", "stage3"], [*model.encoders, "any"]
     return {s: {n: {g: 100 * alive[s, n, g] / max(1, total[g]) for g in PATCHES} for n in names} for s in stages}
 
 

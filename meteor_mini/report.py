@@ -15,7 +15,7 @@ from . import glyphworld
 from .evaluate import accuracy, difference, encoding_flops, interval, to_images
 from .glyphworld import FAMILIES
 from .model import Budget, Meteor
-from .tables import GROUPS, TABLES, Row, meteor_row, redundancy, video
+from .tables import GROUPS, TABLES, Row, coverage, meteor_row, redundancy, video
 
 TITLES = {"main": "Main result", "1": "Table 1: how encoders share the budget (stage 1 alone)",
           "2": "Table 2: what fusion drops (stages 1 and 2)", "3": "Table 3: fixed and adaptive counts in the LLM",
@@ -100,6 +100,10 @@ def markdown(name: str, result: dict) -> str:
         parts.append(grid(["encoder", "rank at the output", "std / mean over pictures", "nuclear-norm diversity"],
                           [[n, f"{v['rank']:.1f}", f"{100 * v['spread']:.0f} %", f"{v['diversity']:.3f}"]
                            for n, v in result["ranks"].items()]))
+    if "coverage" in result:
+        kinds = list(next(iter(result["coverage"].values())))
+        parts.append(grid(["patches left in at least one encoder", *kinds],
+                          [[s, *(f"{v[k]:.0f} %" for k in kinds)] for s, v in result["coverage"].items()]))
     for stage, encoders in result.get("survivors", {}).items():
         parts.append(grid([f"mean tokens after {stage}", *FAMILIES],
                           [[e, *(f"{v[f]:.1f}" for f in FAMILIES)] for e, v in encoders.items()]))
@@ -163,6 +167,8 @@ def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -
             results[name] = {"survivors": one["survivors"], "family_tokens": one["family_tokens"]}
         if name == "1":
             results[name]["ranks"] = rank_statistics(model)
+        if name == "2":
+            results[name]["coverage"] = coverage(model)
         results[name] = plain(results[name])
         print(markdown(name, results[name]), flush=True)
         if folder is not None:

@@ -15,7 +15,7 @@ import stage1_encode
 from stage3_decode import AdaptivePruner, solve_lambda
 
 from . import baselines, glyphworld
-from .evaluate import Method, batches, difference, interval, to_images, utilization
+from .evaluate import Method, batches, difference, interval, recall, to_images, utilization
 from .glyphworld import FAMILIES
 from .model import Budget, Encoded, Meteor
 
@@ -155,6 +155,15 @@ def table2(model: Meteor) -> list[Row]:
             *fusion_rows(model, list(learned), f"collaborative, {cells}", learned)]
 
 
+def coverage(model: Meteor) -> dict[str, dict[str, float]]:
+    """Why strategies differ: patches that are left in one encoder or more after stage 2, in percent of each kind,
+    on validation pictures, K as the paper has it. {strategy: {kind of patch: percent}}"""
+    budget = Budget(stage1=model.budget.stage1, stage2=round(model.budget.stage1 * 576 / 1193))
+    torch.manual_seed(0)  # of "random"
+    by = {s: replace(budget, stage2_strategy=s) for s in ("collaborative", "separate", "random", "greedy")}
+    return {f"{s}, {b.stage2}": recall(model, b)["stage2"]["any"] for s, b in by.items()}
+
+
 def table3(model: Meteor) -> list[Row]:
     """The model's own average, of K tokens in the paper's proportion to it."""
     average, L, k = model.budget.stage3, model.decoder.config.num_hidden_layers, model.budget.k
@@ -172,6 +181,9 @@ def table3(model: Meteor) -> list[Row]:
                        **columns(86.2, 61.4, 447)),
             pruner_row(budget, baselines.fixed(three, k), fixed, **columns(86.2, 65.9, 485))]
     encode = lambda m, x: m.encode(x, budget)
+    early = replace(budget, layers=[1])  # not in the paper: adaptive counts where tokens still matter
+    lam = lambda_for(model, encode, average, early)
+    rows.insert(3, pruner_row(early, adaptive(early, lam), f"adaptive, {average}, layer 1", f"fixed, layer 1, {k} head(s)"))
     for share, values in ((312 / 242, (86.4, 70.1, 552)), (1, (86.2, 69.0, 550)), (162 / 242, (86.9, 66.7, 523))):
         n = round(share * average)
         rows.append(pruner_row(budget, adaptive(budget, lambda_for(model, encode, n, budget)), f"adaptive, {n}", fixed,
@@ -179,8 +191,8 @@ def table3(model: Meteor) -> list[Row]:
     return rows
 
 
-def alone(name: str, total: int | None = None) -> Encode:
-    """A model with the single encoder `name`, stage 1 pruning it to `total` tokens."""
+def alone(name: str, total: int | tuple[int, int, int] | None = None) -> Encode:
+    """A model with the single encoder `name`, stage 1 pruning it to `total` tokens, or to three totals, one a point."""
     def encode(model, images):
         ranks = model.ranks[:, [list(model.encoders).index(name)]]
         features, kept = stage1_encode.encode_all([model.encoders[name]], images.to(model.device), total, ranks)
@@ -194,10 +206,12 @@ def table6(model: Meteor) -> list[Row]:
     fewer = round(0.45 * few)  # about its 12 %
     both = adaptive(own, lambda_for(model, alone(name, few), fewer, own))
     columns = lambda *values: dict(zip(["GQA", "POPE", "TextVQA"], values))
-    merged = [f"PruMerge++-style, {n}" for n in (few, fewer)]
+    merged, all_of_it = [f"PruMerge++-style, {n}" for n in (few, fewer)], model.adapters[0].num_tokens
     return [encoding_row(alone(name), None, f"{name} alone", **columns(62.0, 85.9, 58.2)),
             prumerge_row([name], few, merged[0], **columns(57.5, 84.0, 57.1)),
             encoding_row(alone(name, few), None, f"stage 1, {few}", merged[0], **columns(58.6, 84.5, 57.3)),
+            # not in the paper: is it the choice, or that tokens are gone before the encoder is at its end?
+            encoding_row(alone(name, (all_of_it, all_of_it, few)), None, f"stage 1 at the output only, {few}", merged[0]),
             prumerge_row([name], fewer, merged[1]),
             encoding_row(alone(name, few), both, f"stages 1 and 3, {fewer}", merged[1], **columns(55.1, 78.4, 53.8))]
 

@@ -46,6 +46,15 @@ def test_recall_of_keep_all_is_everything_and_never_rises(model):
             assert 100 >= table["stage1"][name][group] >= table["stage2"][name][group] >= table["stage3"][name][group] >= 0
 
 
+def test_recall_in_any_encoder_is_the_union(model):
+    table = recall(model, Budget(stage1=60), samples=16)["stage1"]
+    seen = [answer.kept["stage1"] for part in batches("val", 16)
+            for answer in model.answer(to_images([e[1].image for e in part]), [e[2] for e in part], Budget(stage1=60))]
+    bare = [torch.from_numpy(e[1].patch_words[:, 0] == 0).view(12, 12) for part in batches("val", 16) for e in part]
+    left = sum(int((b & (m["clip"] | m["convnext"] | m["eva"] | m["pix2struct"])).sum()) for m, b in zip(seen, bare))
+    assert table["any"]["background"] == pytest.approx(100 * left / sum(int(b.sum()) for b in bare))
+
+
 def test_pictures_become_images_in_zero_to_one():
     images = to_images([glyphworld.make_picture(0).image])
     assert images.shape == (1, 3, 96, 96) and images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1

@@ -1,84 +1,95 @@
-"""Figures: pixels of kept and dropped patches against the picture, captions against the counts."""
+"""plots.py: every function returns a titled, labelled, white figure and leaves its arguments alone."""
+import copy
+import inspect
+import io
+
 import pytest
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image
 
-from meteor_mini.plots import CELL, COLORS, font, patch_map, survivor_figure, to_pillow, wrap
+pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[tutorial]'")
+from matplotlib.colors import to_hex  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
 
+from meteor_mini import plots  # noqa: E402
+from meteor_mini.plots import COLORS  # noqa: E402
 
-@pytest.fixture
-def image():
-    return torch.rand(3, 96, 96, generator=torch.Generator().manual_seed(0))
+NAMES = ["clip", "convnext", "eva", "pix2struct"]
+G = torch.Generator().manual_seed(0)
+IMAGE = torch.rand(3, 96, 96, generator=G)
+MASKS = {name: torch.rand(12, 12, generator=G) < 0.4 for name in NAMES}
+HEAT = {name: torch.rand(12, 12, generator=G) for name in NAMES}
+HEAT["eva"][:6] = torch.nan
+COUNTS = {"a": dict(zip(NAMES, [40, 30, 20, 10])), "b": dict(zip(NAMES, [4, 3, 0, 1]))}
+SIX = [0.1, 0.2, 0.4, 0.3, 0.5, 0.6]
+POINTS = [(10.0, {"all": 50.0, "General": 40.0}), (20.0, {"all": 70.0, "General": 60.0})]
 
-
-@pytest.fixture
-def written(monkeypatch):
-    """Every text that is drawn."""
-    texts, draw = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
-                        lambda self, xy, text, *a, **k: (texts.append(text), draw(self, xy, text, *a, **k)))
-    return texts
-
-
-def test_to_pillow_is_exact():
-    pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8)
-    drawn = to_pillow(pixels.float() / 255)
-    assert drawn.size == (7, 5) and drawn.tobytes() == pixels.permute(1, 2, 0).numpy().tobytes()
-
-
-@pytest.mark.parametrize("h, w", [(12, 12), (3, 4), (7, 5)])
-def test_kept_patches_are_clear_and_framed_the_others_grey(image, h, w):
-    alive = torch.rand(h, w, generator=torch.Generator().manual_seed(1)) < 0.4
-    picture = to_pillow(image)
-    cell, clear = patch_map(picture, alive, COLORS[0]), picture.resize((CELL, CELL), Image.Resampling.BICUBIC)
-    for row in range(h):
-        for column in range(w):
-            left, top = column * CELL // w, row * CELL // h
-            box = (left + 1, top + 1, (column + 1) * CELL // w - 1, (row + 1) * CELL // h - 1)
-            inside = cell.crop(box)
-            if alive[row, column]:
-                assert inside.tobytes() == clear.crop(box).tobytes()
-                assert "#%02X%02X%02X" % cell.getpixel((left, top)) == COLORS[0]
-            else:
-                bands = inside.split()
-                assert bands[0].tobytes() == bands[1].tobytes() == bands[2].tobytes()
-                low, high = bands[0].getextrema()
-                assert 110 <= low <= high <= 153
+CALLS = {
+    "patch_maps": lambda: plots.patch_maps(IMAGE, {"one": MASKS, "two": {"clip": MASKS["clip"]}}, "A finding"),
+    "heat_maps": lambda: plots.heat_maps(IMAGE, {"": HEAT, "x": {"clip": HEAT["clip"]}}, "A finding", "cosine", mark=(2, 3)),
+    "token_flow": lambda: plots.token_flow(COUNTS),
+    "encoder_bars": lambda: plots.encoder_bars(COUNTS, "A finding", "tokens", "group"),
+    "tokens_by_layer": lambda: plots.tokens_by_layer({"q": [9, 5, 2], "r": [9, 9, 1]}, "A finding"),
+    "cost_curve": lambda: plots.cost_curve([1, 2, 3], [1e9, 2e9, 3e9], [1e8, 4e8, 9e8], [3.0, 5.0, 9.0], "A finding"),
+    "time_bars": lambda: plots.time_bars({"x": {"a": 3.0, "b": 4.0}, "y": {"a": 1.0, "b": 4.0}}, "A finding"),
+    "kv_bars": lambda: plots.kv_bars({"x": [4096.0, 2048.0], "y": [1024.0, 512.0]}, "A finding"),
+    "spectra": lambda: plots.spectra({n: torch.rand(40, generator=G) for n in NAMES}, 0.01, "A finding"),
+    "rank_spread": lambda: plots.rank_spread({n: torch.tensor([40, 42, 39]) for n in NAMES}, dict.fromkeys(NAMES, 40.0)),
+    "depth_curves": lambda: plots.depth_curves({"clip": SIX, "eva": SIX[::-1]}, "A finding", "entropy"),
+    "criteria_by_depth": lambda: plots.criteria_by_depth({"eva": {"x": SIX, "y": SIX[::-1]}}, "A finding", "percent", chance=0.5),
+    "projection_plot": lambda: plots.projection_plot({n: torch.randn(9, 16, generator=G) for n in NAMES},
+                                                       {n: torch.arange(9) < 4 for n in NAMES}, "A finding"),
+    "vav_bars": lambda: plots.vav_bars({1: torch.rand(8, generator=G), 3: torch.rand(8, generator=G)}, 5, "A finding"),
+    "lambda_curve": lambda: plots.lambda_curve([0.0, 1, 2], [10.0, 20, 30], (1.0, 20.0), "A finding"),
+    "accuracy_curves": lambda: plots.accuracy_curves({"METEOR": POINTS, "other": POINTS}, "A finding", {"all": 80.0, "General": 70.0}),
+}
 
 
-def test_small_patches_have_no_frame(image):
-    picture = to_pillow(image)
-    cell = patch_map(picture, torch.ones(48, 48, dtype=torch.bool), COLORS[0])
-    assert cell.tobytes() == picture.resize((CELL, CELL), Image.Resampling.BICUBIC).tobytes()
+def test_every_figure_is_tested():
+    public = {name for name, f in inspect.getmembers(plots, inspect.isfunction)
+              if f.__module__ == plots.__name__ and not name.startswith("_")}
+    assert public == {*CALLS, "canvas", "encoder_color"}
+    assert all(inspect.getdoc(getattr(plots, name)) for name in public)
 
 
-def test_captions_carry_the_counts_and_texts(image, written):
-    kept = {stage: {"clip": torch.arange(144).view(12, 12) < n, "pix2struct": torch.arange(20).view(4, 5) < 3}
-            for stage, n in {"stage1": 50, "stage2": 20, "stage3": 0}.items()}
-    before = {stage: {name: m.clone() for name, m in maps.items()} for stage, maps in kept.items()}
-    figure = survivor_figure(image, {"question": "is there a red star ?", "METEOR": "yes"}, kept)
-    assert figure.mode == "RGB" and figure.width > figure.height > 500
-    assert {"question", "is there a red star ?", "METEOR", "yes", "Stage 1, encoding: 53 tokens",
-            "Stage 3, decoding (last LLM layer): 3 tokens"} < set(written)
-    assert [text for text in written if text.startswith("clip")] == [f"clip: {n} of 144" for n in (50, 20, 0)]
-    assert written.count("pix2struct: 3 of 20") == 3
-    assert all(torch.equal(before[s][n], kept[s][n]) for s in kept for n in kept[s])
+@pytest.mark.parametrize("name", CALLS)
+def test_has_a_title_and_labels_and_shows_itself(name):
+    figure = CALLS[name]()
+    assert isinstance(figure, Figure)
+    assert figure.get_suptitle().strip()
+    drawn = [ax for ax in figure.axes if ax.axison and ax.has_data()]
+    assert drawn and any(ax.get_xlabel() for ax in drawn) and any(ax.get_ylabel() for ax in drawn)
+    assert to_hex(figure.get_facecolor()) == "#ffffff"
+    picture = Image.open(io.BytesIO(figure._repr_png_())).convert("RGB")
+    assert picture.getpixel((0, 0)) == (255, 255, 255) and 300 <= picture.width <= 1000
+    rim = picture.crop((0, 0, picture.width, 2)).getextrema()
+    assert rim == ((255, 255),) * 3  # nothing is cut off at the top
 
 
-@pytest.mark.parametrize("encoders", [1, 4, 8])
-def test_any_number_of_encoders_and_long_texts_stay_inside(image, written, encoders):
-    maps = {f"an encoder with a name {e}": torch.ones(6, 6, dtype=torch.bool) for e in range(encoders)}
-    kept = {stage: maps for stage in ("stage1", "stage2", "stage3")}
-    figure = survivor_figure(image, {"question": "word " * 200, "answer": "x" * 300, "nothing": ""}, kept)
-    rim = [figure.crop(box).getextrema() for box in ((0, figure.height - 10, figure.width, figure.height),
-                                                     (figure.width - 10, 0, figure.width, figure.height))]
-    assert rim == [((255, 255),) * 3] * 2
+def test_arguments_stay_as_they_are():
+    before = copy.deepcopy((HEAT, MASKS, COUNTS, IMAGE))
+    CALLS["heat_maps"](), CALLS["patch_maps"](), CALLS["token_flow"]()
+    for old, new in zip(before[:2], (HEAT, MASKS)):
+        assert all(torch.equal(old[n].nan_to_num(), new[n].nan_to_num()) if old[n].is_floating_point()
+                   else torch.equal(old[n], new[n]) for n in NAMES)
+    assert before[2] == COUNTS and torch.equal(before[3], IMAGE)
 
 
-def test_wrap_loses_nothing_and_fits():
-    small = font(17)
-    for text in ("short", "many words that do not fit into one line", "a " + "w" * 90 + " b", "", "i"):
-        lines = wrap(text, 120, small)
-        assert all(small.getlength(line) <= 120 for line in lines)
-        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
-    assert wrap("one two", 1000, small) == ["one two"] and len(wrap("W", 1, small)) == 1
+def test_an_encoder_has_one_colour_whichever_are_drawn():
+    for i, name in enumerate(NAMES):
+        assert plots.encoder_color(name, NAMES) == plots.encoder_color(name, [name]) == COLORS[i]
+    assert plots.encoder_color("mine", ["other", "mine"]) == COLORS[1]
+    assert len({plots.encoder_color(f"{i}", [f"{i}" for i in range(9)]) for i in range(9)}) == len(COLORS)
+
+
+def test_computed_titles_say_what_was_given():
+    assert plots.token_flow(COUNTS).get_suptitle() == "100 visual tokens come in, 8 are left at the end"
+    title = plots.rank_spread({n: torch.tensor([10, 10]) for n in NAMES}, dict.fromkeys(NAMES, 10.0)).get_suptitle().replace("\n", " ")
+    assert "varies by 0 %" in title and "by 0 to 0 %" in title
+
+
+def test_patch_maps_take_a_picture_for_each_row():
+    rows = {"first": torch.zeros(3, 8, 8), "second": torch.ones(3, 8, 8)}
+    figure = plots.patch_maps(rows, {row: {"clip": torch.ones(2, 2, dtype=torch.bool)} for row in rows}, "A finding")
+    centre = [ax.images[0].get_array()[40, 40].tolist() for ax in figure.axes]
+    assert centre == [[0, 0, 0], [255, 255, 255]]

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+import stage1_encode
 from meteor_mini import Answer, Budget, evaluate, load, report, tables
 
 
@@ -109,6 +110,20 @@ def test_rows_have_the_averages_that_their_labels_say(model, rows):
         assert abs(result["average_tokens"] - wanted[result["label"]]) <= slack, result["label"]
     stage3 = [row for row in rows["7"] if row.label.startswith("stage 3")]
     assert abs(report.measure_rows(model, [replace(stage3[0], against=None)], 32, {})[0]["average_tokens"] - 65) <= 4
+
+
+def test_controls_differ_in_one_thing_from_the_row_above(model, rows):
+    images = evaluate.to_images([e[1].image for e in next(evaluate.batches("val", 2))])
+    inside, output = (row for row in rows["6"] if row.label.startswith("stage 1"))
+    assert output.label == inside.label.replace("stage 1", "stage 1 at the output only")
+    counts = [row.encode(model, images).fused.tokens.shape[1] for row in (inside, output)]
+    assert counts[0] == counts[1] == 39 and output.against == inside.against
+    x, keep = stage1_encode.encode(model.encoders["clip"], images, (None, None, 39))
+    assert torch.equal(output.encode(model, images).stage1_idx[0], keep)
+    early = next(row for row in rows["3"] if row.label.endswith("layer 1"))
+    encoded = model.encode(images, replace(model.budget, stage2=81))
+    answers = early.method(model, images, ["describe the picture ."] * 2)
+    assert all(len(set(a.layers[1:])) == 1 and a.layers[0] == encoded.fused.tokens.shape[1] for a in answers)
 
 
 def test_a_rows_figures_by_hand(model):
