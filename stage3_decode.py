@@ -164,7 +164,7 @@ class AdaptivePruner:
     rotary positions; last_hidden_state goes back to full length. A KV cache filled in the block ends with it.
 
     Args:
-        decoder: of Llama's kind, on sdpa or eager; visual_mask (B, S) bool: visual tokens of the prompt.
+        decoder: of Llama's kind, on sdpa or eager; visual_mask (B, S) bool: visual tokens, if any.
         layers: ascending, 1..L-1, pruned prior to their input; None: L/8, 3L/8, 5L/8.
         lam: \lambda, 0..infinity (keeps all); k: number of heads that decide, 1..H; None: all.
         query_mask (B, S) bool: who asks; None: the text after the last visual token. Leave out answers.
@@ -190,7 +190,6 @@ class AdaptivePruner:
         for name, m in (("visual_mask", visual_mask), ("query_mask", query_mask)):
             require(m is None or (m.dtype, m.dim(), m.shape) == (torch.bool, 2, visual_mask.shape),
                     f"{name} must be bool of shape (B, S), got {m is not None and (m.dtype, tuple(m.shape))}")
-        require(visual_mask.any(dim=1).all(), "visual_mask must mark 1 or more visual tokens in every sample")
         asks = visual_mask.flip(1).cumsum(1).flip(1) == 0 if query_mask is None else query_mask & ~visual_mask
         self.visual_mask, self.asks = (m.to(self.decoder.device) for m in (visual_mask, asks))  # (B, S)
         self.fixed = {i: torch.as_tensor(K).expand(len(visual_mask)) for i, K in (counts or {}).items()}

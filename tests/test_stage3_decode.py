@@ -700,11 +700,21 @@ def test_bad_masks():
     for bad in (visual_mask.long(), visual_mask[:, 1:]):
         with pytest.raises(ValueError, match=r"query_mask must be bool of shape \(B, S\), got"):
             prune(tiny(), visual_mask, query_mask=bad)
-    with pytest.raises(ValueError, match="visual_mask must mark 1 or more visual tokens in every sample"):
-        prune(tiny(), visual_mask & (torch.arange(3) > 0)[:, None])
     too_few_layers = build(num_hidden_layers=4)
     with pytest.raises(ValueError, match="layers must be ascending numbers, 1 to 3"):
         prune(too_few_layers, visual_mask)
+
+
+def test_a_sample_without_visual_tokens_is_left_alone():
+    embeds, attention_mask, visual_mask = ragged()
+    blind = visual_mask & (torch.arange(3) > 0)[:, None]  # the first sample is text alone
+    bare = forward(tiny(), embeds, attention_mask)
+    with prune(tiny(), blind, lam=1.0) as pruner:
+        pruned = forward(tiny(), embeds, attention_mask)
+    real = attention_mask[0].bool()
+    torch.testing.assert_close(pruned[0, real], bare[0, real], atol=1e-5, rtol=1e-5)
+    assert gap(pruned[1, -1], bare[1, -1]) > 1e-3 and pruner.average_tokens()[0] == 0
+    assert all(K[0] == 0 and (K[1:] > 0).all() for K in pruner.counts.values())
 
 
 def refuses(message, embeds, attention_mask, visual_mask, model=None, query_mask=None, **options):

@@ -1,0 +1,170 @@
+"""Stage 3 around vision-language models of transformers as they come: tiny random ones of the real classes, their own
+`generate`. One case a family; every property for every family.
+
+A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are put there as the
+family's processor does.
+"""
+import math
+
+import pytest
+import torch
+import transformers as T
+
+from stage3_decode import AdaptivePruner
+
+IMAGE = 3  # the placeholder token's id
+TEXT = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=8,
+            max_position_embeddings=1024, initializer_range=0.1)  # the default, 0.02, makes attention all but flat
+EYES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8)
+OPTIONS = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
+PROMPTS = {"one picture": [[1, 5, IMAGE, 7, 8, 9, 10]], "in the middle of text": [[1, 20, 21, 22, 23, IMAGE, 30, 31]],
+           "two pictures": [[1, IMAGE, 40, IMAGE, 41, 42]], "no picture": [[1, 50, 51, 52, 53]],
+           "ragged": [[1, 5, IMAGE, 7, 8, 9, 10], [1, IMAGE, 40, 44, IMAGE, 41], [1, 60, IMAGE, 61, 62, 63, 64, 65]]}
+
+
+def pictures(n, *size):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(n))
+
+
+def llava():
+    config = T.LlavaConfig(text_config=T.LlamaConfig(**TEXT), vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
+                           image_token_index=IMAGE)
+    return T.LlavaForConditionalGeneration(config), [16] * 9, lambda per_row: dict(pixel_values=pictures(sum(per_row), 32, 32))
+
+
+def llava_next():
+    config = T.LlavaNextConfig(text_config=T.LlamaConfig(**TEXT), vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
+                               image_token_index=IMAGE, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
+    sizes = [(64, 64), (64, 32), (32, 64)] * 3  # pictures of different shapes have different numbers of tokens
+    tokens = [16 + h // 8 * (w // 8 + 1) for h, w in sizes]  # the whole; each row of the tiles, and its end
+    def pixels(per_row):
+        n = sum(per_row)
+        return dict(pixel_values=pictures(n * 5, 32, 32).view(n, 5, 3, 32, 32), image_sizes=torch.tensor(sizes[:n]))
+    return T.LlavaNextForConditionalGeneration(config), tokens, pixels
+
+
+def idefics(config, vision, model):
+    """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, filled up with black ones."""
+    built = config(text_config=T.LlamaConfig(**TEXT), vision_config=vision(**EYES, image_size=64), image_token_id=IMAGE, scale_factor=2)
+    def pixels(per_row):
+        values, rows = torch.zeros(len(per_row), max(per_row), 3, 64, 64), list(pictures(sum(per_row), 64, 64))
+        for b, n in enumerate(per_row):
+            for i in range(n):
+                values[b, i] = rows.pop(0)
+        return dict(pixel_values=values)
+    return model(built), [16] * 9, pixels
+
+
+def deepseek():
+    """Two encoders, SigLIP and SAM, joined by channels."""
+    high = T.SamVisionConfig(hidden_size=32, output_channels=16, num_hidden_layers=2, num_attention_heads=2, image_size=64,
+                             patch_size=8, mlp_dim=32, global_attn_indexes=[1], window_size=4, initializer_range=0.02)
+    config = T.DeepseekVLHybridConfig(text_config=T.LlamaConfig(**TEXT), high_res_vision_config=high, image_token_id=IMAGE,
+                                      vision_config=T.SiglipVisionConfig(**EYES, image_size=32))
+    return T.DeepseekVLHybridForConditionalGeneration(config), [16] * 9, lambda per_row: dict(
+        pixel_values=pictures(sum(per_row), 32, 32), high_res_pixel_values=pictures(sum(per_row), 64, 64))
+
+
+FAMILIES = {"llava": llava, "llava-next": llava_next, "deepseek-vl-hybrid": deepseek,
+            "idefics3": lambda: idefics(T.Idefics3Config, T.Idefics3VisionConfig, T.Idefics3ForConditionalGeneration),
+            "smolvlm": lambda: idefics(T.SmolVLMConfig, T.SmolVLMVisionConfig, T.SmolVLMForConditionalGeneration)}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def family(request):
+    torch.manual_seed(0)
+    model, tokens, pixels = FAMILIES[request.param]()
+    return model.eval(), tokens, pixels
+
+
+def batch(family, prompts):
+    """Inputs of `generate`, padded on the left, and the visual mask."""
+    _, tokens, pixels = family
+    tokens, rows = iter(tokens), []
+    for prompt in prompts:
+        rows.append([t for token in prompt for t in ([token] * next(tokens) if token == IMAGE else [token])])
+    S = max(map(len, rows))
+    ids = torch.tensor([[0] * (S - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
+    per_row = [prompt.count(IMAGE) for prompt in prompts]
+    return dict(input_ids=ids, attention_mask=mask, **(pixels(per_row) if sum(per_row) else {})), ids == IMAGE
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_lambda_infinity_generates_as_the_model_alone(family, prompts):
+    inputs, visual_mask = batch(family, PROMPTS[prompts])
+    alone = family[0].generate(**inputs, **OPTIONS)
+    with AdaptivePruner(family[0], visual_mask, lam=math.inf) as pruner:
+        assert torch.equal(family[0].generate(**inputs, **OPTIONS), alone)
+    assert torch.equal(pruner.average_tokens(), visual_mask.sum(dim=1).float())
+
+
+@pytest.mark.parametrize("prompts", PROMPTS)
+def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
+    inputs, visual_mask = batch(family, PROMPTS[prompts])
+    with AdaptivePruner(family[0], visual_mask, lam=2) as pruner:
+        out = family[0].generate(**inputs, **OPTIONS, return_dict_in_generate=True)
+    had = visual_mask.sum(dim=1)
+    assert all((K <= had).all() and (K >= had.clamp(max=1)).all() for K in pruner.counts.values())
+    if had.any():
+        assert pruner.counts[5].sum() < had.sum()
+    text = inputs["attention_mask"].sum(dim=1) - had
+    for layer, cached in enumerate(out.past_key_values.layers):
+        left = next((pruner.counts[i] for i in (5, 3, 1) if i <= layer), None)
+        longest = visual_mask.shape[1] if left is None else int((text + left).max())
+        assert cached.keys.shape[2] == longest + 4  # of 5 new tokens the last is not read
+
+
+def test_a_ragged_batch_equals_its_prompts_one_by_one(family):
+    prompts, tokens = PROMPTS["ragged"], list(family[1])
+    inputs, visual_mask = batch(family, prompts)
+    with AdaptivePruner(family[0], visual_mask, lam=2) as pruner:
+        together = family[0].generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1]:]
+    per_row, first = [prompt.count(IMAGE) for prompt in prompts], 0
+    for b, n in enumerate(per_row):
+        real = inputs["attention_mask"][b].bool()
+        rows = slice(b, b + 1) if inputs["pixel_values"].shape[0] == len(prompts) != sum(per_row) else slice(first, first + n)
+        one = {k: v[rows] for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
+        if "image_sizes" not in one and one["pixel_values"].dim() == 5:  # without the black pictures
+            one["pixel_values"] = one["pixel_values"][:, :n]
+        one |= dict(input_ids=inputs["input_ids"][b, real][None], attention_mask=inputs["attention_mask"][b, real][None])
+        with AdaptivePruner(family[0], visual_mask[b, real][None], lam=2) as single:
+            alone = family[0].generate(**one, **OPTIONS)[:, one["input_ids"].shape[1]:]
+        assert torch.equal(alone[0], together[b])
+        assert all(torch.equal(single.kept[i][0], pruner.kept[i][b, real]) for i in pruner.layers)
+        first += n
+    assert len(tokens) == 9
+
+
+def test_sampling_with_a_seed_and_bfloat16(family):
+    inputs, visual_mask = batch(family, PROMPTS["ragged"])
+    sample = OPTIONS | dict(do_sample=True, top_k=0)
+    def run(model, **pixels):
+        torch.manual_seed(1)
+        return model.generate(**inputs | pixels, **sample)
+    alone = run(family[0])
+    with AdaptivePruner(family[0], visual_mask, lam=math.inf):
+        assert torch.equal(run(family[0]), alone)
+    try:
+        half, low = family[0].to(torch.bfloat16), {k: v.bfloat16() for k, v in inputs.items() if "pixel" in k}
+        alone = run(half, **low)
+        with AdaptivePruner(half, visual_mask, lam=math.inf):
+            assert torch.equal(run(half, **low), alone)
+        with AdaptivePruner(half, visual_mask, lam=2) as pruner:
+            run(half, **low)
+        assert pruner.average_tokens().sum() < visual_mask.sum()
+    finally:
+        family[0].float()
+
+
+def test_the_model_is_as_before_also_after_an_error(family):
+    model = family[0]
+    inputs, visual_mask = batch(family, PROMPTS["ragged"])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+    there = hooks()
+    with pytest.raises(ValueError, match="visual_mask's"), AdaptivePruner(model, visual_mask, lam=2):
+        model.generate(**{k: v[:1] if k in ("input_ids", "attention_mask") else v for k, v in batch(family, [[1, 50, 51]])[0].items()}, **OPTIONS)
+    assert hooks() == there and attributes == {name: set(vars(module)) for name, module in model.named_modules()}
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
