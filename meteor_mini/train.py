@@ -34,13 +34,13 @@ from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 3000, "align": 1000, "answer": 5000,
-         "polish": 500}
+         "polish": 800}
 # Chosen on validation questions. The paper's five of 32 heads are in proportion one or two of 8. Its layers, L/8 ..., would
 # here prune after a single layer, when the text does not yet look at all the digits it will read.
 BUDGET = dict(stage1=190, stage2=124, stage3=34, k=1, layers=[2, 4, 6])
 # How often "answer" asks each family, beside one: reading and charts are learned first, these last.
 FAMILY_WEIGHTS = {"answer": {"relation": 3, "where": 2, "count": 2, "presence": 2},
-                  "polish": {"where": 2, "count": 5, "presence": 4, "tallest": 2}}
+                  "polish": {"count": 3, "presence": 4, "number": 4, "tallest": 2}}
 COUNTS = {"answer": (48, 120), "polish": (90, 150)}  # tokens that stage 2 leaves, at random
 DESCRIBED = 0.4  # share of pictures that are also described as a whole
 # Stage 2 in training: mostly the default, so that the same weights serve every strategy that evaluate.py compares.
