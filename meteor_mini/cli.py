@@ -23,6 +23,7 @@ from PIL import Image
 from . import evaluate, glyphworld, report
 from .model import CHECKPOINTS, Answer, Budget, Meteor
 from .pictures import load_picture
+from .presets import PRETRAINED
 from .survivors import survivor_figure
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -46,7 +47,7 @@ def build_parser() -> Parser:
     score = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
     for sub in (demo, ask, score):
         sub.add_argument("--model", default="glyph", metavar="NAME_OR_DIR",
-                         help="glyph (the embedded model), a directory from save_pretrained, or a hub id")
+                         help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, or a hub id")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
                       help="where the figures go (./demo), and the bare pictures, in DIR/pictures")
     ask.add_argument("image", type=Path, metavar="IMAGE")
@@ -90,8 +91,8 @@ def load_model(name: str) -> Meteor:
     folder = CHECKPOINTS.get(name, Path(name))
     if name in CHECKPOINTS and not folder.is_dir():
         raise ValueError(f"model {name!r} is not in {folder}: `python -m meteor_mini.train` makes it")
-    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
-        presets = ", ".join(CHECKPOINTS)
+    if not folder.is_dir() and name not in PRETRAINED and (folder.exists() or not HUB_ID.fullmatch(name)):
+        presets = ", ".join([*CHECKPOINTS, *PRETRAINED])
         raise ValueError(f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)")
     try:
         return Meteor.from_pretrained(name)
