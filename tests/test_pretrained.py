@@ -1,5 +1,6 @@
 """pretrained.py on a hub cache made here: the real file names and loading code, tiny random weights of the real classes."""
 import json
+import time
 import warnings
 
 import open_clip
@@ -7,12 +8,13 @@ import pytest
 import torch
 import transformers as T
 from huggingface_hub import constants
+from PIL import Image
 from safetensors.torch import save_file
 
-from meteor_mini import Budget, Meteor
+from meteor_mini import Budget, Meteor, cli, glyphworld
 from meteor_mini.calibration import calibrate_model
 from meteor_mini.model import build_tokenizer, chat_template
-from meteor_mini.presets import build_encoder
+from meteor_mini.presets import PRETRAINED, build_encoder
 from meteor_mini.pretrained import encoder, from_names, short_name
 from stage1_encode import encode
 
@@ -187,3 +189,54 @@ def test_bad_names_are_refused(hub):
     for encoders, decoder in ((NAMES[:1], "me/tiny-llama"), ([NAMES[0]] * 2, "me/tiny-llama"), (NAMES, None)):
         with pytest.raises(ValueError, match="encoders must be 2 or more of different names, and decoder"):
             Meteor.from_pretrained(encoders=encoders, decoder=decoder, cache_dir=hub[0])
+
+
+# ------------------------------------------------------------------ the command line
+
+def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "load_model", lambda name: Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0]))
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for i in range(8):
+        Image.fromarray(glyphworld.make_picture(i).image).save(tmp_path / "pictures" / f"{i}.png")
+        rows.append({"image": f"pictures/{i}.png", "question": "what is this", "answer": "a red circle"})
+    assert cli.main(["calibrate", str(tmp_path / "pictures"), "--question", "describe", "--out", str(tmp_path / "measured")]) == 0
+    assert "expected ranks of tiny-vit, tiny-eva on 8 pictures" in capsys.readouterr().out
+    assert len(Meteor.from_pretrained(tmp_path / "measured").config["ranks"]) == 3
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    train = ["train", "--preset", "small", "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "trained")]
+    assert cli.main([*train, "--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]) == 0
+    assert Meteor.from_pretrained(tmp_path / "trained").config["trained"]
+    assert cli.main([*train, "--set", "max_steps"]) == 2 and "--set must be KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # writes 3 GB of random weights of the full size, and loads them
+def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    torch.manual_seed(0)
+    for name in list(PRETRAINED["small"]["encoders"].values())[:3]:
+        architecture, tag = name.split("/")
+        known = open_clip.get_pretrained_cfg(architecture, tag)
+        model = open_clip.create_model(architecture, force_quick_gelu=known.get("quick_gelu", False))
+        owner, repo, file = (known["hf_hub"] + "//").split("/")[:3]
+        save_file(model.state_dict(), snapshot(tmp_path, f"{owner}/{repo}") / (file or "open_clip_model.safetensors"))
+    T.Pix2StructForConditionalGeneration(T.Pix2StructConfig(vision_config={"initializer_range": 0.02})).save_pretrained(
+        snapshot(tmp_path, "google/pix2struct-base"))
+    tokenizer, folder = build_tokenizer(WORDS), snapshot(tmp_path, PRETRAINED["small"]["decoder"])
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    T.LlamaForCausalLM(T.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+                                     intermediate_size=1536, tie_word_embeddings=True)).save_pretrained(folder)  # SmolLM2-135M
+    model = Meteor.from_pretrained("small", cache_dir=str(tmp_path))
+    picture = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    calibrate_model(model, [torch.rand(4, 3, 64, 64)], ["what is this"] * 4)
+    for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            start = time.perf_counter()
+            answer = model.answer(picture, ["what is this"], budget, max_new_tokens=5, min_new_tokens=5)[0]
+        with capsys.disabled():
+            print(f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'")
+        assert answer.tokens["encoders"] == 196 + 64 + 196 + 256
+    assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens["stage3"] == pytest.approx(model.budget.stage3, abs=4)

@@ -4,12 +4,16 @@
 A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are put there as the
 family's processor does.
 """
+import json
 import math
 
 import pytest
 import torch
 import transformers as T
+from PIL import Image
 
+from meteor_mini import cli, vlm
+from meteor_mini.model import build_tokenizer
 from stage3_decode import AdaptivePruner
 
 IMAGE = 3  # the placeholder token's id
@@ -168,3 +172,57 @@ def test_the_model_is_as_before_also_after_an_error(family):
         model.generate(**{k: v[:1] if k in ("input_ids", "attention_mask") else v for k, v in batch(family, [[1, 50, 51]])[0].items()}, **OPTIONS)
     assert hooks() == there and attributes == {name: set(vars(module)) for name, module in model.named_modules()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ------------------------------------------------------------------ meteor_mini.vlm and the command line
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaVA with its processor, as `save_pretrained` writes them."""
+    torch.manual_seed(0)
+    words = "USER : ASSISTANT what is this a red circle .".split()
+    tokenizer = build_tokenizer(words)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = T.LlavaConfig(text_config=T.LlamaConfig(**TEXT), vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
+                           image_token_index=image_id)
+    path = tmp_path_factory.mktemp("llava")
+    T.LlavaForConditionalGeneration(config).save_pretrained(path)
+    sight = T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    template = "{% for m in messages %}USER : {% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %} ASSISTANT :"
+    T.LlavaProcessor(image_processor=sight, tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                     num_additional_image_tokens=1, chat_template=template, image_token="<image>").save_pretrained(path)
+    return path
+
+
+def test_ask_answers_as_the_model_with_the_wanted_tokens(folder):
+    model, processor = vlm.load_vlm(str(folder))
+    image = Image.new("RGB", (40, 30), "red")
+    everything = vlm.ask(model, processor, image, "what is this", keep_all=True, max_new_tokens=5)
+    inputs = vlm.inputs_of(model, processor, image, "what is this")
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    assert everything["answer"] == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert everything["visual_tokens"] == everything["average_tokens"] == 16
+    some = vlm.ask(model, processor, image, "what is this", tokens=8, max_new_tokens=5)
+    assert some["average_tokens"] == pytest.approx(8, abs=0.5) and list(some["counts"]) == [1, 3, 5]
+    with pytest.raises(ValueError, match="target_average must be"):
+        vlm.ask(model, processor, image, "what is this", tokens=17)
+
+
+def test_the_command_line_asks_it(folder, tmp_path, capsys):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    command = ["ask", "--model", str(folder), str(tmp_path / "photo.png"), "what is this"]
+    assert cli.main([*command, "--json", "--tokens", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 16
+    assert cli.main([*command, "--plot", str(tmp_path / "x.png")]) == 2 and not (tmp_path / "x.png").exists()
+    assert "--plot draws the encoders of a Meteor model" in capsys.readouterr().err
+    assert cli.main(["ask", "--model", "me/nothing", *command[3:]]) == 2
+    assert "could not be fetched from the hub" in capsys.readouterr().err
+
+
+def test_other_models_are_refused(tmp_path):
+    config = T.GitConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=32,
+                         vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    T.GitForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises((TypeError, ValueError), match="model must be one of llava|could not be fetched"):
+        vlm.load_vlm(str(tmp_path))
