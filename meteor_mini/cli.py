@@ -225,7 +225,7 @@ def run_ask(args: argparse.Namespace) -> None:
 
 def is_vlm(name: str) -> bool:
     """Whether transformers has a configuration of that name, of a vision-language model."""
-    if name in CHECKPOINTS or name in PRETRAINED or (Path(name) / "tokenizer.json").is_file() and not (Path(name) / "processor_config.json").is_file():
+    if name in CHECKPOINTS or name in PRETRAINED:
         return False
     try:
         return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
@@ -306,7 +306,8 @@ def run_train(args: argparse.Namespace) -> None:
     try:
         options = {k: json.loads(v) for k, v in options.items()}
     except json.JSONDecodeError as error:
-        raise ValueError(f"--set must be KEY=VALUE, the value a number, true, false or a \"text\", got {args.set}: {error}") from error
+        raise ValueError("--set must be KEY=VALUE, the value a number, true, false or a text in double quotes, got "
+                         f"{args.set}: {error}") from error
     finetune.finetune(model, data, args.out, args.phase, args.resume, **options)
     print(f"trained {args.phase}: {args.out}")
 

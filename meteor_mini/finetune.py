@@ -63,8 +63,8 @@ def pairs(row: dict) -> list[tuple[str, str]]:
             return list(zip(said[::2], said[1::2]))
     elif {"image", "question", "answer"} <= set(row):
         return [(row["question"], row["answer"])]
-    raise ValueError('data must hold rows of image and conversations (human and gpt in turns), or of image, question and answer, got '
-                     f"{json.dumps(row, default=str)[:150]}")
+    raise ValueError("data must hold rows of image and conversations (human and gpt in turns), or of image, question and "
+                     f"answer, got {json.dumps(row, default=str)[:150]}")
 
 
 def load_data(file: str | Path, side: int) -> Dialogues:
@@ -110,7 +110,8 @@ def side_of(model: Meteor) -> int:
     return max(max(adapter.size) for adapter in model.adapters)
 
 
-def finetune(model: Meteor, data: Dialogues, out: str | Path, phase: str = "projectors", resume: bool = False, **options) -> Trainer:
+def finetune(model: Meteor, data: Dialogues, out: str | Path, phase: str = "projectors", resume: bool = False,
+             **options) -> Trainer:
     """Train; a model that lacks ranks is calibrated first, lambda is measured again afterwards; the result goes into `out`.
 
     Args: phase: of `PHASES`; resume: from the last checkpoint in out/checkpoints; options: of `TrainingArguments`.

@@ -46,7 +46,8 @@ def encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.Module,
     if config.model_type not in ("pix2struct", "dinov2"):
         raise TypeError(f"{name} must be a Pix2Struct or a DINOv2, or a model of open_clip, got {config.model_type}")
     if config.model_type == "pix2struct":  # Pix2StructVisionModel.from_pretrained would load nothing, silently
-        model = fetched(name, lambda: Pix2StructForConditionalGeneration.from_pretrained(name, use_safetensors=True, **hub)).encoder
+        whole = Pix2StructForConditionalGeneration
+        model = fetched(name, lambda: whole.from_pretrained(name, use_safetensors=True, **hub)).encoder
     else:
         model = fetched(name, lambda: Dinov2Model.from_pretrained(name, use_safetensors=True, **hub))
     if grid is not None:
@@ -89,7 +90,8 @@ def from_names(preset: str | None = None, encoders: list[str] | dict[str, str] |
     named = chosen["encoders"]
     named = dict(named) if isinstance(named, dict) else {short_name(n): n for n in named or []}
     if len(named) < 2 or not chosen["decoder"]:
-        raise ValueError(f"encoders must be 2 or more of different names, and decoder a hub id or directory, got {encoders} and {decoder}")
+        raise ValueError("encoders must be 2 or more of different names, and decoder a hub id or directory, got "
+                         f"{encoders} and {decoder}")
     built = {n: encoder(name, chosen["grid"], **hub) for n, name in named.items()}
     placed = {} if device_map is None else {"device_map": device_map}
     llm = fetched(chosen["decoder"], lambda: AutoModelForCausalLM.from_pretrained(

@@ -20,7 +20,8 @@ def load_vlm(name: str, dtype="auto", **hub):
 
     Raises: ValueError where it cannot be fetched; TypeError for another kind of model.
     """
-    model = fetched(name, lambda: AutoModelForImageTextToText.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)).eval()
+    auto = AutoModelForImageTextToText
+    model = fetched(name, lambda: auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)).eval()
     if model.config.model_type not in FAMILIES:
         raise TypeError(f"model must be one of {', '.join(FAMILIES)}, got {model.config.model_type}")
     return model, fetched(name, lambda: AutoProcessor.from_pretrained(name, **hub))

@@ -1,7 +1,9 @@
 """Training a Meteor on dialogues with transformers' Trainer: data, a tiny run, resuming, two processes."""
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -37,11 +39,13 @@ def untrained():
     return model
 
 
-SHORT = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3, warmup_steps=0, logging_steps=1, disable_tqdm=True, use_cpu=True)
+SHORT = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3, warmup_steps=0, logging_steps=1,
+             disable_tqdm=True, use_cpu=True)
 
 
 def test_rows_of_both_forms():
-    turns = [{"from": "human", "value": "a\n<image>"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]
+    turns = [{"from": "human", "value": "a\n<image>"}, {"from": "gpt", "value": "b"},
+             {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]
     assert pairs({"image": "x", "conversations": turns}) == [("a", "b"), ("c", "d")]
     assert pairs({"image": "x", "question": "a", "answer": "b"}) == [("a", "b")]
     for bad in ({"image": "x"}, {"conversations": turns[1:]}, {"conversations": []}, {"question": "a", "answer": "b"}):
@@ -61,7 +65,8 @@ def test_pictures_become_squares_of_one_size(data):
 def test_bad_data_is_refused(tmp_path, data):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "dict.json").write_text("{}")
-    for file, message in (("none.json", "is no JSON file"), ("bad.json", "is no JSON file"), ("dict.json", "must be a list of rows")):
+    for file, message in (("none.json", "is no JSON file"), ("bad.json", "is no JSON file"),
+                          ("dict.json", "must be a list of rows")):
         with pytest.raises(ValueError, match=message):
             load_data(tmp_path / file, 32)
     with pytest.raises(ValueError, match="at least one row"):
@@ -89,28 +94,36 @@ def test_phase_two_trains_the_decoder_too_and_resuming_gives_the_same_weights(da
     (tmp_path / "whole" / "checkpoints" / "checkpoint-6").rename(tmp_path / "later")
     (tmp_path / "whole" / "checkpoints").rename(tmp_path / "part" / "checkpoints")
     trainer = finetune(part, load_data(data, 96), tmp_path / "part", "all", resume=True, save_steps=3, **SHORT)
-    assert trainer.state.global_step == 6 and len([e for e in trainer.state.log_history if e.get("step", 0) > 3 and "loss" in e]) == 3
+    later = [e for e in trainer.state.log_history if e.get("step", 0) > 3 and "loss" in e]
+    assert trainer.state.global_step == 6 and len(later) == 3
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(part.state_dict()[name], value, rtol=0, atol=1e-6)
     assert not torch.equal(whole.decoder.lm_head.weight, load("glyph").decoder.lm_head.weight)
 
 
+SCRIPT = """
+import json, sys
+from tests.test_finetune import SHORT, finetune, load_data, untrained
+data, out, batch = sys.argv[1:]
+options = {} if batch == "4" else {"ddp_backend": "gloo"}
+trainer = finetune(untrained(), load_data(data, 96), out, **SHORT | dict(max_steps=3, per_device_train_batch_size=int(batch)) | options)
+assert trainer.args.world_size == 4 // int(batch)
+if trainer.is_world_process_zero():
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    open(out + "/loss.json", "w").write(json.dumps(losses))
+"""
+
+
 @pytest.mark.slow  # starts two more Pythons
 def test_two_processes_give_the_loss_of_one(data, tmp_path):
-    script = ("import json, sys; from tests.test_finetune import *\n"
-              "model = untrained(); t = finetune(model, load_data(sys.argv[1], 96), sys.argv[2], **SHORT | dict("
-              "max_steps=3, per_device_train_batch_size=int(sys.argv[3]), **{} if sys.argv[3] == '4' else {'ddp_backend': 'gloo'}))\n"
-              "assert t.args.world_size == 4 // int(sys.argv[3])\n"
-              "if t.is_world_process_zero(): open(sys.argv[2] + '/loss.json', 'w').write(json.dumps([e['loss'] for e in t.state.log_history if 'loss' in e]))\n")
-    (tmp_path / "run.py").write_text(script)
-    losses = {}
+    (tmp_path / "run.py").write_text(SCRIPT)
+    losses, root = {}, str(Path(__file__).parents[1])
     # Accelerate has no word for several CPU processes but MPI: torchrun's, which it calls multi-GPU, serves as well with gloo.
     for processes, batch, kind in ((1, 4, ["--cpu"]), (2, 2, ["--multi_gpu"])):
         out = tmp_path / f"out{processes}"
-        command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes), "--num_machines", "1",
-                   "--mixed_precision", "no", "--dynamo_backend", "no", str(tmp_path / "run.py")]
-        done = subprocess.run([*command, str(data), str(out), str(batch)], capture_output=True, text=True,
-                              env={**__import__("os").environ, "PYTHONPATH": str(__import__("pathlib").Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"})
+        command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes), "--num_machines",
+                   "1", "--mixed_precision", "no", "--dynamo_backend", "no", tmp_path / "run.py", data, out, str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
         assert done.returncode == 0, done.stderr[-2000:]
         losses[processes] = json.loads((out / "loss.json").read_text())
     assert losses[1] == pytest.approx(losses[2], rel=0.02)

@@ -1,7 +1,9 @@
 """pretrained.py on a hub cache made here: the real file names and loading code, tiny random weights of the real classes."""
 import json
+import re
 import time
 import warnings
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -23,8 +25,10 @@ CHAT = ("{% for m in messages %}<bos>user : {{ m['content'] }}{% endfor %}"
         "{% if add_generation_prompt %} assistant :{% endif %}")
 VIT = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
        "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 32, "heads": 2, "layers": 1}}
-EVA = VIT | {"vision_cfg": {"timm_model_name": "eva02_tiny_patch14_224", "timm_pool": "token", "timm_proj": "linear", "image_size": 224}}
-CONVNEXT = VIT | {"vision_cfg": {"timm_model_name": "convnext_atto", "timm_pool": "avg", "timm_proj": "linear", "image_size": 64}}
+TIMM = {"timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+EVA = VIT | {"vision_cfg": TIMM | {"timm_model_name": "eva02_tiny_patch14_224"}}
+CONVNEXT = VIT | {"vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}}
+PRETRAINED_LLM = PRETRAINED["small"]["decoder"]
 NAMES = ["tiny-vit/mine", "hf-hub:me/tiny-eva", "hf-hub:me/tiny-convnext", "me/tiny-pix2struct", "me/tiny-dino"]
 
 
@@ -160,7 +164,8 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
 def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
     own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
     out = own(images[:2], [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]], Budget.none())
-    assert out["labels"].tolist() == own.tokenizer("a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False).input_ids
+    said = own.tokenizer("a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False).input_ids
+    assert out["labels"].tolist() == said
     out["loss"].backward()
     assert all(p.grad is not None for p in own.projectors.parameters())
 
@@ -191,10 +196,25 @@ def test_bad_names_are_refused(hub):
             Meteor.from_pretrained(encoders=encoders, decoder=decoder, cache_dir=hub[0])
 
 
+def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
+    """With the names of the cache made here in place of the real ones."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    snippet, = re.findall(r"```py\n(.*?)```", text, flags=re.S)
+    monkeypatch.setitem(PRETRAINED, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None})
+    for real, tiny in {"ViT-B-16/openai": NAMES[0], "facebook/dinov2-small": NAMES[4], PRETRAINED_LLM: "me/tiny-llama"}.items():
+        assert real in snippet
+        snippet = snippet.replace(real, tiny)
+    load = Meteor.from_pretrained
+    monkeypatch.setattr(Meteor, "from_pretrained", lambda *names, **options: load(*names, **options, cache_dir=hub[0]))
+    exec(compile(snippet, "README", "exec"), {})
+    assert "['tiny-vit', 'tiny-dino'] Budget(" in capsys.readouterr().out
+
+
 # ------------------------------------------------------------------ the command line
 
 def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cli, "load_model", lambda name: Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0]))
+    parts = dict(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    monkeypatch.setattr(cli, "load_model", lambda name: Meteor.from_pretrained(**parts))
     (tmp_path / "pictures").mkdir()
     rows = []
     for i in range(8):
@@ -223,11 +243,13 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
         save_file(model.state_dict(), snapshot(tmp_path, f"{owner}/{repo}") / (file or "open_clip_model.safetensors"))
     T.Pix2StructForConditionalGeneration(T.Pix2StructConfig(vision_config={"initializer_range": 0.02})).save_pretrained(
         snapshot(tmp_path, "google/pix2struct-base"))
-    tokenizer, folder = build_tokenizer(WORDS), snapshot(tmp_path, PRETRAINED["small"]["decoder"])
+    tokenizer = build_tokenizer(WORDS + [f"word{i}" for i in range(49152 - len(build_tokenizer(WORDS)))])
+    folder = snapshot(tmp_path, PRETRAINED_LLM)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    T.LlamaForCausalLM(T.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
-                                     intermediate_size=1536, tie_word_embeddings=True)).save_pretrained(folder)  # SmolLM2-135M
+    llm = T.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+                        intermediate_size=1536, tie_word_embeddings=True)  # SmolLM2-135M
+    T.LlamaForCausalLM(llm).save_pretrained(folder)
     model = Meteor.from_pretrained("small", cache_dir=str(tmp_path))
     picture = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     calibrate_model(model, [torch.rand(4, 3, 64, 64)], ["what is this"] * 4)
@@ -238,5 +260,5 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
             answer = model.answer(picture, ["what is this"], budget, max_new_tokens=5, min_new_tokens=5)[0]
         with capsys.disabled():
             print(f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'")
-        assert answer.tokens["encoders"] == 196 + 64 + 196 + 256
+        assert answer.tokens["encoders"] == 196 + 64 + 196 + 256 and len(answer.text.split()) >= 4
     assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens["stage3"] == pytest.approx(model.budget.stage3, abs=4)
