@@ -6,6 +6,8 @@ family's processor does.
 """
 import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +16,7 @@ from PIL import Image
 
 from meteor_mini import cli, vlm
 from meteor_mini.model import build_tokenizer
+from stage1_encode import CLIP_MEAN, CLIP_STD
 from stage3_decode import AdaptivePruner
 
 IMAGE = 3  # the placeholder token's id
@@ -175,6 +178,62 @@ def test_the_model_is_as_before_also_after_an_error(family):
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+# ------------------------------------------------------------------ stage 1 on LLaVA's CLIP
+
+@pytest.fixture(scope="module")
+def small_llava():
+    torch.manual_seed(0)
+    vision = T.CLIPVisionConfig(**EYES | dict(num_hidden_layers=6), image_size=32)
+    config = T.LlavaConfig(text_config=T.LlamaConfig(**TEXT), vision_config=vision, image_token_index=IMAGE)
+    return T.LlavaForConditionalGeneration(config).eval()
+
+
+def llava_batch(prompts):
+    """As `batch`, with pixels that are those of pictures in [0, 1]."""
+    rows = [[t for token in p for t in ([token] * 16 if token == IMAGE else [token])] for p in prompts]
+    S = max(map(len, rows))
+    ids, mask = (torch.tensor([[0] * (S - len(row)) + values for row, values in zip(rows, kind)])
+                 for kind in (rows, [[1] * len(row) for row in rows]))
+    pixels = (torch.rand(sum(p.count(IMAGE) for p in prompts), 3, 32, 32, generator=torch.Generator().manual_seed(2))
+              - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    return dict(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+
+
+def test_stage_1_keeping_all_is_the_model_alone(small_llava):
+    inputs = llava_batch(PROMPTS["ragged"])
+    embeds, visual_mask = vlm.encode_llava(small_llava, **inputs, keep=(None, None, None))
+    assert torch.equal(visual_mask, inputs["input_ids"] == IMAGE)
+    with torch.no_grad():
+        theirs, ours = small_llava(**inputs).logits, small_llava(**embeds).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+    alone = small_llava.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1]:]
+    assert torch.equal(small_llava.generate(**embeds, **OPTIONS), alone)
+
+
+def test_stages_1_and_3_together_and_one_by_one(small_llava):
+    inputs, first = llava_batch(PROMPTS["ragged"]), 0
+    embeds, visual_mask = vlm.encode_llava(small_llava, **inputs, keep=(12, 9, 6))
+    assert visual_mask.sum(dim=1).tolist() == [6, 12, 6] and embeds["attention_mask"].sum(dim=1).tolist() == [12, 16, 13]
+    with AdaptivePruner(small_llava, visual_mask, lam=2) as pruner:
+        together = small_llava.generate(**embeds, **OPTIONS)
+    assert (pruner.counts[5] < visual_mask.sum(dim=1)).any()
+    for b, prompt in enumerate(PROMPTS["ragged"]):
+        real, n = inputs["attention_mask"][b].bool(), prompt.count(IMAGE)
+        one, mask = vlm.encode_llava(small_llava, inputs["input_ids"][b, real][None], inputs["attention_mask"][b, real][None],
+                                     inputs["pixel_values"][first:first + n], (12, 9, 6))
+        with AdaptivePruner(small_llava, mask, lam=2):
+            assert torch.equal(small_llava.generate(**one, **OPTIONS)[0], together[b])
+        first += n
+
+
+def test_a_llava_that_joins_layers_is_refused(small_llava):
+    small_llava.config.vision_feature_layer, before = [-2, -1], small_llava.config.vision_feature_layer
+    with pytest.raises(TypeError, match="one layer of its CLIP"):
+        vlm.LlavaTower(small_llava)
+    small_llava.config.vision_feature_layer = before
+
+
 # ------------------------------------------------------------------ meteor_mini.vlm and the command line
 
 @pytest.fixture(scope="module")
@@ -220,6 +279,16 @@ def test_the_command_line_asks_it(folder, tmp_path, capsys):
     assert "--plot draws the encoders of a Meteor model" in capsys.readouterr().err
     assert cli.main(["ask", "--model", "me/nothing", *command[3:]]) == 2
     assert "could not be fetched from the hub" in capsys.readouterr().err
+
+
+def test_the_readmes_snippet_runs(folder, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    snippet, = (s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "AdaptivePruner" in s)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("photo.jpg")
+    exec(compile(snippet.replace("llava-hf/llava-1.5-7b-hf", str(folder)).replace("lam=50", "lam=2"), "README", "exec"), {})
+    out = capsys.readouterr().out
+    assert out.startswith("['") and 1 < float(re.search(r"tensor\(\[([\d.]+)", out)[1]) < 16
 
 
 def test_other_models_are_refused(tmp_path):
