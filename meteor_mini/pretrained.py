@@ -106,7 +106,9 @@ def from_names(preset: str | None = None, encoders: list[str] | dict[str, str] |
     total = sum(a.num_tokens for a in model.adapters)
     shares = [round(share * total) for share in BUDGET_SHARES]
     model.config["budget"] = dict(zip(("stage1", "stage2", "stage3"), shares))
-    return model.to(dtype=dtype, device=None if device_map else model.device).eval()
+    for part in (model.encoders, model.projectors):
+        part.to(device=llm.device, dtype=dtype)
+    return model.eval()
 
 
 def short_name(name: str) -> str:
