@@ -326,12 +326,31 @@ class Pix2Struct(Adapter):
         return q, k, attn.scaling
 
 
+class Dinov2(Adapter):
+    """transformers' Dinov2Model: config.meteor_grid = (h, w) patches, or those of config.image_size."""
+
+    def __init__(self, v, outer):
+        c, embed = v.config, v.embeddings.patch_embeddings
+        grid = getattr(c, "meteor_grid", [s // p for s, p in zip(embed.image_size, embed.patch_size)])
+        size = [n * p for n, p in zip(grid, embed.patch_size)]
+        super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, size, 1, True)
+        self.cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
+
+    def patchify(self, pixels):
+        return self.model.embeddings(pixels), None
+
+    def attention(self, i, x, rope):
+        attn, h = self.blocks[i].attention, self.blocks[i].norm1(x)
+        return heads(attn.q_proj(h), attn.head_dim), heads(attn.k_proj(h), attn.head_dim), attn.scaling
+
+
 FAMILIES = {  # by name: only the libraries of your encoders are needed
     "open_clip.transformer.VisionTransformer": ClipViT,
     "timm.models.vision_transformer.VisionTransformer": TimmViT,
     "timm.models.eva.Eva": TimmViT,
     "timm.models.convnext.ConvNeXt": ConvNeXt,
     "transformers.models.pix2struct.modeling_pix2struct.Pix2StructVisionModel": Pix2Struct,
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": Dinov2,
 }
 
 

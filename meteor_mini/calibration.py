@@ -3,6 +3,7 @@ from dataclasses import replace
 
 import torch
 
+import stage1_encode
 import stage3_decode
 
 
@@ -48,3 +49,19 @@ def calibrate(model, images: torch.Tensor, questions: list[str], Ks: list[int], 
             row.append(round(float(pruner.average_tokens().mean()), 3))
         rows.append(row)
     return {"K": list(Ks), "lam": list(lams), "average": rows}
+
+
+def calibrate_model(model, images: list[torch.Tensor], questions: list[str]) -> None:
+    """Measure, on pictures and questions typical of the use, all that a model of pretrained parts lacks: ranks and lambda.
+
+    Args: images: (b, 3, H, W) in [0, 1] each, 64 pictures or more in all; questions: one for each picture; the first 16 pictures
+    and questions measure lambda.
+    """
+    if len(questions) != sum(map(len, images)):
+        raise ValueError(f"questions must be one for each of the {sum(map(len, images))} pictures, got {len(questions)}")
+    images = [part.to(model.device) for part in images]
+    model.config["ranks"] = stage1_encode.expected_ranks(list(model.encoders.values()), images).tolist()
+    total = sum(a.num_tokens for a in model.adapters)
+    Ks = sorted({max(8, round(share * total)) for share in (0.02, 0.05, 0.1, 0.2, 0.4)})
+    some = [x for part in images for x in part][:16]
+    model.config["lambda_table"] = calibrate(model, torch.stack(some), questions[:16], Ks, [0.0, *(2.0**i for i in range(10))])

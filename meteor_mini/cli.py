@@ -1,8 +1,10 @@
-"""The command line, `meteor-mini demo | ask | eval`: a model unpruned and with METEOR's three stages.
+"""The command line, `meteor-mini demo | ask | eval | calibrate | train`: a model unpruned and with METEOR's three stages.
 
     demo [--out DIR]           a question of every family answered both ways: tokens, time, a figure
     ask IMAGE QUESTION         a question about your own picture
     eval [--samples N]         accuracy by question family on the held-out split
+    calibrate DIR              ranks and lambda of a model of pretrained parts, on your pictures
+    train --data FILE          its projectors, then all of it but the encoders, on your dialogues
 
 Wrong input: one sentence on stderr, exit code 2, nothing written.
 """
@@ -16,13 +18,15 @@ import time
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
-from . import evaluate, glyphworld, report
+from . import calibration, evaluate, glyphworld, report, vlm
 from .model import CHECKPOINTS, Answer, Budget, Meteor
 from .pictures import load_picture
+from .presets import PRETRAINED
 from .survivors import survivor_figure
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
@@ -40,13 +44,15 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(prog="meteor-mini", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval | calibrate | train")
     demo = commands.add_parser("demo", help="generated pictures, each answered unpruned and with METEOR")
     ask = commands.add_parser("ask", help="ask about a picture of your own")
     score = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
-    for sub in (demo, ask, score):
+    measure = commands.add_parser("calibrate", help="measure ranks and lambda on your pictures")
+    train = commands.add_parser("train", help="train a model of pretrained parts on your pictures and dialogues")
+    for sub in (demo, ask, score, measure, train):
         sub.add_argument("--model", default="glyph", metavar="NAME_OR_DIR",
-                         help="glyph (the embedded model), a directory from save_pretrained, or a hub id")
+                         help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, or a hub id")
     demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
                       help="where the figures go (./demo), and the bare pictures, in DIR/pictures")
     ask.add_argument("image", type=Path, metavar="IMAGE")
@@ -61,6 +67,15 @@ def build_parser() -> Parser:
                        help=f"a table of the paper: {', '.join(report.TITLES)}; all: every one, into results/")
     score.add_argument("--split", choices=["test", "val"], default="test")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    measure.add_argument("pictures", type=Path, metavar="DIR", help="64 pictures or more")
+    measure.add_argument("--question", default="Describe the picture.", help="what is typically asked")
+    for sub in (measure, train):
+        sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the model goes")
+    train.add_argument("--preset", dest="model", metavar="NAME", help="the same as --model")
+    train.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON: LLaVA's rows, or image, question, answer")
+    train.add_argument("--phase", choices=["projectors", "all"], default="projectors")
+    train.add_argument("--resume", action="store_true", help="from the last checkpoint in DIR/checkpoints")
+    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of transformers' TrainingArguments")
     return parser
 
 
@@ -90,8 +105,8 @@ def load_model(name: str) -> Meteor:
     folder = CHECKPOINTS.get(name, Path(name))
     if name in CHECKPOINTS and not folder.is_dir():
         raise ValueError(f"model {name!r} is not in {folder}: `python -m meteor_mini.train` makes it")
-    if not folder.is_dir() and (folder.exists() or not HUB_ID.fullmatch(name)):
-        presets = ", ".join(CHECKPOINTS)
+    if not folder.is_dir() and name not in PRETRAINED and (folder.exists() or not HUB_ID.fullmatch(name)):
+        presets = ", ".join([*CHECKPOINTS, *PRETRAINED])
         raise ValueError(f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)")
     try:
         return Meteor.from_pretrained(name)
@@ -189,6 +204,8 @@ def run_ask(args: argparse.Namespace) -> None:
         if args.plot.exists() and args.image.exists() and args.plot.samefile(args.image):
             raise ValueError(f"--plot would overwrite the picture {args.image}")
     images = load_picture(args.image)
+    if is_vlm(args.model):
+        return ask_vlm(args, images)
     model = load_model(args.model)
     model.tokenize([args.question])  # an unknown word is better found before the encoders run
     budget = Budget.none() if args.keep_all else model.budget
@@ -204,6 +221,29 @@ def run_ask(args: argparse.Namespace) -> None:
         print(said(answer))
         print(f"  tokens {token_line(answer)} (encoders -> stage 1 -> stage 2 -> mean per LLM layer)")
         print("\n".join("  " + line for line in survivor_lines(answer)))
+
+
+def is_vlm(name: str) -> bool:
+    """Whether transformers has a configuration of that name, of a vision-language model."""
+    if name in CHECKPOINTS or name in PRETRAINED:
+        return False
+    try:
+        return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
+    except (OSError, ValueError, KeyError):  # `load_model` says what is wrong
+        return False
+
+
+def ask_vlm(args: argparse.Namespace, images: torch.Tensor) -> None:
+    if args.plot is not None:
+        raise ValueError("--plot draws the encoders of a Meteor model; stage 3 alone has none")
+    model, processor = vlm.load_vlm(args.model)
+    image = Image.fromarray((255 * images[0].permute(1, 2, 0)).round().byte().numpy())
+    result = vlm.ask(model, processor, image, args.question, args.tokens, args.keep_all)
+    if args.json:
+        print(json.dumps({"question": args.question} | result))
+    else:
+        print(result["answer"] or "(nothing)")
+        print(f"  tokens {result['visual_tokens']} -> {short(result['average_tokens'])} (visual tokens in -> mean per LLM layer)")
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -239,13 +279,47 @@ def run_eval(args: argparse.Namespace) -> None:
         args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
+# ------------------------------------------------------------------ models of pretrained parts
+
+def run_calibrate(args: argparse.Namespace) -> None:
+    from .finetune import side_of  # the Trainer behind it takes a second to import
+    check_output(args.out, directory=True)
+    files = sorted(f for f in args.pictures.iterdir() if f.is_file()) if args.pictures.is_dir() else []
+    if not files:
+        raise ValueError(f"{args.pictures} must be a directory with pictures")
+    model = load_model(args.model)
+    side = side_of(model)
+    images = [F.interpolate(load_picture(f), (side, side), mode="bicubic", antialias=True).clamp(0, 1) for f in files]
+    calibration.calibrate_model(model, images, [args.question] * len(images))
+    model.save_pretrained(args.out)
+    print(f"expected ranks of {', '.join(model.encoders)} on {len(images)} pictures, at the three pruning points:")
+    for row in model.config["ranks"]:
+        print("  " + "  ".join(f"{r:.1f}" for r in row))
+
+
+def run_train(args: argparse.Namespace) -> None:
+    from . import finetune
+    check_output(args.out, directory=True)
+    options = dict(item.partition("=")[::2] for item in args.set)
+    model = load_model(args.model)
+    data = finetune.load_data(args.data, finetune.side_of(model))
+    try:
+        options = {k: json.loads(v) for k, v in options.items()}
+    except json.JSONDecodeError as error:
+        raise ValueError("--set must be KEY=VALUE, the value a number, true, false or a text in double quotes, got "
+                         f"{args.set}: {error}") from error
+    finetune.finetune(model, data, args.out, args.phase, args.resume, **options)
+    print(f"trained {args.phase}: {args.out}")
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns the exit code: 0, or 2 after one sentence on stderr about wrong input."""
     transformers.logging.set_verbosity_error()  # what is wrong is said once, below
     hub_logging.set_verbosity_error()
     try:
         args = build_parser().parse_args(argv)
-        {"demo": run_demo, "ask": run_ask, "eval": run_eval}[args.command](args)
+        {"demo": run_demo, "ask": run_ask, "eval": run_eval, "calibrate": run_calibrate,
+         "train": run_train}[args.command](args)
     except (ValueError, TypeError, OSError) as error:
         print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

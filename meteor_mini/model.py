@@ -6,6 +6,7 @@ stage files in order and keeps the books (which patch of which encoder is still 
 import contextlib
 import json
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,14 +18,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 from torch import nn
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import stage1_encode
 import stage2_fuse
 import stage3_decode
 
 from .calibration import lambda_from_table
-from .presets import build_decoder, build_encoder
+from .presets import PRETRAINED, build_decoder, build_encoder
 
 CHECKPOINTS = {"glyph": Path(__file__).parent / "checkpoint"}
 PAPER_TOKENS = (1193, 576, 242)  # after stages 1 and 2, and per LLM layer: the paper's main result
@@ -105,25 +106,37 @@ def wrap_tokenizer(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
                                    clean_up_tokenization_spaces=False)
 
 
+def chat_template(tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
+    """What a decoder's own template puts before a picture, and after it around the question, {}; Vicuna's where it has none."""
+    if tokenizer.chat_template is None:
+        return f"{tokenizer.bos_token or ''}USER: ", "\n{} ASSISTANT:"
+    user = [{"role": "user", "content": "<picture>\n{}"}]
+    return tuple(tokenizer.apply_chat_template(user, tokenize=False, add_generation_prompt=True).split("<picture>"))
+
+
 class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", license="mit"):
     """C encoders, C projectors and a decoder, pruned by the three stages.
 
-    Args: config, a JSON-able dictionary: "encoders" {name: [family, options]}, "decoder" options, "words",
-    "ranks" (3 x C) or None, "lambda_table" or None (see `calibrate`), "budget" (the default one) or None.
+    Args: config, a JSON-able dictionary: "encoders" {name: [family, options]}, "decoder" options, "words" of the word-level
+    tokenizer or None, "ranks" (3 x C) or None, "lambda_table" or None (see `calibrate`), "budget" (the default one) or None;
+    tokenizer: the decoder's own, where there are no words; encoders, decoder: those built already, as `pretrained.py` does.
     """
 
-    def __init__(self, config: dict):
+    def __init__(self, config: dict, tokenizer: PreTrainedTokenizerBase | None = None,
+                 encoders: dict[str, nn.Module] | None = None, decoder: PreTrainedModel | None = None):
         super().__init__()
-        self.config, self.folder = config, None
-        self.encoders = nn.ModuleDict({n: build_encoder(family, o) for n, (family, o) in config["encoders"].items()})
-        self.tokenizer = build_tokenizer(config["words"])
-        self.decoder = build_decoder(config["decoder"], len(self.tokenizer))
+        self.config, self.folder, words = config, None, config["words"]
+        self.encoders = nn.ModuleDict(encoders or {n: build_encoder(f, o) for n, (f, o) in config["encoders"].items()})
+        self.tokenizer = tokenizer if words is None else build_tokenizer(words)
+        self.decoder = decoder or build_decoder(config["decoder"], words and len(self.tokenizer))
         width = self.decoder.config.hidden_size
         self.adapters = [stage1_encode.adapter(e) for e in self.encoders.values()]
         self.projectors = nn.ModuleDict(
             {n: stage2_fuse.Projector(a.dim, width) for n, a in zip(self.encoders, self.adapters)})
-        self.decoder.generation_config.pad_token_id = self.tokenizer.pad_token_id
-        self.decoder.generation_config.eos_token_id = self.tokenizer.eos_token_id
+        generation, tokens = self.decoder.generation_config, self.tokenizer
+        generation.pad_token_id = tokens.eos_token_id if tokens.pad_token_id is None else tokens.pad_token_id
+        generation.eos_token_id = tokens.eos_token_id
+        self.before, self.after = chat_template(tokens) if words is None else ("<bos>", "{}<ans>")  # around a picture
 
     # ---------------------------------------------------------------- stages 1 and 2
 
@@ -182,39 +195,45 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
     # ---------------------------------------------------------------- the decoder and stage 3
 
     def tokenize(self, questions: list[str]) -> list[list[int]]:
-        """Token ids of each question, with the <ans> that ends it.
+        """Token ids of all that follows the picture: each question, and what makes the model answer it (<ans>).
 
         Raises: TypeError where questions is no list of str; ValueError for an empty question, or one with words that
         the tokenizer does not know, naming them and the words that it knows.
         """
         if isinstance(questions, str) or not all(isinstance(q, str) for q in questions):
             raise TypeError("questions must be a list of str, one for each picture")
-        ids = [self.tokenizer(q, add_special_tokens=False).input_ids for q in questions]
+        if not all(q.strip() for q in questions):
+            raise ValueError("question must hold at least one word, got an empty text")
+        ids = [self.tokenizer(self.after.replace("{}", q), add_special_tokens=False).input_ids for q in questions]
         for question, row in zip(questions, ids):
-            if not row:
-                raise ValueError("question must hold at least one word, got an empty text")
-            if self.tokenizer.unk_token_id in row:
+            if self.config["words"] and self.tokenizer.unk_token_id in row:
                 encoding = self.tokenizer(question, add_special_tokens=False)
                 spans = [encoding.token_to_chars(i) for i, t in enumerate(row) if t == self.tokenizer.unk_token_id]
                 unknown = ", ".join(sorted({question[s.start:s.end] for s in spans}))
                 known = " ".join(w for w in self.config["words"])
                 raise ValueError(f"question has words that this model does not know: {unknown}; it knows: {known}")
-        return [row + [self.tokenizer.convert_tokens_to_ids("<ans>")] for row in ids]
+        return ids
+
+    @property
+    def before_ids(self) -> list[int]:
+        return self.tokenizer(self.before, add_special_tokens=False).input_ids
 
     def prompt(self, encoded: Encoded, questions: list[str]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """[padding] <bos> visual tokens, question <ans>: embeddings (B, S, D), attention mask and visual mask (B, S)."""
+        """[padding] P tokens before the picture (<bos>), visual tokens, T with the question: embeddings (B, S, D), attention
+        mask and visual mask (B, S)."""
         ids, visual = self.tokenize(questions), encoded.fused.tokens
         B, K, _ = visual.shape
         if len(ids) != B:
             raise ValueError(f"questions must be one for each of the {B} pictures, got {len(ids)}")
         embed, T = self.decoder.get_input_embeddings(), max(map(len, ids))
-        bos = embed(torch.tensor([[self.tokenizer.bos_token_id]], device=visual.device))[0]  # (1, D)
-        rows = [torch.cat([bos, v.to(bos.dtype), embed(torch.tensor(row, device=visual.device))])
+        before = embed(torch.tensor(self.before_ids, device=visual.device))  # (P, D)
+        rows = [torch.cat([before, v.to(before.dtype), embed(torch.tensor(row, device=visual.device))])
                 for v, row in zip(visual, ids)]
         pads = torch.tensor([T - len(row) for row in ids], device=visual.device)
-        embeds = torch.stack([F.pad(row, (0, 0, T - len(i), 0)) for row, i in zip(rows, ids)])  # (B, 1 + K + T, D)
-        position = torch.arange(1 + K + T, device=visual.device) - pads[:, None]  # (B, S); negative on padding
-        return embeds, (position >= 0).long(), (position >= 1) & (position <= K)
+        embeds = torch.stack([F.pad(row, (0, 0, T - len(i), 0)) for row, i in zip(rows, ids)])  # (B, P + K + T, D)
+        P, S = len(before), embeds.shape[1]
+        position = torch.arange(S, device=visual.device) - pads[:, None]  # (B, S); negative on padding
+        return embeds, (position >= 0).long(), (position >= P) & (position < P + K)
 
     def forward(self, images: torch.Tensor, dialogues: list[list[tuple[str, str]]], budget: Budget | None = None) -> dict:
         """The training loss: mean cross-entropy of the answers' tokens, with stages 1 and 2 active.
@@ -235,14 +254,14 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         return {"loss": F.cross_entropy(logits, labels), "logits": logits, "labels": labels}
 
     def pack(self, visual: torch.Tensor, dialogues: list[list[tuple[str, str]]]) -> tuple[torch.Tensor, ...]:
-        """[<bos>, visual tokens, question 1 <ans> answer 1 <eos>, question 2 ...]: several questions a picture, none of
+        """[before, visual tokens, question 1 <ans> answer 1 <eos>, question 2 ...]: several questions a picture, none of
         which sees another, each at the positions it would have alone.
 
         Args: visual (B, K, D). Returns: inputs_embeds (B, S, D), mask (B, 1, S, S) bool, position_ids (B, S), labels (B, S)
         with -100 where nothing is asked (labels[i] is predicted at i - 1).
         """
         B, K, _ = visual.shape
-        eos, start = self.tokenizer.eos_token_id, 1 + K
+        eos, start = self.tokenizer.eos_token_id, len(self.before_ids) + K
         ids, owner, position, labels = [], [], [], []
         for dialogue in dialogues:
             row_ids, row_owner, row_position, row_labels = [], [], [], []
@@ -256,12 +275,12 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
             ids.append(row_ids), owner.append(row_owner), position.append(row_position), labels.append(row_labels)
         T = max(map(len, ids))
         fill = lambda rows, value: torch.tensor([row + [value] * (T - len(row)) for row in rows], device=visual.device)
-        ids, owner, labels = fill(ids, self.tokenizer.pad_token_id), fill(owner, -1), fill(labels, -100)
+        ids, owner, labels = fill(ids, self.decoder.generation_config.pad_token_id), fill(owner, -1), fill(labels, -100)
         position = fill(position, 0)
         embed = self.decoder.get_input_embeddings()
-        bos = embed(torch.full((B, 1), self.tokenizer.bos_token_id, device=visual.device))
-        embeds = torch.cat([bos, visual, embed(ids)], dim=1)  # (B, 1 + K + T, D)
-        owner = F.pad(owner, (start, 0))  # 0: <bos> and the picture, which every question sees
+        before = embed(torch.tensor(self.before_ids, device=visual.device)).expand(B, -1, -1)
+        embeds = torch.cat([before, visual.to(before.dtype), embed(ids)], dim=1)  # (B, P + K + T, D)
+        owner = F.pad(owner, (start, 0))  # 0: what stands before and the picture, which every question sees
         causal = torch.ones(start + T, start + T, dtype=torch.bool, device=visual.device).tril()
         mask = causal & ((owner[:, None, :] == 0) | (owner[:, None, :] == owner[:, :, None]))  # (B, S, S)
         position = torch.cat([torch.arange(start, device=visual.device).expand(B, -1), position], dim=1)
@@ -291,9 +310,9 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         return ids, pruner
 
     def decode(self, ids: torch.Tensor) -> list[str]:
-        """Texts of generated ids, digits of one number joined."""
-        texts = self.tokenizer.batch_decode(ids, skip_special_tokens=True)
-        return [re.sub(r"(?<=\d) (?=\d)", "", text).strip() for text in texts]
+        """Texts of generated ids; of a word-level tokenizer with the digits of one number joined."""
+        texts = [text.strip() for text in self.tokenizer.batch_decode(ids, skip_special_tokens=True)]
+        return [re.sub(r"(?<=\d) (?=\d)", "", text) for text in texts] if self.config["words"] else texts
 
     def answer(self, images: torch.Tensor, questions: list[str], budget: Budget | None = None, pruner: Callable | None = None,
                **options) -> list[Answer]:
@@ -302,6 +321,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         Args: images (B, 3, H, W) float in [0, 1], or an `Encoded` batch to reuse; questions: B texts; budget: the
         model's own where None; pruner, options: of `generate`.
         """
+        if self.config.get("trained") is False:
+            warnings.warn("the projectors of this model are not trained yet: its answers mean nothing", stacklevel=2)
         budget = self.budget if budget is None else budget
         encoded = images if isinstance(images, Encoded) else self.encode_no_grad(images, budget)
         ids, pruner = self.generate(encoded, questions, budget, pruner, **options)
@@ -350,7 +371,10 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """config.json, tokenizer.json and model.safetensors; called by `save_pretrained` and `push_to_hub`."""
         folder = Path(save_directory)
         (folder / "config.json").write_text(json.dumps(self.config, indent=1) + "\n")
-        self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        if self.config["words"]:
+            self.tokenizer.backend_tokenizer.save(str(folder / "tokenizer.json"))
+        else:
+            self.tokenizer.save_pretrained(folder)
         save_file({k: v.contiguous() for k, v in self.weights().items()}, folder / "model.safetensors")
 
     def weights(self) -> dict[str, torch.Tensor]:
@@ -360,16 +384,22 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
 
     @classmethod
     def from_pretrained(cls, name: str | Path = "glyph", **hub) -> "Meteor":
-        """The embedded model "glyph", a directory that `save_pretrained` wrote, or a hub id; in eval mode, float32.
+        """The embedded model "glyph", a directory that `save_pretrained` wrote, or a hub id; in eval mode, float32. Or, on
+        weights of other people, the presets "small" and "eagle-x4", or any encoders=[...], decoder="...", see
+        `pretrained.from_names`.
 
-        Args: hub: of huggingface_hub's `hf_hub_download`, as revision, cache_dir, token.
+        Args: hub: of huggingface_hub's `hf_hub_download`, as revision, cache_dir, token; of `from_names` for its models.
         Raises: ValueError for a directory without config.json or model.safetensors, or whose weights do not fit, and
         where the hub cannot be reached.
         """
+        if name in PRETRAINED or "encoders" in hub:
+            from .pretrained import from_names  # which imports this file
+            return from_names(name if name in PRETRAINED else None, **hub)
         folder = str(CHECKPOINTS.get(str(name), name))
         config_file, weights_file = (_find(folder, file, hub) for file in ("config.json", "model.safetensors"))
         try:
-            model = cls(json.loads(Path(config_file).read_text()))
+            config = json.loads(Path(config_file).read_text())
+            model = cls(config, None if config["words"] else AutoTokenizer.from_pretrained(folder, **hub))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{config_file} is not the configuration of a Meteor model: {error}") from error
         try:

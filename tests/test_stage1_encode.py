@@ -24,8 +24,9 @@ from PIL import Image
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from torch import nn
-from transformers import (Dinov2Config, Dinov2Model, Pix2StructConfig, Pix2StructForConditionalGeneration,
-                          Pix2StructImageProcessor, Pix2StructVisionConfig, Pix2StructVisionModel)
+from transformers import (Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel,
+                          Pix2StructConfig, Pix2StructForConditionalGeneration, Pix2StructImageProcessor,
+                          Pix2StructVisionConfig, Pix2StructVisionModel)
 
 import stage1_encode
 from stage1_encode import (CLIP_MEAN, CLIP_STD, CRITERIA, FAMILIES, STRATEGIES, Adapter, adapter, allocate_budget, encode,
@@ -68,7 +69,10 @@ MODELS = {  # name: how to build it
     "vit": lambda: timm.models.VisionTransformer(qk_norm=True, reg_tokens=2, **VIT),
     "convnext": conv,
     "pix2struct": p2s,
+    "dinov2": lambda: Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=BLOCKS, num_attention_heads=HEADS, image_size=SIDE,
+                                               patch_size=PATCH, use_swiglu_ffn=True)),
 }
+IMAGENET = dict(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
 TRANSFORMERS = [name for name in MODELS if name != "convnext"]
 PREFIX = {"clip": 1, "eva registers": 4, "siglip": 0, "vit": 3, "convnext": 0, "pix2struct": 0}  # the others: 1
 
@@ -108,6 +112,8 @@ def library_tokens(name, model, images):
     P = PREFIX.get(name, 1)
     if name == "clip":
         return model(normalised(images))[1]
+    if name == "dinov2":
+        return model(normalised(images, **IMAGENET)).last_hidden_state[:, P:]
     if name == "pix2struct":
         return model(flattened_patches=p2s_patches(images)).last_hidden_state
     x = model.forward_features(normalised(images))
@@ -384,11 +390,13 @@ class Library:
         self.name, self.model = name, model
 
     def start(self, images):
-        v, x = self.model, None if self.name == "pix2struct" else normalised(images)
+        v, x = self.model, normalised(images, **IMAGENET if self.name == "dinov2" else {})
         if self.name == "clip":
             self.blocks, self.norm, x = v.transformer.resblocks, v.ln_post, v._embeds(x)
         elif self.name == "pix2struct":
             self.blocks, self.norm, x = v.encoder.layer, v.layernorm, v.embeddings(p2s_patches(images))
+        elif self.name == "dinov2":
+            self.blocks, self.norm, x = v.encoder.layer, v.layernorm, v.embeddings(x)
         else:
             self.blocks, self.norm, x = v.blocks, v.norm, v._pos_embed(v.patch_embed(x))
             x, self.rope = x if isinstance(x, tuple) else (x, None)
@@ -409,6 +417,13 @@ class Library:
             block.attention.config._attn_implementation = "sdpa"
             return x, weights[0].mean(0)
         caught = []
+        if self.name == "dinov2":
+            hook = block.attention.register_forward_hook(lambda m, a, out: caught.append(out[1]))
+            block.attention.config._attn_implementation = "eager"
+            x = block(x, attention_mask=mask[None, None])
+            block.attention.config._attn_implementation = "sdpa"
+            hook.remove()
+            return x, caught[0][0].mean(0)
         hook = block.attn.attn_drop.register_forward_hook(lambda m, a, out: caught.append(out))
         block.attn.fused_attn = False
         x = block(x, attn_mask=mask) if self.rope is None else block(x, attn_mask=mask, rope=self.rope)
@@ -510,9 +525,10 @@ def test_ties_go_to_the_lower_index(models):
 
 
 def test_gradients_reach_the_kept_tokens_and_no_others(models):
-    for name in ("clip", "eva fused", "pix2struct", "siglip"):
+    for name in ("clip", "eva fused", "pix2struct", "siglip", "dinov2"):
         model, P, seen = models[name].train(), PREFIX.get(name, 1), []
-        block = {"clip": lambda: model.transformer.resblocks, "pix2struct": lambda: model.encoder.layer}.get(
+        block = {"clip": lambda: model.transformer.resblocks, "pix2struct": lambda: model.encoder.layer,
+                 "dinov2": lambda: model.encoder.layer}.get(
             name, lambda: model.blocks)()[1]  # the last of part 0
 
         def keep_grad(module, arguments, out):
@@ -699,7 +715,7 @@ def test_features_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("encoder, error, message", [
     (lambda: timm.create_model("test_resnet"), TypeError, "encoder must be or hold one of .*open_clip.transformer.VisionTransformer"
-     ".*timm.models.eva.Eva.*timm.models.convnext.ConvNeXt.*Pix2StructVisionModel, got ResNet: for another, list an Adapter"),
+     ".*timm.models.eva.Eva.*timm.models.convnext.ConvNeXt.*Pix2StructVisionModel.*Dinov2Model, got ResNet: for another, list an Adapter"),
     (lambda: nn.Linear(2, 2), TypeError, "got Linear"),
     (lambda: clip(qk_norm=True), TypeError, "blocks of VisionTransformer must be .* got .*CustomResidualAttentionBlock"),
     (lambda: Eva(use_post_norm=True, **VIT), TypeError, "blocks of Eva must be .* got .*EvaBlockPostNorm"),
@@ -727,11 +743,12 @@ def test_expected_ranks_of_no_pictures_is_an_error(models):
 
 
 def test_another_family_is_one_adapter_and_one_line(monkeypatch):
-    class Dinov2(Adapter):
+    class WithRegisters(Adapter):
         def __init__(self, v, outer):
             c = v.config
             side = c.image_size // c.patch_size
-            super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, (side, side), (c.image_size,) * 2, 1, True)
+            super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, (side, side), (c.image_size,) * 2,
+                             1 + c.num_register_tokens, True)
 
         def patchify(self, pixels):
             return self.model.embeddings(pixels), None
@@ -740,13 +757,20 @@ def test_another_family_is_one_adapter_and_one_line(monkeypatch):
             attn, h = self.blocks[i].attention, self.blocks[i].norm1(x)
             return heads(attn.q_proj(h), 8), heads(attn.k_proj(h), 8), 8**-0.5
 
-    model = Dinov2Model(Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=SIDE, patch_size=4))
-    model.eval()
-    monkeypatch.setitem(FAMILIES, "transformers.models.dinov2.modeling_dinov2.Dinov2Model", Dinov2)
+    model = Dinov2WithRegistersModel(Dinov2WithRegistersConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4,
+                                                               image_size=SIDE, patch_size=4, num_register_tokens=2)).eval()
+    name = f"{Dinov2WithRegistersModel.__module__}.Dinov2WithRegistersModel"
+    monkeypatch.setitem(FAMILIES, name, WithRegisters)
     with torch.no_grad():
-        want = model(normalised(pictures())).last_hidden_state[:, 1:]
+        want = model(normalised(pictures())).last_hidden_state[:, 3:]
         torch.testing.assert_close(encode(model, pictures())[0], want, rtol=0, atol=1e-5)
         assert encode(model, pictures(), (40, 23, 9))[0].shape == (4, 9, 32)
+
+
+def test_a_grid_of_its_own_for_encoders_that_take_any():
+    dino = MODELS["dinov2"]().eval()
+    dino.config.meteor_grid = (6, 10)
+    assert encode(dino, pictures())[0].shape == (4, 60, 32) and adapter(dino).size == (24, 40)
 
 
 def test_file_runs_alone(tmp_path):

@@ -4,12 +4,19 @@
 A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are put there as the
 family's processor does.
 """
+import json
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as T
+from PIL import Image
 
+from meteor_mini import cli, vlm
+from meteor_mini.model import build_tokenizer
+from stage1_encode import CLIP_MEAN, CLIP_STD
 from stage3_decode import AdaptivePruner
 
 IMAGE = 3  # the placeholder token's id
@@ -45,7 +52,8 @@ def llava_next():
 
 def idefics(config, vision, model):
     """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, filled up with black ones."""
-    built = config(text_config=T.LlamaConfig(**TEXT), vision_config=vision(**EYES, image_size=64), image_token_id=IMAGE, scale_factor=2)
+    built = config(text_config=T.LlamaConfig(**TEXT), vision_config=vision(**EYES, image_size=64), image_token_id=IMAGE,
+                   scale_factor=2)
     def pixels(per_row):
         values, rows = torch.zeros(len(per_row), max(per_row), 3, 64, 64), list(pictures(sum(per_row), 64, 64))
         for b, n in enumerate(per_row):
@@ -165,6 +173,127 @@ def test_the_model_is_as_before_also_after_an_error(family):
     hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
     there = hooks()
     with pytest.raises(ValueError, match="visual_mask's"), AdaptivePruner(model, visual_mask, lam=2):
-        model.generate(**{k: v[:1] if k in ("input_ids", "attention_mask") else v for k, v in batch(family, [[1, 50, 51]])[0].items()}, **OPTIONS)
+        model.generate(**batch(family, [[1, 50, 51]])[0], **OPTIONS)
     assert hooks() == there and attributes == {name: set(vars(module)) for name, module in model.named_modules()}
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+# ------------------------------------------------------------------ stage 1 on LLaVA's CLIP
+
+@pytest.fixture(scope="module")
+def small_llava():
+    torch.manual_seed(0)
+    vision = T.CLIPVisionConfig(**EYES | dict(num_hidden_layers=6), image_size=32)
+    config = T.LlavaConfig(text_config=T.LlamaConfig(**TEXT), vision_config=vision, image_token_index=IMAGE)
+    return T.LlavaForConditionalGeneration(config).eval()
+
+
+def llava_batch(prompts):
+    """As `batch`, with pixels that are those of pictures in [0, 1]."""
+    rows = [[t for token in p for t in ([token] * 16 if token == IMAGE else [token])] for p in prompts]
+    S = max(map(len, rows))
+    ids, mask = (torch.tensor([[0] * (S - len(row)) + values for row, values in zip(rows, kind)])
+                 for kind in (rows, [[1] * len(row) for row in rows]))
+    pixels = (torch.rand(sum(p.count(IMAGE) for p in prompts), 3, 32, 32, generator=torch.Generator().manual_seed(2))
+              - torch.tensor(CLIP_MEAN).view(3, 1, 1)) / torch.tensor(CLIP_STD).view(3, 1, 1)
+    return dict(input_ids=ids, attention_mask=mask, pixel_values=pixels)
+
+
+def test_stage_1_keeping_all_is_the_model_alone(small_llava):
+    inputs = llava_batch(PROMPTS["ragged"])
+    embeds, visual_mask = vlm.encode_llava(small_llava, **inputs, keep=(None, None, None))
+    assert torch.equal(visual_mask, inputs["input_ids"] == IMAGE)
+    with torch.no_grad():
+        theirs, ours = small_llava(**inputs).logits, small_llava(**embeds).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(ours[real], theirs[real], atol=1e-5, rtol=1e-5)
+    alone = small_llava.generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1]:]
+    assert torch.equal(small_llava.generate(**embeds, **OPTIONS), alone)
+
+
+def test_stages_1_and_3_together_and_one_by_one(small_llava):
+    inputs, first = llava_batch(PROMPTS["ragged"]), 0
+    embeds, visual_mask = vlm.encode_llava(small_llava, **inputs, keep=(12, 9, 6))
+    assert visual_mask.sum(dim=1).tolist() == [6, 12, 6] and embeds["attention_mask"].sum(dim=1).tolist() == [12, 16, 13]
+    with AdaptivePruner(small_llava, visual_mask, lam=2) as pruner:
+        together = small_llava.generate(**embeds, **OPTIONS)
+    assert (pruner.counts[5] < visual_mask.sum(dim=1)).any()
+    for b, prompt in enumerate(PROMPTS["ragged"]):
+        real, n = inputs["attention_mask"][b].bool(), prompt.count(IMAGE)
+        one, mask = vlm.encode_llava(small_llava, inputs["input_ids"][b, real][None], inputs["attention_mask"][b, real][None],
+                                     inputs["pixel_values"][first:first + n], (12, 9, 6))
+        with AdaptivePruner(small_llava, mask, lam=2):
+            assert torch.equal(small_llava.generate(**one, **OPTIONS)[0], together[b])
+        first += n
+
+
+def test_a_llava_that_joins_layers_is_refused(small_llava):
+    small_llava.config.vision_feature_layer, before = [-2, -1], small_llava.config.vision_feature_layer
+    with pytest.raises(TypeError, match="one layer of its CLIP"):
+        vlm.LlavaTower(small_llava)
+    small_llava.config.vision_feature_layer = before
+
+
+# ------------------------------------------------------------------ meteor_mini.vlm and the command line
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A tiny LLaVA with its processor, as `save_pretrained` writes them."""
+    torch.manual_seed(0)
+    words = "USER : ASSISTANT what is this a red circle .".split()
+    tokenizer = build_tokenizer(words)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    image_id = tokenizer.convert_tokens_to_ids("<image>")
+    config = T.LlavaConfig(text_config=T.LlamaConfig(**TEXT), vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
+                           image_token_index=image_id)
+    path = tmp_path_factory.mktemp("llava")
+    T.LlavaForConditionalGeneration(config).save_pretrained(path)
+    sight = T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    template = ("{% for m in messages %}USER : {% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}"
+                "{% endfor %}{% endfor %} ASSISTANT :")
+    T.LlavaProcessor(image_processor=sight, tokenizer=tokenizer, patch_size=8, vision_feature_select_strategy="default",
+                     num_additional_image_tokens=1, chat_template=template, image_token="<image>").save_pretrained(path)
+    return path
+
+
+def test_ask_answers_as_the_model_with_the_wanted_tokens(folder):
+    model, processor = vlm.load_vlm(str(folder))
+    image = Image.new("RGB", (40, 30), "red")
+    everything = vlm.ask(model, processor, image, "what is this", keep_all=True, max_new_tokens=5)
+    inputs = vlm.inputs_of(model, processor, image, "what is this")
+    ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    assert everything["answer"] == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
+    assert everything["visual_tokens"] == everything["average_tokens"] == 16
+    some = vlm.ask(model, processor, image, "what is this", tokens=8, max_new_tokens=5)
+    assert some["average_tokens"] == pytest.approx(8, abs=0.5) and list(some["counts"]) == [1, 3, 5]
+    with pytest.raises(ValueError, match="target_average must be"):
+        vlm.ask(model, processor, image, "what is this", tokens=17)
+
+
+def test_the_command_line_asks_it(folder, tmp_path, capsys):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
+    command = ["ask", "--model", str(folder), str(tmp_path / "photo.png"), "what is this"]
+    assert cli.main([*command, "--json", "--tokens", "8"]) == 0
+    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 16
+    assert cli.main([*command, "--plot", str(tmp_path / "x.png")]) == 2 and not (tmp_path / "x.png").exists()
+    assert "--plot draws the encoders of a Meteor model" in capsys.readouterr().err
+    assert cli.main(["ask", "--model", "me/nothing", *command[3:]]) == 2
+    assert "could not be fetched from the hub" in capsys.readouterr().err
+
+
+def test_the_readmes_snippet_runs(folder, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    snippet, = (s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "AdaptivePruner" in s)
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 30), "red").save("photo.jpg")
+    exec(compile(snippet.replace("llava-hf/llava-1.5-7b-hf", str(folder)).replace("lam=50", "lam=2"), "README", "exec"), {})
+    out = capsys.readouterr().out
+    assert out.startswith("['") and 1 < float(re.search(r"tensor\(\[([\d.]+)", out)[1]) < 16
+
+
+def test_other_models_are_refused(tmp_path):
+    config = T.GitConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=32,
+                         vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32))
+    T.GitForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises((TypeError, ValueError), match="model must be one of llava|could not be fetched"):
+        vlm.load_vlm(str(tmp_path))

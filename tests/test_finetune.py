@@ -1,0 +1,129 @@
+"""Training a Meteor on dialogues with transformers' Trainer: data, a tiny run, resuming, two processes."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from meteor_mini import Meteor, glyphworld, load
+from meteor_mini.finetune import Dialogues, collate, finetune, load_data, pairs, side_of
+
+pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Sixteen pictures in LLaVA's format, and the file that lists them."""
+    rows = []
+    for i in range(16):
+        picture, question, answer = glyphworld.example(i, "train", "value")
+        Image.fromarray(picture.image).save(tmp_path / f"{i}.png")
+        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    return tmp_path / "data.json"
+
+
+def untrained():
+    """The embedded model with projectors as random as a preset's."""
+    model = load("glyph")
+    torch.manual_seed(0)
+    for module in model.projectors.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    return model
+
+
+SHORT = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3, warmup_steps=0, logging_steps=1,
+             disable_tqdm=True, use_cpu=True)
+
+
+def test_rows_of_both_forms():
+    turns = [{"from": "human", "value": "a\n<image>"}, {"from": "gpt", "value": "b"},
+             {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]
+    assert pairs({"image": "x", "conversations": turns}) == [("a", "b"), ("c", "d")]
+    assert pairs({"image": "x", "question": "a", "answer": "b"}) == [("a", "b")]
+    for bad in ({"image": "x"}, {"conversations": turns[1:]}, {"conversations": []}, {"question": "a", "answer": "b"}):
+        with pytest.raises(ValueError, match="data must hold rows of image and"):
+            pairs(bad)
+
+
+def test_pictures_become_squares_of_one_size(data):
+    loaded = load_data(data, 64)
+    batch = collate([loaded[0], loaded[3]])
+    assert len(loaded) == 16 and batch["images"].shape == (2, 3, 64, 64) and batch["dialogues"][1] == [
+        glyphworld.example(3, "train", "value")[1:]]
+    pillow = Dialogues([{"image": Image.fromarray(np.zeros((20, 40), np.uint8)), "question": "a", "answer": "b"}], 32)
+    assert pillow[0]["images"].shape == (3, 32, 32) and pillow[0]["dialogues"] == [("a", "b")]
+
+
+def test_bad_data_is_refused(tmp_path, data):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "dict.json").write_text("{}")
+    for file, message in (("none.json", "is no JSON file"), ("bad.json", "is no JSON file"),
+                          ("dict.json", "must be a list of rows")):
+        with pytest.raises(ValueError, match=message):
+            load_data(tmp_path / file, 32)
+    with pytest.raises(ValueError, match="at least one row"):
+        Dialogues([], 32)
+    with pytest.raises(ValueError, match="phase must be one of projectors, all, got 'none'"):
+        finetune(untrained(), load_data(data, 32), tmp_path / "out", "none")
+
+
+def test_phase_one_trains_the_projectors_alone_and_the_loss_falls(data, tmp_path):
+    model = untrained()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    trainer = finetune(model, load_data(data, side_of(model)), tmp_path / "out", **SHORT | dict(max_steps=12))
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert np.mean(losses[-3:]) < 0.8 * losses[0]
+    changed = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"projectors"}
+    saved = Meteor.from_pretrained(tmp_path / "out")
+    assert saved.config["trained"] and all(torch.equal(v, saved.state_dict()[k]) for k, v in model.state_dict().items())
+
+
+def test_phase_two_trains_the_decoder_too_and_resuming_gives_the_same_weights(data, tmp_path):
+    whole, part = untrained(), untrained()
+    finetune(whole, load_data(data, 96), tmp_path / "whole", "all", save_steps=3, **SHORT)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-6").rename(tmp_path / "later")
+    (tmp_path / "whole" / "checkpoints").rename(tmp_path / "part" / "checkpoints")
+    trainer = finetune(part, load_data(data, 96), tmp_path / "part", "all", resume=True, save_steps=3, **SHORT)
+    later = [e for e in trainer.state.log_history if e.get("step", 0) > 3 and "loss" in e]
+    assert trainer.state.global_step == 6 and len(later) == 3
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(part.state_dict()[name], value, rtol=0, atol=1e-6)
+    assert not torch.equal(whole.decoder.lm_head.weight, load("glyph").decoder.lm_head.weight)
+
+
+SCRIPT = """
+import json, sys
+from tests.test_finetune import SHORT, finetune, load_data, untrained
+data, out, batch = sys.argv[1:]
+options = {} if batch == "4" else {"ddp_backend": "gloo"}
+trainer = finetune(untrained(), load_data(data, 96), out, **SHORT | dict(max_steps=3, per_device_train_batch_size=int(batch)) | options)
+assert trainer.args.world_size == 4 // int(batch)
+if trainer.is_world_process_zero():
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    open(out + "/loss.json", "w").write(json.dumps(losses))
+"""
+
+
+@pytest.mark.slow  # starts two more Pythons
+def test_two_processes_give_the_loss_of_one(data, tmp_path):
+    (tmp_path / "run.py").write_text(SCRIPT)
+    losses, root = {}, str(Path(__file__).parents[1])
+    # Accelerate has no word for several CPU processes but MPI: torchrun's, which it calls multi-GPU, serves as well with gloo.
+    for processes, batch, kind in ((1, 4, ["--cpu"]), (2, 2, ["--multi_gpu"])):
+        out = tmp_path / f"out{processes}"
+        command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes), "--num_machines",
+                   "1", "--mixed_precision", "no", "--dynamo_backend", "no", tmp_path / "run.py", data, out, str(batch)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+        assert done.returncode == 0, done.stderr[-2000:]
+        losses[processes] = json.loads((out / "loss.json").read_text())
+    assert losses[1] == pytest.approx(losses[2], rel=0.02)

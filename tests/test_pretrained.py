@@ -1,0 +1,264 @@
+"""pretrained.py on a hub cache made here: the real file names and loading code, tiny random weights of the real classes."""
+import json
+import re
+import time
+import warnings
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+import transformers as T
+from huggingface_hub import constants
+from PIL import Image
+from safetensors.torch import save_file
+
+from meteor_mini import Budget, Meteor, cli, glyphworld
+from meteor_mini.calibration import calibrate_model
+from meteor_mini.model import build_tokenizer, chat_template
+from meteor_mini.presets import PRETRAINED, build_encoder
+from meteor_mini.pretrained import encoder, from_names, short_name
+from stage1_encode import encode
+
+WORDS = "what is this a red circle describe user assistant : the picture".split()
+CHAT = ("{% for m in messages %}<bos>user : {{ m['content'] }}{% endfor %}"
+        "{% if add_generation_prompt %} assistant :{% endif %}")
+VIT = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
+       "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 32, "heads": 2, "layers": 1}}
+TIMM = {"timm_pool": "token", "timm_proj": "linear", "image_size": 224}
+EVA = VIT | {"vision_cfg": TIMM | {"timm_model_name": "eva02_tiny_patch14_224"}}
+CONVNEXT = VIT | {"vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}}
+PRETRAINED_LLM = PRETRAINED["small"]["decoder"]
+NAMES = ["tiny-vit/mine", "hf-hub:me/tiny-eva", "hf-hub:me/tiny-convnext", "me/tiny-pix2struct", "me/tiny-dino"]
+
+
+def snapshot(cache, repo):
+    """A repository's folder in a hub cache, as huggingface_hub lays it out."""
+    folder = cache / f"models--{repo.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    return folder / "snapshots" / ("0" * 40)
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory):
+    """Returns (cache folder, {name: the encoder whose weights lie there})."""
+    patch, cache, made = pytest.MonkeyPatch(), tmp_path_factory.mktemp("cache"), {}
+    patch.setattr(constants, "HF_HUB_OFFLINE", True)
+    (configs := tmp_path_factory.mktemp("configs") / "tiny-vit.json").write_text(json.dumps(VIT))
+    open_clip.add_model_config(configs)
+    tag = {"hf_hub": "me/tiny-vit/", "mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7), "quick_gelu": True}
+    patch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", {"mine": tag, "pickled": tag | {"hf_hub": "me/pickled/"}})
+    torch.manual_seed(0)
+    vit = open_clip.create_model("tiny-vit", force_quick_gelu=True)
+    save_file(vit.state_dict(), snapshot(cache, "me/tiny-vit") / "open_clip_model.safetensors")
+    torch.save(vit.state_dict(), snapshot(cache, "me/pickled") / "open_clip_pytorch_model.bin")
+    made["tiny-vit/mine"] = vit.visual
+    for name, config in {"tiny-eva": EVA, "tiny-convnext": CONVNEXT}.items():
+        folder = snapshot(cache, f"me/{name}")
+        preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
+        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+        model = open_clip.create_model(f"local-dir:{folder}")
+        save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+        made[f"hf-hub:me/{name}"] = model.visual
+    vision = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, d_kv=16, d_ff=32, patch_embed_hidden_size=192,
+                  seq_len=64, initializer_range=0.02)
+    text = dict(hidden_size=32, num_layers=1, num_heads=2, d_kv=16, d_ff=32, vocab_size=16)
+    pix2struct = T.Pix2StructForConditionalGeneration(T.Pix2StructConfig(vision_config=vision, text_config=text))
+    pix2struct.save_pretrained(snapshot(cache, "me/tiny-pix2struct"))
+    made["me/tiny-pix2struct"] = pix2struct.encoder
+    made["me/tiny-dino"] = T.Dinov2Model(T.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56,
+                                                        patch_size=14, layerscale_value=0.7))
+    made["me/tiny-dino"].save_pretrained(snapshot(cache, "me/tiny-dino"))
+    tokenizer = build_tokenizer(WORDS)
+    tokenizer.chat_template = CHAT
+    llama = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=8,
+                                             num_attention_heads=8, tie_word_embeddings=True, initializer_range=0.1))
+    folder = snapshot(cache, "me/tiny-llama")
+    llama.save_pretrained(folder), tokenizer.save_pretrained(folder)
+    made["me/tiny-llama"] = llama
+    yield str(cache), {name: module.eval() for name, module in made.items()}
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def model(hub):
+    return Meteor.from_pretrained(encoders=NAMES, decoder="me/tiny-llama", grid=[4, 6], cache_dir=hub[0])
+
+
+@pytest.fixture
+def images():
+    return torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_encoder_has_the_weights_of_the_cache_and_is_built_again_without_them(hub, name):
+    loaded, spec = encoder(name, cache_dir=hub[0])
+    theirs = hub[1][name].state_dict()
+    assert loaded.state_dict().keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in loaded.state_dict().items())
+    again = build_encoder(*json.loads(json.dumps(spec)))
+    assert not torch.equal(*(next(p for p in m.parameters() if p.dim() > 1) for m in (again, loaded)))
+    again.load_state_dict(loaded.state_dict())
+    x = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(encode(again.eval(), x)[0], encode(loaded.eval(), x)[0])
+
+
+def test_tags_bring_their_own_activation_and_statistics(hub):
+    visual, _ = encoder("tiny-vit/mine", cache_dir=hub[0])
+    assert type(visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
+    assert list(visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
+
+
+def test_names_grids_and_budget(model):
+    assert list(model.encoders) == ["tiny-vit", "tiny-eva", "tiny-convnext", "tiny-pix2struct", "tiny-dino"]
+    assert [a.grid for a in model.adapters] == [(4, 4), (16, 16), (2, 2), (4, 6), (4, 6)]
+    total = sum(a.num_tokens for a in model.adapters)
+    assert model.budget.stage1 == round(1193 / 4096 * total) and model.budget.stage3 == round(242 / 4096 * total)
+    assert short_name("ViT-B-16/openai") == "ViT-B-16" and short_name("lmsys/vicuna-7b-v1.5") == "vicuna-7b-v1-5"
+
+
+def test_the_prompt_is_the_decoders_own_chat_with_the_picture_inside(model, hub, images):
+    assert chat_template(model.tokenizer) == ("<bos>user : ", "\n{} assistant :")
+    encoded = model.encode(images[:1], Budget.none())
+    embeds, mask, visual = model.prompt(encoded, ["what is this"])
+    embed = hub[1]["me/tiny-llama"].get_input_embeddings()
+    ids = model.tokenizer("<bos>user : what is this assistant :", add_special_tokens=False, return_tensors="pt").input_ids
+    assert torch.equal(embeds[~visual], embed(ids)[0]) and mask.all()
+    assert torch.equal(embeds[visual], encoded.fused.tokens[0]) and visual[0].nonzero()[0, 0] == 3
+
+
+def test_unpruned_it_is_the_plain_concatenation(model, hub, images):
+    questions, llama = ["what is this", "describe the red circle", "a"], hub[1]["me/tiny-llama"]
+    with pytest.warns(UserWarning, match="projectors of this model are not trained"):
+        answers = model.answer(images, questions, Budget.none(), max_new_tokens=4)
+    for b, question in enumerate(questions):
+        with torch.no_grad():
+            tokens = [p(encode(e, images[b:b + 1])[0]) for p, e in zip(model.projectors.values(), model.encoders.values())]
+            parts = [llama.get_input_embeddings()(model.tokenizer(t, add_special_tokens=False, return_tensors="pt").input_ids)
+                     for t in ("<bos>user :", f"{question} assistant :")]
+            embeds = torch.cat([parts[0], *tokens, parts[1]], dim=1)
+            ids = llama.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), max_new_tokens=4,
+                                 do_sample=False, eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0)
+        assert answers[b].text == model.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip()
+
+
+def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, images, tmp_path):
+    own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    with pytest.raises(ValueError, match="ranks must be"):
+        own.encode(images)
+    with pytest.raises(ValueError, match="questions must be one for each of the 3 pictures"):
+        calibrate_model(own, [images], ["a"])
+    calibrate_model(own, [images[:2], images[2:]], ["what is this", "a", "describe the picture"])
+    budget = Budget(stage1=20, stage2=12, stage3=6)
+    own.save_pretrained(tmp_path / "saved")
+    again = Meteor.from_pretrained(tmp_path / "saved")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        first, second = (m.answer(images, ["what is this", "a", "the picture"], budget, max_new_tokens=3) for m in (own, again))
+    assert [a.text for a in first] == [a.text for a in second] and [a.layers for a in first] == [a.layers for a in second]
+    assert first[0].tokens["stage1"] == 20 and first[0].tokens["stage2"] == 12
+    assert sum(a.tokens["stage3"] for a in first) / 3 == pytest.approx(6, abs=1)
+
+
+def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
+    own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    out = own(images[:2], [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]], Budget.none())
+    said = own.tokenizer("a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False).input_ids
+    assert out["labels"].tolist() == said
+    out["loss"].backward()
+    assert all(p.grad is not None for p in own.projectors.parameters())
+
+
+def test_half_precision(hub, images):
+    half = from_names(encoders=NAMES[:2], decoder="me/tiny-llama", dtype=torch.bfloat16, cache_dir=hub[0])
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    with pytest.warns(UserWarning):
+        assert half.answer(images, ["a"] * 3, Budget(stage2=9), max_new_tokens=2)[0].tokens["stage2"] == 9
+
+
+@pytest.mark.parametrize("name", ["ViT-B-16/openai", "hf-hub:me/nothing", "me/nothing"])
+def test_what_cannot_be_fetched_is_named_with_a_way_out(hub, name):
+    with pytest.raises(ValueError, match="could not be fetched from the hub .* copy the cache folder") as error:
+        encoder(name, cache_dir=hub[0])
+    assert str(error.value).startswith(name) and "\n" not in str(error.value)
+
+
+def test_bad_names_are_refused(hub):
+    with pytest.raises(ValueError, match="is not a safetensors file"):
+        encoder("tiny-vit/pickled", cache_dir=hub[0])
+    with pytest.raises(ValueError, match="knows no weights 'other' of tiny-vit, but mine, pickled"):
+        encoder("tiny-vit/other", cache_dir=hub[0])
+    with pytest.raises(TypeError, match="must be a Pix2Struct or a DINOv2"):
+        encoder("me/tiny-llama", cache_dir=hub[0])
+    for encoders, decoder in ((NAMES[:1], "me/tiny-llama"), ([NAMES[0]] * 2, "me/tiny-llama"), (NAMES, None)):
+        with pytest.raises(ValueError, match="encoders must be 2 or more of different names, and decoder"):
+            Meteor.from_pretrained(encoders=encoders, decoder=decoder, cache_dir=hub[0])
+
+
+def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
+    """With the names of the cache made here in place of the real ones."""
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    snippet, = (s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "Meteor.from_pretrained" in s)
+    monkeypatch.setitem(PRETRAINED, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None})
+    for real, tiny in {"ViT-B-16/openai": NAMES[0], "facebook/dinov2-small": NAMES[4], PRETRAINED_LLM: "me/tiny-llama"}.items():
+        assert real in snippet
+        snippet = snippet.replace(real, tiny)
+    load = Meteor.from_pretrained
+    monkeypatch.setattr(Meteor, "from_pretrained", lambda *names, **options: load(*names, **options, cache_dir=hub[0]))
+    exec(compile(snippet, "README", "exec"), {})
+    assert "['tiny-vit', 'tiny-dino'] Budget(" in capsys.readouterr().out
+
+
+# ------------------------------------------------------------------ the command line
+
+def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, capsys):
+    parts = dict(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    monkeypatch.setattr(cli, "load_model", lambda name: Meteor.from_pretrained(**parts))
+    (tmp_path / "pictures").mkdir()
+    rows = []
+    for i in range(8):
+        Image.fromarray(glyphworld.make_picture(i).image).save(tmp_path / "pictures" / f"{i}.png")
+        rows.append({"image": f"pictures/{i}.png", "question": "what is this", "answer": "a red circle"})
+    assert cli.main(["calibrate", str(tmp_path / "pictures"), "--question", "describe", "--out", str(tmp_path / "measured")]) == 0
+    assert "expected ranks of tiny-vit, tiny-eva on 8 pictures" in capsys.readouterr().out
+    assert len(Meteor.from_pretrained(tmp_path / "measured").config["ranks"]) == 3
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+    (tmp_path / "data.json").write_text(json.dumps(rows))
+    train = ["train", "--preset", "small", "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "trained")]
+    assert cli.main([*train, "--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]) == 0
+    assert Meteor.from_pretrained(tmp_path / "trained").config["trained"]
+    assert cli.main([*train, "--set", "max_steps"]) == 2 and "--set must be KEY=VALUE" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # writes 3 GB of random weights of the full size, and loads them
+def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    torch.manual_seed(0)
+    for name in list(PRETRAINED["small"]["encoders"].values())[:3]:
+        architecture, tag = name.split("/")
+        known = open_clip.get_pretrained_cfg(architecture, tag)
+        model = open_clip.create_model(architecture, force_quick_gelu=known.get("quick_gelu", False))
+        owner, repo, file = (known["hf_hub"] + "//").split("/")[:3]
+        save_file(model.state_dict(), snapshot(tmp_path, f"{owner}/{repo}") / (file or "open_clip_model.safetensors"))
+    T.Pix2StructForConditionalGeneration(T.Pix2StructConfig(vision_config={"initializer_range": 0.02})).save_pretrained(
+        snapshot(tmp_path, "google/pix2struct-base"))
+    tokenizer = build_tokenizer(WORDS + [f"word{i}" for i in range(49152 - len(build_tokenizer(WORDS)))])
+    folder = snapshot(tmp_path, PRETRAINED_LLM)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    llm = T.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
+                        intermediate_size=1536, tie_word_embeddings=True)  # SmolLM2-135M
+    T.LlamaForCausalLM(llm).save_pretrained(folder)
+    model = Meteor.from_pretrained("small", cache_dir=str(tmp_path))
+    picture = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
+    calibrate_model(model, [torch.rand(4, 3, 64, 64)], ["what is this"] * 4)
+    for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            start = time.perf_counter()
+            answer = model.answer(picture, ["what is this"], budget, max_new_tokens=5, min_new_tokens=5)[0]
+        with capsys.disabled():
+            print(f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'")
+        assert answer.tokens["encoders"] == 196 + 64 + 196 + 256 and len(answer.text.split()) >= 4
+    assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens["stage3"] == pytest.approx(model.budget.stage3, abs=4)
