@@ -23,7 +23,7 @@ from .evaluate import accuracy, to_images
 from .model import CHECKPOINTS, Meteor
 from .train import CHUNK, DEVICE, align_loss, dialogue, load_state, save_state, save_whole, schedule, slot_ids, trained
 
-STEPS = {"align": 600, "answer": 1600}
+STEPS = {"align": 600, "answer": 1200}
 CHUNKS = 400  # of CHUNK pictures each, encoded once without pruning
 
 
