@@ -9,6 +9,8 @@
 Wrong input: one sentence on stderr, exit code 2, nothing written.
 """
 import argparse
+import dataclasses
+import importlib.util
 import json
 import os
 import re
@@ -281,9 +283,16 @@ def run_eval(args: argparse.Namespace) -> None:
 
 # ------------------------------------------------------------------ models of pretrained parts
 
+def check_model_folder(path: Path) -> None:
+    """Raise ValueError for a folder with something in it that is no model or training of ours."""
+    if path.is_dir() and any(path.iterdir()) and not ((path / "model.safetensors").exists() or (path / "checkpoints").is_dir()):
+        raise ValueError(f"cannot write {path}: it holds something else than a model")
+
+
 def run_calibrate(args: argparse.Namespace) -> None:
     from .finetune import side_of  # the Trainer behind it takes a second to import
     check_output(args.out, directory=True)
+    check_model_folder(args.out)
     files = sorted(f for f in args.pictures.iterdir() if f.is_file()) if args.pictures.is_dir() else []
     if not files:
         raise ValueError(f"{args.pictures} must be a directory with pictures")
@@ -295,19 +304,27 @@ def run_calibrate(args: argparse.Namespace) -> None:
     print(f"expected ranks of {', '.join(model.encoders)} on {len(images)} pictures, at the three pruning points:")
     for row in model.config["ranks"]:
         print("  " + "  ".join(f"{r:.1f}" for r in row))
+    if len(images) < 64:
+        print(f"note: ranks of {len(images)} pictures are uncertain, 64 or more are better", file=sys.stderr)
+    print(f"lambda measured for {', '.join(map(str, model.config['lambda_table']['K']))} tokens after stage 2: {args.out}")
 
 
 def run_train(args: argparse.Namespace) -> None:
     from . import finetune
     check_output(args.out, directory=True)
-    options = dict(item.partition("=")[::2] for item in args.set)
-    model = load_model(args.model)
-    data = finetune.load_data(args.data, finetune.side_of(model))
+    check_model_folder(args.out)
+    if importlib.util.find_spec("accelerate") is None:
+        raise ValueError('train needs accelerate: pip install -e ".[train]"')
     try:
-        options = {k: json.loads(v) for k, v in options.items()}
+        options = {k: json.loads(v) for k, v in (item.partition("=")[::2] for item in args.set)}
     except json.JSONDecodeError as error:
         raise ValueError("--set must be KEY=VALUE, the value a number, true, false or a text in double quotes, got "
-                         f"{args.set}: {error}") from error
+                         f"{' '.join(args.set)}") from error
+    if unknown := options.keys() - {field.name for field in dataclasses.fields(transformers.TrainingArguments)}:
+        raise ValueError(f"--set: transformers' TrainingArguments has no option {', '.join(sorted(unknown))}")
+    rows = finetune.read_rows(args.data)  # before a model is fetched for it
+    model = load_model(args.model)
+    data = finetune.Dialogues(rows, finetune.side_of(model), args.data.parent)
     finetune.finetune(model, data, args.out, args.phase, args.resume, **options)
     print(f"trained {args.phase}: {args.out}")
 
@@ -320,6 +337,8 @@ def main(argv: list[str] | None = None) -> int:
         args = build_parser().parse_args(argv)
         {"demo": run_demo, "ask": run_ask, "eval": run_eval, "calibrate": run_calibrate,
          "train": run_train}[args.command](args)
+    except BrokenPipeError:  # `| head`: nobody reads on, and that is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as error:
         print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)
         return 2

@@ -38,7 +38,6 @@ class Dialogues(Dataset):
         self.rows, self.side, self.folder = rows, side, Path(folder)
         if not len(rows):
             raise ValueError("data must hold at least one row, got none")
-        pairs(rows[0])  # a wrong format is better found before the model is loaded
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,15 +66,30 @@ def pairs(row: dict) -> list[tuple[str, str]]:
                      f"answer, got {json.dumps(row, default=str)[:150]}")
 
 
-def load_data(file: str | Path, side: int) -> Dialogues:
-    """A JSON file of rows; pictures are found from its folder."""
+def read_rows(file: str | Path) -> list[dict]:
+    """The rows of a JSON file, each of a known form and with a picture that exists.
+
+    Raises: ValueError that names the file, or the row (from 0).
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ValueError(f"data {file} does not exist, or is no file")
     try:
-        rows = json.loads(Path(file).read_text())
+        rows = json.loads(file.read_text())
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"data {file} is no JSON file that can be read: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise ValueError(f"data {file} must be a list of rows")
-    return Dialogues(rows, side, Path(file).parent)
+    if not isinstance(rows, list) or not rows or not all(isinstance(row, dict) for row in rows):
+        raise ValueError(f"data {file} must be a list of one row or more")
+    for number, row in enumerate(rows):
+        pairs(row)
+        if not (file.parent / str(row.get("image"))).is_file():
+            raise ValueError(f"data {file}, row {number}: picture {row.get('image')} does not exist in {file.parent}")
+    return rows
+
+
+def load_data(file: str | Path, side: int) -> Dialogues:
+    """A JSON file of rows; pictures are found from its folder."""
+    return Dialogues(read_rows(file), side, Path(file).parent)
 
 
 def collate(items: list[dict]) -> dict:
@@ -118,7 +132,15 @@ def finetune(model: Meteor, data: Dialogues, out: str | Path, phase: str = "proj
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-    out, first = Path(out), [data[i] for i in range(min(CALIBRATION, len(data)))]
+    out = Path(out)
+    if resume and not list((out / "checkpoints").glob("checkpoint-*")):
+        raise ValueError(f"resume finds no checkpoint in {out / 'checkpoints'}: run once without it")
+    for number in range(len(data)) if model.config["words"] else ():  # a tokenizer that does not know every word
+        try:
+            model.tokenize([text for pair in pairs(data.rows[number]) for text in pair])
+        except ValueError as error:
+            raise ValueError(f"data, row {number}: {error}") from error
+    first = [data[i] for i in range(min(CALIBRATION, len(data)))]
     batches = [torch.stack([item["images"] for item in first[i:i + 8]]) for i in range(0, len(first), 8)]
     questions = [item["dialogues"][0][0] for item in first]
     if model.config["ranks"] is None:

@@ -157,6 +157,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """The model's own budget where it has this average; otherwise one that leaves a mean of `tokens` per LLM layer,
         stages 1 and 2 in the model's `proportions`. A stage whose share exceeds the tokens there are keeps all of them.
 
+        So counts around the model's own average do not rise smoothly: its own budget was tuned, the others follow a rule.
         Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
         Source: [our choice]
         """
@@ -323,6 +324,9 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """
         if self.config.get("trained") is False:
             warnings.warn("the projectors of this model are not trained yet: its answers mean nothing", stacklevel=2)
+        if not isinstance(images, (Encoded, torch.Tensor)):
+            raise TypeError("images must be a tensor (B, 3, H, W) in [0, 1], as meteor_mini.pictures.load_picture(file) gives, or "
+                            f"an Encoded batch, got {type(images).__name__}")
         budget = self.budget if budget is None else budget
         encoded = images if isinstance(images, Encoded) else self.encode_no_grad(images, budget)
         ids, pruner = self.generate(encoded, questions, budget, pruner, **options)
@@ -425,5 +429,6 @@ def _find(model_id: str, file: str, hub: dict) -> str:
     try:
         return hf_hub_download(model_id, file, **hub)
     except Exception as error:  # the hub raises a dozen kinds: offline, unknown repository, bad name
-        raise ValueError(f"model {model_id!r} is no preset ({', '.join(CHECKPOINTS)}), no directory, and {file} could not "
-                         f"be fetched from the hub: download it elsewhere and give the directory") from error
+        raise ValueError(f"model {model_id!r} is no preset ({', '.join([*CHECKPOINTS, *PRETRAINED])}), no directory, and {file} "
+                         f"could not be fetched from the hub: run `hf download {model_id}` where there is a network and copy "
+                         "the cache folder here (HF_HOME), or give the directory") from error

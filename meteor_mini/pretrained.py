@@ -23,14 +23,14 @@ from .presets import PRETRAINED
 BUDGET_SHARES = [n / 4096 for n in PAPER_TOKENS]  # of four encoders' 1024 tokens each
 
 
-def fetched(name: str, load: Callable):
+def fetched(name: str, load: Callable, repository: str | None = None):
     """load(), or one sentence that says what could not be fetched and how to bring it here."""
     try:
         return load()
-    except Exception as error:  # offline, unknown name, no such revision: a dozen kinds
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{name} could not be fetched from the hub ({reason}): run `hf download` of it on a machine with a "
-                         "network and copy the cache folder (HF_HOME), or give a directory that holds it") from error
+    except Exception as error:  # offline, unknown name, no such revision: a dozen kinds, told by the error it comes from
+        raise ValueError(f"{name} could not be fetched from the hub: on a machine with a network run `hf download "
+                         f"{repository or name}` and copy the cache folder here (HF_HOME, by default ~/.cache/huggingface), or give "
+                         "a directory that holds it") from error
 
 
 def encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.Module, list]:
@@ -58,7 +58,8 @@ def encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.Module,
 def from_open_clip(name: str, cache_dir: str | None = None) -> tuple[nn.Module, list]:
     if name.startswith("hf-hub:"):
         repository = partial(download_pretrained_from_hf, name.removeprefix("hf-hub:"), cache_dir=cache_dir)
-        config_file, file = fetched(name, lambda: (repository(filename="open_clip_config.json"), repository()))
+        config_file, file = fetched(name, lambda: (repository(filename="open_clip_config.json"), repository()),
+                                    name.removeprefix("hf-hub:"))
         architecture, options = name, {"cache_dir": cache_dir}
         model_cfg = json.loads(Path(config_file).read_text())["model_cfg"]
     else:
@@ -67,7 +68,8 @@ def from_open_clip(name: str, cache_dir: str | None = None) -> tuple[nn.Module, 
         if not known:
             raise ValueError(f"open_clip knows no weights {tag!r} of {architecture}, but "
                              f"{', '.join(open_clip.list_pretrained_tags_by_model(architecture))}")
-        file = fetched(name, lambda: open_clip.download_pretrained(known, cache_dir=cache_dir))
+        file = fetched(name, lambda: open_clip.download_pretrained(known, cache_dir=cache_dir), "/".join(
+            known.get("hf_hub", name).split("/")[:2]))
         model_cfg = open_clip.get_model_config(architecture) | {"quick_gelu": known.get("quick_gelu", False)}
         options = {"pretrained": str(file), "force_quick_gelu": model_cfg["quick_gelu"],
                    "force_preprocess_cfg": {k: known[k] for k in ("mean", "std") if k in known}}

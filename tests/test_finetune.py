@@ -65,12 +65,20 @@ def test_pictures_become_squares_of_one_size(data):
 def test_bad_data_is_refused(tmp_path, data):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "dict.json").write_text("{}")
-    for file, message in (("none.json", "is no JSON file"), ("bad.json", "is no JSON file"),
-                          ("dict.json", "must be a list of rows")):
+    row = {"image": "1.png", "question": "a", "answer": "b"}
+    (tmp_path / "gone.json").write_text(json.dumps([row, row | {"image": "no.png"}]))
+    (tmp_path / "word.json").write_text(json.dumps([row | {"question": "describe", "answer": "red"}, row | {"answer": "hello"}]))
+    for file, message in (("none.json", "does not exist"), ("bad.json", "is no JSON file"), ("dict.json", "must be a list of one row"),
+                          ("gone.json", "row 1: picture no.png does not exist")):
         with pytest.raises(ValueError, match=message):
             load_data(tmp_path / file, 32)
     with pytest.raises(ValueError, match="at least one row"):
         Dialogues([], 32)
+    with pytest.raises(ValueError, match="data, row 1: question has words that this model does not know: hello"):
+        finetune(untrained(), load_data(tmp_path / "word.json", 32), tmp_path / "out")
+    with pytest.raises(ValueError, match="resume finds no checkpoint in .* run once without it"):
+        finetune(untrained(), load_data(data, 32), tmp_path / "out", resume=True)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="phase must be one of projectors, all, got 'none'"):
         finetune(untrained(), load_data(data, 32), tmp_path / "out", "none")
 

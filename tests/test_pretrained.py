@@ -179,7 +179,8 @@ def test_half_precision(hub, images):
 
 @pytest.mark.parametrize("name", ["ViT-B-16/openai", "hf-hub:me/nothing", "me/nothing"])
 def test_what_cannot_be_fetched_is_named_with_a_way_out(hub, name):
-    with pytest.raises(ValueError, match="could not be fetched from the hub .* copy the cache folder") as error:
+    repository = {"ViT-B-16/openai": "timm/vit_base_patch16_clip_224.openai"}.get(name, "me/nothing")
+    with pytest.raises(ValueError, match=f"could not be fetched from the hub: .*`hf download {repository}` and copy the cache") as error:
         encoder(name, cache_dir=hub[0])
     assert str(error.value).startswith(name) and "\n" not in str(error.value)
 
@@ -199,7 +200,8 @@ def test_bad_names_are_refused(hub):
 def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
     """With the names of the cache made here in place of the real ones."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    snippet, = (s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "Meteor.from_pretrained" in s)
+    snippets = [s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "Meteor.from_pretrained" in s]
+    snippet = "\n".join(snippets)
     monkeypatch.setitem(PRETRAINED, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None})
     for real, tiny in {"ViT-B-16/openai": NAMES[0], "facebook/dinov2-small": NAMES[4], PRETRAINED_LLM: "me/tiny-llama"}.items():
         assert real in snippet
@@ -207,7 +209,8 @@ def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
     load = Meteor.from_pretrained
     monkeypatch.setattr(Meteor, "from_pretrained", lambda *names, **options: load(*names, **options, cache_dir=hub[0]))
     exec(compile(snippet, "README", "exec"), {})
-    assert "['tiny-vit', 'tiny-dino'] Budget(" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert len(snippets) == 2 and "['tiny-vit', 'tiny-eva'," in out and "['tiny-vit', 'tiny-dino'] Budget(" in out
 
 
 # ------------------------------------------------------------------ the command line
@@ -228,7 +231,10 @@ def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, c
     train = ["train", "--preset", "small", "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "trained")]
     assert cli.main([*train, "--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]) == 0
     assert Meteor.from_pretrained(tmp_path / "trained").config["trained"]
-    assert cli.main([*train, "--set", "max_steps"]) == 2 and "--set must be KEY=VALUE" in capsys.readouterr().err
+    for wrong, message in ((["--set", "max_steps"], "--set must be KEY=VALUE"), (["--set", "nosuch=1"], "has no option nosuch"),
+                           (["--out", str(tmp_path / "pictures")], "holds something else than a model"),
+                           (["--data", "no.json"], "data no.json does not exist")):
+        assert cli.main([*train, *wrong]) == 2 and message in capsys.readouterr().err
 
 
 @pytest.mark.slow  # writes 3 GB of random weights of the full size, and loads them
