@@ -275,7 +275,7 @@ def test_truncated_weights_and_pickles_are_refused(model, tmp_path):
 
 
 def test_an_unreachable_hub_is_one_sentence_that_says_what_to_do():
-    with pytest.raises(ValueError, match="could not be fetched from the hub: download it elsewhere"):
+    with pytest.raises(ValueError, match="could not be fetched from the hub: run `hf download nobody/no-such-model`"):
         Meteor.from_pretrained("nobody/no-such-model")
 
 

@@ -715,7 +715,7 @@ def test_features_that_are_not_finite_are_refused():
 
 @pytest.mark.parametrize("encoder, error, message", [
     (lambda: timm.create_model("test_resnet"), TypeError, "encoder must be or hold one of .*open_clip.transformer.VisionTransformer"
-     ".*timm.models.eva.Eva.*timm.models.convnext.ConvNeXt.*Pix2StructVisionModel.*Dinov2Model, got ResNet: for another, list an Adapter"),
+     ".*timm.models.eva.Eva.*timm.models.convnext.ConvNeXt.*Pix2StructVisionModel.*Dinov2Model.*, got ResNet: for another, list an Adapter"),
     (lambda: nn.Linear(2, 2), TypeError, "got Linear"),
     (lambda: clip(qk_norm=True), TypeError, "blocks of VisionTransformer must be .* got .*CustomResidualAttentionBlock"),
     (lambda: Eva(use_post_norm=True, **VIT), TypeError, "blocks of Eva must be .* got .*EvaBlockPostNorm"),
