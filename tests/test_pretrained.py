@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
-from meteor_mini import Budget, Meteor, cli, glyphworld
+from meteor_mini import Budget, Meteor, cli, glyphworld, vlm
 from meteor_mini.calibration import calibrate_model
 from meteor_mini.model import build_tokenizer, chat_template
 from meteor_mini.presets import PRETRAINED, build_encoder
@@ -268,3 +268,34 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
             print(f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'")
         assert answer.tokens["encoders"] == 196 + 64 + 196 + 256 and len(answer.text.split()) >= 4
     assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens["stage3"] == pytest.approx(model.budget.stage3, abs=4)
+
+
+# ------------------------------------------------------------------ real weights, where a warm cache holds them
+
+def warm(load):
+    """load(), or a skip with the sentence that says what is missing. Tests are offline: fill the cache first."""
+    try:
+        return load()
+    except ValueError as error:
+        pytest.skip(str(error))
+
+
+@pytest.mark.pretrained
+def test_real_small_prunes_and_keeps_all():
+    model = warm(lambda: Meteor.from_pretrained("small"))
+    pictures = torch.stack([torch.from_numpy(glyphworld.make_picture(i).image).permute(2, 0, 1) / 255 for i in range(16)])
+    calibrate_model(model, [pictures], ["What is this?"] * 16)
+    with pytest.warns(UserWarning, match="not trained"):
+        answer = model.answer(pictures[:1], ["What is this?"], max_new_tokens=4)[0]
+    assert answer.tokens["encoders"] == 712 and answer.tokens["stage2"] == model.budget.stage2
+
+
+@pytest.mark.pretrained
+def test_a_real_smolvlm_answers_the_same_unpruned_and_names_a_colour_pruned():
+    model, processor = warm(lambda: vlm.load_vlm("HuggingFaceTB/SmolVLM-256M-Instruct"))
+    red = Image.new("RGB", (512, 512), "red")
+    inputs = vlm.inputs_of(model, processor, red, "What color is this picture?")
+    alone = model.generate(**inputs, max_new_tokens=20, do_sample=False)[:, inputs["input_ids"].shape[1]:]
+    kept = vlm.ask(model, processor, red, "What color is this picture?", keep_all=True, max_new_tokens=20)
+    assert kept["answer"] == processor.batch_decode(alone, skip_special_tokens=True)[0].strip()
+    assert "red" in vlm.ask(model, processor, red, "What color is this picture?", max_new_tokens=20)["answer"].lower()
