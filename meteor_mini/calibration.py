@@ -55,7 +55,8 @@ def calibrate_model(model, images: list[torch.Tensor], questions: list[str]) -> 
     """Measure, on pictures and questions typical of the use, all that a model of pretrained parts lacks: ranks and lambda.
 
     Args: images: (b, 3, H, W) in [0, 1] each, 64 pictures or more in all; questions: one for each picture; the first 16 pictures
-    and questions measure lambda.
+    and questions measure lambda. Writes config["ranks"] and config["lambda_table"].
+    Raises: ValueError where questions and pictures differ in number.
     """
     if len(questions) != sum(map(len, images)):
         raise ValueError(f"questions must be one for each of the {sum(map(len, images))} pictures, got {len(questions)}")

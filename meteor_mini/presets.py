@@ -30,8 +30,8 @@ GLYPH_DECODER = dict(hidden_size=128, num_hidden_layers=8, num_attention_heads=8
                      initializer_range=0.05)  # the default, 0.02, is for models ten times as wide
 
 
-# Weights of the world, by the names that `pretrained.encoder` reads. "grid": patches (h, w) of a Pix2Struct. The budget
-# has the paper's proportions (1193, 576 and 242 of 4096 tokens), at the encoders' own number of tokens.
+# Weights of the world, by the names that `pretrained.encoder` reads. "grid": patches (h, w) of a Pix2Struct or DINOv2. The
+# budget has the paper's proportions (1193, 576 and 242 of 4096 tokens), at the encoders' own number of tokens.
 PRETRAINED = {
     "small": {"encoders": {"clip": "ViT-B-16/openai", "convnext": "convnext_base_w/laion2b_s13b_b82k",
                            "eva": "EVA02-B-16/merged2b_s8b_b131k", "pix2struct": "google/pix2struct-base"},

@@ -37,7 +37,7 @@ def encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.Module,
     """A vision encoder with its weights, and [family, options] from which `build_encoder` makes it again without them.
 
     Args: name: "MODEL/TAG" or "hf-hub:OWNER/NAME" of open_clip, or the hub id or directory of a Pix2Struct or DINOv2; grid:
-    (h, w) patches of these two, which take any; hub: revision, cache_dir.
+    (h, w) patches of these two, which take any; hub: cache_dir, and for these two revision.
     Raises: ValueError where it cannot be fetched, TypeError for a model of another kind.
     """
     if name.startswith("hf-hub:") or name.split("/")[0] in open_clip.list_models():

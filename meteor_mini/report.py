@@ -29,7 +29,7 @@ NOTES = {
     "1": "All strategies have the same totals at the three pruning points.",
     "2": "The learned fusions see all tokens of all encoders and leave one for each grid cell; `train_baselines.py` says how long "
          "they were trained (less than the embedded model). Paper: 576 tokens of 1193; its EAGLE-style row is 1193 tokens wide. "
-         "Mutual redundancy keeps what one encoder alone shows (printed digits) and drops every copy of what all of them show "
+         "Mutual redundancy keeps what few encoders show (printed digits) and drops every copy of what all of them show "
          "(shapes, bars): the last grid counts it.",
     "3": "K tokens after stage 2 in the paper's proportion to the average. All rows below the first have the same average here, "
          "except the adaptive ones named otherwise; in the paper the rows at layer 1 have 297. The paper's third adaptive row "

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from meteor_mini import Budget, Meteor, cli, glyphworld, vlm
-from meteor_mini.calibration import calibrate_model
+from meteor_mini.calibration import calibrate, calibrate_model
 from meteor_mini.model import build_tokenizer, chat_template
 from meteor_mini.presets import PRETRAINED, build_encoder
 from meteor_mini.pretrained import encoder, from_names, short_name
@@ -150,6 +150,9 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
     with pytest.raises(ValueError, match="questions must be one for each of the 3 pictures"):
         calibrate_model(own, [images], ["a"])
     calibrate_model(own, [images[:2], images[2:]], ["what is this", "a", "describe the picture"])
+    table, words = own.config["lambda_table"], ["what is this", "a", "describe the picture"]
+    assert table == calibrate(own, images, words, table["K"], table["lam"])  # each picture with its own question
+    assert table != calibrate(own, images, words[::-1], table["K"], table["lam"])
     budget = Budget(stage1=20, stage2=12, stage3=6)
     own.save_pretrained(tmp_path / "saved")
     again = Meteor.from_pretrained(tmp_path / "saved")
