@@ -32,8 +32,8 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
 
     Args: method: a budget, or a function (model, images, questions) -> answers.
     Returns: {"accuracy": mean over questions, "families": {family: accuracy}, "average_tokens": mean visual tokens per
-    LLM layer, "family_tokens": the same by family, "right" (n,) bool and "family" (n,) str of each question, "llm_flops": mean
-    FLOPs of the LLM's prefill, "survivors": {stage: {encoder: {family: mean tokens}}}}.
+    LLM layer, "family_tokens": the same by family, "right" (n,) bool, "tokens" (n,) float and "family" (n,) str of each question,
+    "llm_flops": mean FLOPs of the LLM's prefill, "survivors": {stage: {encoder: {family: mean tokens}}}}.
     """
     right, tokens, family, flops, survivors = [], [], [], [], []
     for examples in batches(split, samples):
@@ -53,7 +53,7 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     return {"accuracy": 100 * right.mean(), "average_tokens": tokens.mean(),
             "families": {f: 100 * right[family == f].mean() for f in present},
             "family_tokens": {f: tokens[family == f].mean() for f in present},
-            "right": right, "family": family, "llm_flops": float(np.mean(flops)), "survivors": mean}
+            "right": right, "tokens": tokens, "family": family, "llm_flops": float(np.mean(flops)), "survivors": mean}
 
 
 def prefill_flops(config, visual: list[float], text: int) -> float:

@@ -37,7 +37,7 @@ NOTES = {
     "6": "Paper: LLaVA-1.5 at 29 % and 12 % of the FLOPs; AIM, its rival at 12 %, is not built here.",
     "7": "Paper: LLaVA-Next; FastV at 51 %, PyramidDrop at 46 %, stage 3 at 44 % of the FLOPs.",
     "8": "K as in Table 3. Differences are to the model's own k at the same average; the last two rows are 65/50 and 25/50 of its "
-         "lambda, as the paper's are of 50. Five of the paper's 32 heads are in proportion one or two of the 8 here.",
+         "lambda, as the paper's are of 50.",
     "figure1": "The paper: EVA and ConvNeXt lead on POPE (here: presence), Pix2Struct and ConvNeXt on DocVQA (number, cell).",
     "redundancy": "The paper of this measure finds one encoder dominating OCR and chart tasks (CUR above 90 %), redundancy on "
                   "general tasks, and some negative CURs. Masked encoders still give their tokens, all alike: compare the "
@@ -66,7 +66,8 @@ def measure_rows(model: Meteor, rows: list[Row], samples: int, cache: dict) -> l
             "accuracy": {k: (100 * float(right[m].mean()), *interval(right[m])) for k, m in kinds.items()},
             "differences": {k: difference(right[m], theirs[m]) for k, m in masks.items()} if row.against else {},
             "flops": result["llm_flops"] + encoding_flops(model, row.encode), "average_tokens": result["average_tokens"],
-            "family_tokens": result["family_tokens"], "survivors": result["survivors"]})
+            "family_tokens": result["family_tokens"], "survivors": result["survivors"],
+            "group_tokens": {g: (float(t.mean()), *interval(t / 100)) for g in GROUPS for t in [result["tokens"][masks[g]]]}})
     return results
 
 
@@ -110,7 +111,8 @@ def markdown(name: str, result: dict) -> str:
         parts.append(grid([f"mean tokens after {stage}", *FAMILIES],
                           [[e, *(f"{v[f]:.1f}" for f in FAMILIES)] for e, v in encoders.items()]))
     if "family_tokens" in result:
-        parts.append(grid(["", *FAMILIES], [["tokens per LLM layer", *(f"{result['family_tokens'][f]:.1f}" for f in FAMILIES)]]))
+        parts.append(grid(["", *FAMILIES, *GROUPS], [["tokens per LLM layer", *(f"{result['family_tokens'][f]:.1f}" for f in FAMILIES),
+                                                      *(cell(*result["group_tokens"][g], ".2f") for g in GROUPS)]]))
     if "cur" in result:
         kinds, names = list(result["cur"]), list(result["kl"])
         show = lambda v: "-" if v is None else f"{v:+.2f}"
@@ -166,7 +168,7 @@ def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -
             results[name] = video(model, min(samples, 200))
         else:
             one = measure_rows(model, [meteor_row(budget, "METEOR")], samples, cache)[0]
-            results[name] = {"survivors": one["survivors"], "family_tokens": one["family_tokens"]}
+            results[name] = {key: one[key] for key in ("survivors", "family_tokens", "group_tokens")}
         if name == "1":
             results[name]["ranks"] = rank_statistics(model)
         if name == "2":
