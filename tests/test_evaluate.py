@@ -8,6 +8,7 @@ from transformers import LlamaConfig, LlamaModel
 from meteor_mini import Budget, glyphworld, load
 from meteor_mini.evaluate import (PATCHES, accuracy, batches, difference, encoding_flops, interval, prefill_flops, recall,
                                   to_images, utilization)
+from stage1_encode import encode
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +77,15 @@ def test_the_flops_formula_gives_the_papers_rows():
     fastv, pyramid = [2880] * 2 + [1440] * 30, [2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8
     assert round(100 * prefill_flops(vicuna, fastv, 30) / full) == 51
     assert round(100 * prefill_flops(vicuna, pyramid, 30) / full) == 46
+
+
+def test_flops_of_a_vit_are_all_counted_though_clip_has_an_operator_of_its_own(model):
+    v = model.encoders["clip"]
+    n, d, m = 1 + v.grid_size[0] * v.grid_size[1], v.conv1.out_channels, v.transformer.resblocks[0].mlp[0].out_features
+    blocks = len(v.transformer.resblocks) * 2 * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
+    embed = 2 * (n - 1) * d * v.conv1.weight[0].numel()
+    assert encoding_flops(model, lambda _, x: encode(v, x)) == blocks + embed
+    assert torch.backends.mha.get_fastpath_enabled()
 
 
 def test_flops_of_encoding_fall_with_the_budget(model):
