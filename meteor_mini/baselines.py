@@ -1,7 +1,7 @@
 """What METEOR is compared with, each a few lines over the same interfaces.
 
-Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`. At the encoders' outputs:
-`prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it
+Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`. Inside an encoder: `tome`; at the
+encoders' outputs: `prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it
 follows; what differs from that paper's own code is said.
 """
 import copy
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from stage1_encode import adapter, allocate_budget, encode, encode_all
 from stage2_fuse import Fused, Projector, fuse
-from stage3_decode import AdaptivePruner
+from stage3_decode import AdaptivePruner, select
 
 from .model import Answer, Budget, Encoded, Meteor
 
@@ -38,25 +38,106 @@ def last_token(visual_mask: Tensor) -> Tensor:
     return last
 
 
-def fastv(keep: int, layer: int) -> Pruner:
+def fastv(keep: int, layer: int, eager: bool = False) -> Pruner:
     """FastV (ECCV 2024): at one early layer, the tokens that the last token attends to most, over all heads.
 
-    Theirs reads the attention of the layer before, and so runs it on eager attention; here the layer's own q and k of
-    the last token are multiplied before it runs.  Source: [arXiv 2403.06764]
+    Theirs reads the attention weights of the layer before, and so has the model on eager attention: `eager`. Otherwise the
+    layer's own q and k of the last token are multiplied before it runs.  Source: [arXiv 2403.06764]
     """
-    return lambda decoder, visual_mask: AdaptivePruner(decoder, visual_mask, counts={layer: keep}, k=None,
-                                                       query_mask=last_token(visual_mask))
+    kind = WeightsOfTheLayerBefore if eager else AdaptivePruner
+    return lambda decoder, visual_mask: kind(decoder, visual_mask, counts={layer: keep}, k=None, query_mask=last_token(visual_mask))
 
 
-def pyramid_drop(keep: list[int], num_layers: int) -> Pruner:
+def pyramid_drop(keep: list[int], num_layers: int, eager: bool = False) -> Pruner:
     """PyramidDrop (CVPR 2025): after each quarter of the layers fewer tokens, ranked by the last token's attention.
 
-    Args: keep: tokens left after the first, second and third quarter; theirs halves each time.
+    Args: keep: tokens left after the first, second and third quarter; theirs halves each time; eager: the same choice with
+    the model on eager attention.
     Source: [arXiv 2410.17247]
     """
     counts = {num_layers * quarter // 4: K for quarter, K in zip((1, 2, 3), keep)}
-    return lambda decoder, visual_mask: AdaptivePruner(decoder, visual_mask, counts=counts, k=None,
-                                                       query_mask=last_token(visual_mask))
+    kind = EagerPruner if eager else AdaptivePruner
+    return lambda decoder, visual_mask: kind(decoder, visual_mask, counts=counts, k=None, query_mask=last_token(visual_mask))
+
+
+class EagerPruner(AdaptivePruner):
+    """With the whole decoder on eager attention inside the block, as token-pruning code mostly runs it: every layer writes
+    its weights (B, H, S, S) to memory, instead of the few rows that a choice needs. That is what makes it slow."""
+
+    def __enter__(self) -> "EagerPruner":
+        self._implementation = self.decoder.config._attn_implementation
+        self.decoder.set_attn_implementation("eager")
+        return super().__enter__()
+
+    def __exit__(self, *error) -> None:
+        self.decoder.set_attn_implementation(self._implementation)
+        super().__exit__(*error)
+
+
+class WeightsOfTheLayerBefore(EagerPruner):
+    """Ranks by the last token's row of the weights that the layer before has just used, mean over heads, as FastV does."""
+
+    def __enter__(self) -> "WeightsOfTheLayerBefore":
+        super().__enter__()
+        self._handles += [self.decoder.layers[i - 1].self_attn.register_forward_hook(self._read) for i in self.layers]
+        return self
+
+    def _read(self, attention, args, output) -> None:
+        if not self._past:
+            self._weights = output[1][:, :, -1].float().mean(dim=1)  # (B, H, N, N) -> (B, N)
+
+    def _stays(self, i: int, layer, hidden: Tensor, rotary: tuple) -> Tensor:
+        visual = self._visual.gather(1, self._index) & self._valid  # (B, N)
+        there = visual.sum(dim=1)
+        self.counts[i] = self.fixed[i].to(there).minimum(there)
+        keep = select(self._weights * visual, self.counts[i], visual)
+        self.kept[i] = torch.zeros_like(self.visual_mask).scatter(1, self._index, keep)
+        return self._valid & ~visual | keep
+
+
+# ------------------------------------------------------------------ inside and behind the encoders
+
+def tome(encoder: nn.Module, images: Tensor, r: int) -> Tensor:
+    """ToMe (ICLR 2023) on a ViT of timm: between attention and MLP of each block the r patches that are most like another
+    one are merged into it, so that N - L r of N are left.
+
+    Patches take turns as givers (even places) and takers (odd ones); likeness is the cosine of their keys, mean over heads;
+    a merged token is the mean of its patches, and attention counts it as often as it has patches. That adds log(size) to
+    every score, which is why theirs writes the attention weights out; so does this.
+    Args: images (B, 3, H, W) in [0, 1]; r: 0..half of the patches, in every block. Returns: (B, N - L r, D).
+    Source: [arXiv 2210.09461]
+    """
+    a = adapter(encoder)
+    x, rope = a.embed(images)  # (B, P + N, D)
+    if rope is not None or not hasattr(a.blocks[0], "ls1"):
+        raise TypeError(f"encoder must be a VisionTransformer of timm without rotary positions, got {type(a.model).__name__}")
+    size = x.new_ones(*x.shape[:2], 1)  # patches in each token: (B, P + N, 1)
+    for i, block in enumerate(a.blocks):
+        q, k, scale = a.attention(i, x, rope)  # (B, H, n, d)
+        v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)[2].unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
+        weights = (scale * q @ k.mT + size.log()[:, None, :, 0, None].mT).softmax(dim=-1)  # (B, H, n, n)
+        x = x + block.ls1(block.attn.proj((weights @ v).transpose(1, 2).flatten(2)))
+        x, size = merge_pairs(x, size, k.mean(dim=1), r, a.prefix)
+        x = x + block.ls2(block.mlp(block.norm2(x)))
+    return a.norm(x)[:, a.prefix:]
+
+
+def merge_pairs(x: Tensor, size: Tensor, keys: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+    """The r givers of highest cosine to their best taker join it, the mean weighted by size; tokens keep their order.
+
+    Args: x (B, n, D), size (B, n, 1), keys (B, n, d); the first `prefix` tokens stay. Returns: x (B, n - r, D), size.
+    """
+    unit, n = F.normalize(keys, dim=-1)[:, prefix:], x.shape[1]
+    if not 0 <= r <= unit.shape[1] // 2:
+        raise ValueError(f"r must be 0 to {unit.shape[1] // 2}, half of the patches there are, got {r}")
+    best, taker = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)  # (B, givers)
+    giver = best.argsort(dim=1, descending=True, stable=True)[:, :r]  # (B, r)
+    source, target = prefix + 2 * giver, prefix + 2 * taker.gather(1, giver) + 1  # places in x
+    total = (x * size).scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), (x * size).take_along_dim(source[..., None], 1))
+    size = size.scatter_add(1, target[..., None], size.take_along_dim(source[..., None], dim=1))
+    gone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, source, True)
+    stay = gone.int().argsort(dim=1, stable=True)[:, :n - r, None]  # places that are not gone, in order
+    return (total / size).take_along_dim(stay, dim=1), size.take_along_dim(stay, dim=1)
 
 
 def merge(tokens: Tensor, keep_idx: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 
@@ -62,6 +63,92 @@ def test_who_is_kept_at_the_first_layer_by_loops(model, batch, pruner, layer, k,
         score = attention[heads].sum(0)
         expected = sorted(sorted(range(24), key=lambda i: (-score[i].item(), i))[:7])
         assert [places.index(s) for s in pruner.kept[layer][b].nonzero()[:, 0].tolist()] == expected
+
+
+@torch.no_grad()
+def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_sdpa(model, batch):
+    images, questions = batch
+    encoded = model.encode(images[:3], Budget(stage1=60, stage2=24))
+    embeds, attention_mask, visual_mask = model.prompt(encoded, questions[:3])
+    with baselines.fastv(7, layer=3, eager=True)(model.decoder, visual_mask) as pruner:
+        assert model.decoder.config._attn_implementation == "eager"
+        model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
+    assert model.decoder.config._attn_implementation == "sdpa" and pruner.counts[3].tolist() == [7, 7, 7]
+    states = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True).hidden_states
+    for b in range(3):
+        real, places = attention_mask[b].bool(), visual_mask[b].nonzero()[:, 0].tolist()
+        rotary = model.decoder.model.rotary_emb(states[2], (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None])
+        row = dense_attention(model.decoder.model.layers[2], states[2][b], rotary, real, len(real) - 1).mean(0)[places]
+        expected = sorted(sorted(range(24), key=lambda i: (-row[i].item(), i))[:7])
+        assert [places.index(s) for s in pruner.kept[3][b].nonzero()[:, 0].tolist()] == expected
+
+
+@pytest.mark.parametrize("make", [lambda e: baselines.fastv(7, layer=2, eager=e), lambda e: baselines.pyramid_drop([7, 5, 3], 8, e)],
+                         ids=["FastV", "PyramidDrop"])
+def test_eager_peers_keep_as_many_and_answer_as_ever(model, batch, make):
+    images, questions = batch
+    encoded = model.encode_no_grad(images, Budget(stage1=60, stage2=24))
+    sdpa, eager = (model.answer(encoded, questions, Budget.none(), make(e)) for e in (False, True))
+    assert [a.layers for a in sdpa] == [a.layers for a in eager]
+    if make(True)(model.decoder, torch.ones(1, 9).bool()).__class__ is baselines.EagerPruner:  # PyramidDrop: the same choice
+        assert [a.text for a in sdpa] == [a.text for a in eager] and [a.survivors for a in sdpa] == [a.survivors for a in eager]
+
+
+def siglip():
+    torch.manual_seed(0)
+    vit = timm.create_model("vit_base_patch16_siglip_224", img_size=64, depth=3, embed_dim=48, num_heads=4, global_pool="",
+                            num_classes=0).eval()
+    return vit, torch.rand(2, 3, 64, 64)  # 4 x 4 patches
+
+
+@torch.no_grad()
+def test_tome_that_merges_nothing_is_the_vit_itself():
+    vit, images = siglip()
+    expected = vit.forward_features((images - 0.5) / 0.5)
+    torch.testing.assert_close(baselines.tome(vit, images, 0), expected, atol=1e-5, rtol=1e-5)
+    assert baselines.tome(vit, images, 4).shape == (2, 16 - 3 * 4, 48)
+
+
+@torch.no_grad()
+def test_tome_equals_the_vit_on_pictures_whose_merged_patches_are_alike():
+    """Two tokens that are the same and one that counts twice are one thing to attention: what log(size) is for."""
+    vit, images = siglip()
+    vit.pos_embed.data[:, 1::2] = vit.pos_embed[:, ::2]  # pairs of patches with one position
+    images[..., 16:32], images[..., 48:] = images[..., :16], images[..., 32:48]  # and one content
+    every = vit.forward_features((images - 0.5) / 0.5)
+    once = baselines.merge_pairs
+    try:  # the first block merges the twins, the others nothing
+        baselines.merge_pairs = lambda x, s, k, r, prefix: once(x, s, k, r if x.shape[1] == 16 else 0, prefix)
+        merged = baselines.tome(vit, images, 8)
+    finally:
+        baselines.merge_pairs = once
+    torch.testing.assert_close(merged, every[:, 1::2], atol=1e-5, rtol=1e-5)
+
+
+def test_pairs_are_merged_by_loops():
+    torch.manual_seed(0)
+    x, keys, size = torch.randn(2, 8, 5), torch.randn(2, 8, 3), torch.randint(1, 4, (2, 8, 1)).float()
+    merged, sizes = baselines.merge_pairs(x, size, keys, r=2, prefix=1)
+    for b in range(2):
+        givers, takers = [1, 3, 5, 7], [2, 4, 6]
+        cos = lambda i, j: F.cosine_similarity(keys[b, i], keys[b, j], dim=0).item()
+        best = {i: max(takers, key=lambda j: cos(i, j)) for i in givers}
+        gone = sorted(givers, key=lambda i: -cos(i, best[i]))[:2]
+        rows = []
+        for i in range(8):
+            group = [i] + [g for g in gone if best[g] == i]
+            if i not in gone:
+                weight = sum(size[b, g] for g in group)
+                rows.append((sum(x[b, g] * size[b, g] for g in group) / weight, weight))
+        torch.testing.assert_close(merged[b], torch.stack([r for r, _ in rows]))
+        torch.testing.assert_close(sizes[b], torch.stack([w for _, w in rows]))
+    with pytest.raises(ValueError, match="r must be 0 to 3"):
+        baselines.merge_pairs(x, size, keys, r=4, prefix=1)
+
+
+def test_tome_refuses_what_is_no_plain_vit(model):
+    with pytest.raises(TypeError, match="VisionTransformer of timm"):
+        baselines.tome(model.encoders["eva"], torch.rand(1, 3, 96, 96), 2)
 
 
 def test_pyramid_drop_drops_after_each_quarter(model, batch):
