@@ -198,7 +198,7 @@ class Adapter:
     """What `encode` must know of a family: blocks; norm, the final one; dim D; grid (h, w) of patches; size
     (H, W) of its pictures; prefix P, the tokens before the patches; from_cls: the first is a CLS. Methods:
     patchify(pixels) -> x (B, P + N, D), rotary table (N, 2 d) or None; attention(i, x, rope) -> q, k
-    (B, H, P + N, d), scale, as block i computes them from x.
+    (B, H, P + N, d), scale, as block i computes them from x; q of the CLS alone if from_cls.
     """
     prunable_inside, mode = True, "bicubic"
     kinds = ()  # "block.attention" classes that `attention` is written for
@@ -257,7 +257,8 @@ class ClipViT(Adapter):
 
     def attention(self, i, x, rope):
         attn, h = self.blocks[i].attn, self.blocks[i].ln_1(x)
-        q, k, _ = F.linear(h, attn.in_proj_weight, attn.in_proj_bias).chunk(3, dim=-1)
+        (Wq, Wk, _), (bq, bk, _) = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
+        q, k = F.linear(h[:, :1], Wq, bq), F.linear(h, Wk, bk)
         return heads(q, attn.head_dim), heads(k, attn.head_dim), attn.head_dim**-0.5
 
 
@@ -278,13 +279,19 @@ class TimmViT(Adapter):
 
     def attention(self, i, x, rope):
         attn, h, P = self.blocks[i].attn, self.blocks[i].norm1(x), self.prefix
-        q, k, *_ = attn.qkv(h).chunk(3, dim=-1) if attn.qkv else (attn.q_proj(h), attn.k_proj(h))
+        asks = h[:, :1] if self.from_cls else h
+        if attn.qkv:
+            bias = [None] * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
+            q, k = (F.linear(y, W, b) for y, W, b in zip((asks, h), attn.qkv.weight.chunk(3), bias))
+        else:
+            q, k = attn.q_proj(asks), attn.k_proj(h)
         q = q if getattr(attn, "q_bias", None) is None else q + attn.q_bias  # k has none
         q, k = attn.q_norm(heads(q, attn.head_dim)), attn.k_norm(heads(k, attn.head_dim))
         if rope is not None:
             from timm.layers import apply_rot_embed_cat
-            turn = lambda t: apply_rot_embed_cat(t[:, :, P:], rope[:, None], half=attn.rotate_half)
-            q, k = (torch.cat([t[:, :, :P], turn(t)], dim=2) for t in (q, k))
+            turn = lambda t: torch.cat([t[:, :, :P], apply_rot_embed_cat(
+                t[:, :, P:], rope[:, None], half=attn.rotate_half)], dim=2)
+            q, k = q if self.from_cls else turn(q), turn(k)
         return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), attn.scale
 
 
@@ -341,7 +348,7 @@ class Dinov2(Adapter):
 
     def attention(self, i, x, rope):
         attn, h = self.blocks[i].attention, self.blocks[i].norm1(x)
-        return heads(attn.q_proj(h), attn.head_dim), heads(attn.k_proj(h), attn.head_dim), attn.scaling
+        return heads(attn.q_proj(h[:, :1]), attn.head_dim), heads(attn.k_proj(h), attn.head_dim), attn.scaling
 
 
 FAMILIES = {  # by name: only the libraries of your encoders are needed

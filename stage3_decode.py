@@ -23,6 +23,7 @@ Not from the paper: layers L/8, 3L/8, 5L/8 at other depths; halves round up; tie
 """
 import inspect
 import math
+import weakref
 from collections.abc import Callable
 from functools import partial
 
@@ -30,6 +31,8 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
+
+CHECKED = weakref.WeakSet()  # decoders whose layers passed `check_decoder`, which takes a while
 
 
 def visual_attention(q: Tensor, k: Tensor, scale: float, query_idx: Tensor, query_valid: Tensor,
@@ -95,13 +98,12 @@ def solve_lambda(target_average: float, measure: Callable[[float], float], toler
     Args: measure: \lambda -> mean `average_tokens` of a calibration set, not falling; tolerance: in tokens.
     Raises: ValueError where target_average is not in measure(0)..measure(infinity).  Source: [our choice]
     """
-    low, high, fewest, most = 0.0, 1.0, measure(0.0), measure(math.inf)
-    require(fewest <= target_average <= most,
-            f"target_average must be {fewest:.2f} to {most:.2f} here, got {target_average}")
+    low, high, least, most = 0.0, 1.0, measure(0.0), measure(math.inf)
+    require(least <= target_average <= most,
+            f"target_average must be {least:.2f} to {most:.2f} here, got {target_average}")
     for _ in range(40):
         x = (low + high) / 2
-        average = measure(x / (1 - x))
-        if abs(average - target_average) <= tolerance:
+        if abs((average := measure(x / (1 - x))) - target_average) <= tolerance:
             break
         low, high = (x, high) if average < target_average else (low, x)
     return x / (1 - x)
@@ -141,7 +143,7 @@ def check_decoder(decoder) -> None:
         position, D = torch.arange(3, device=decoder.device)[None], decoder.config.hidden_size
         x = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
         rotary, last, every = decoder.rotary_emb(x, position), position[:, 2:], position >= 0
-        for layer in decoder.layers:
+        for layer in decoder.layers if decoder not in CHECKED else ():
             attn, normed = layer.self_attn, layer.input_layernorm(x)
             theirs = attn(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0][0, 2]
             q, k = queries_and_keys(layer, x, rotary, last)
@@ -150,6 +152,7 @@ def check_decoder(decoder) -> None:
             ours = torch.einsum("hgs,shd->hgd", a.view(k.shape[1], -1, 3).to(v.dtype), v)  # (H_kv, H/H_kv, d)
             off = (attn.o_proj(ours.flatten()) - theirs).abs().max() / theirs.abs().max()
             require(off <= max(torch.finfo(x.dtype).eps, 1e-7) ** 0.5, "its attention is not Llama's")
+        CHECKED.add(decoder)
     except Exception as e:  # whatever another architecture answers
         raise TypeError(f"decoder must be Llama, Mistral, Qwen2 or Qwen3, not {type(decoder).__name__}: {e}")
     finally:
@@ -159,10 +162,8 @@ def check_decoder(decoder) -> None:
 
 class AdaptivePruner:
     r"""Prunes visual tokens inside a `with` block, by hooks; nothing of it is left on the model afterwards.
-
     Modifications: from the first pruned layer on, layers get the tokens left, right-aligned, their mask and
     rotary positions; last_hidden_state goes back to full length. A KV cache filled in the block ends with it.
-
     Args:
         decoder: of Llama's kind, on sdpa or eager; visual_mask (B, S) bool: visual tokens, if any.
         layers: ascending, 1..L-1, pruned prior to their input; None: L/8, 3L/8, 5L/8.
@@ -291,8 +292,8 @@ def main() -> None:
     for lam in (math.inf, 10, 5):
         with AdaptivePruner(model, visual_mask, lam=lam) as pruner, torch.no_grad():
             cache = model(inputs_embeds=embeds).past_key_values
-        print(f"lambda {lam}: 48 -> {[K.tolist() for K in pruner.counts.values()]} visual tokens, on average "
-              f"{pruner.average_tokens().tolist()}; KV cache {[cache.get_seq_length(i) for i in range(8)]}")
+        lengths, kept = map(cache.get_seq_length, range(8)), [K.tolist() for K in pruner.counts.values()]
+        print(f"lambda {lam}: 48 -> {kept} visual tokens; KV cache {[*lengths]}")
 
 
 if __name__ == "__main__":

@@ -112,11 +112,12 @@ def tome(encoder: nn.Module, images: Tensor, r: int) -> Tensor:
     if rope is not None or not hasattr(a.blocks[0], "ls1"):
         raise TypeError(f"encoder must be a VisionTransformer of timm without rotary positions, got {type(a.model).__name__}")
     size = x.new_ones(*x.shape[:2], 1)  # patches in each token: (B, P + N, 1)
-    for i, block in enumerate(a.blocks):
-        q, k, scale = a.attention(i, x, rope)  # (B, H, n, d)
-        v = block.attn.qkv(block.norm1(x)).chunk(3, dim=-1)[2].unflatten(-1, (k.shape[1], -1)).transpose(1, 2)
-        weights = (scale * q @ k.mT + size.log()[:, None, :, 0, None].mT).softmax(dim=-1)  # (B, H, n, n)
-        x = x + block.ls1(block.attn.proj((weights @ v).transpose(1, 2).flatten(2)))
+    for block in a.blocks:
+        attn = block.attn
+        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in attn.qkv(block.norm1(x)).chunk(3, dim=-1))
+        q, k = attn.q_norm(q), attn.k_norm(k)  # (B, H, n, d)
+        weights = (attn.scale * q @ k.mT + size.log()[:, None, :, 0, None].mT).softmax(dim=-1)  # (B, H, n, n)
+        x = x + block.ls1(attn.proj((weights @ v).transpose(1, 2).flatten(2)))
         x, size = merge_pairs(x, size, k.mean(dim=1), r, a.prefix)
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return a.norm(x)[:, a.prefix:]

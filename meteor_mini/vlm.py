@@ -96,7 +96,7 @@ class LlavaAdapter(stage1_encode.Adapter):
 
     def attention(self, i, x, rope):
         attn, h = self.blocks[i].self_attn, self.blocks[i].layer_norm1(x)
-        q, k = (stage1_encode.heads(project(h), attn.head_dim) for project in (attn.q_proj, attn.k_proj))
+        q, k = (stage1_encode.heads(y, attn.head_dim) for y in (attn.q_proj(h[:, :1]), attn.k_proj(h)))
         return q, k, attn.scale
 
 

@@ -663,9 +663,23 @@ def test_attention_that_differs_from_our_q_and_k_is_refused():
     attn = model.model.layers[3].self_attn
     attn.scaling = 1.0
     check_decoder(model.model)  # a layer's own scaling is read, so this is fine
+    model = build()
+    attn = model.model.layers[3].self_attn
     attn.q_norm = attn.k_norm = torch.nn.LayerNorm(D // H)  # names that its forward does not use
     with pytest.raises(TypeError, match="its attention is not Llama's"):
         check_decoder(model.model)
+
+
+def test_a_decoders_layers_are_checked_once_and_its_attention_implementation_always(monkeypatch):
+    model, calls = build(), []
+    read = stage3_decode.queries_and_keys
+    monkeypatch.setattr(stage3_decode, "queries_and_keys", lambda *args: calls.append(1) or read(*args))
+    for _ in range(2):
+        AdaptivePruner(model, ragged()[2], lam=1.0)
+        assert len(calls) == L
+    model.config._attn_implementation = "flex_attention"
+    with pytest.raises(TypeError, match="it is not on sdpa or eager"):
+        AdaptivePruner(model, ragged()[2], lam=1.0)
 
 
 BAD_ARGUMENTS = {
