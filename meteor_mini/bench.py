@@ -4,6 +4,8 @@ Weights are random, because timing needs no training; so counts are given (the p
 contenders of a table run in one process, taking turns; a figure is the median of its runs. Nothing here asserts a time.
 """
 import contextlib
+import importlib.util
+import os
 import platform
 import statistics
 import time
@@ -17,7 +19,6 @@ import timm
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
@@ -87,8 +88,7 @@ def spread(K: int, counts: dict[int, int], L: int) -> list[int]:
 def contenders(model: Meteor) -> dict[str, Contender]:
     """Unpruned; EAGLE-style, a token a grid cell; METEOR at the paper's budgets in proportion to the tokens there are."""
     N, L = sum(a.num_tokens for a in model.adapters), model.decoder.config.num_hidden_layers
-    total, K, counts = (round(N * part / PAPER[0]) for part in PAPER[1:3]), None, None
-    total, K = total
+    total, K = (round(N * part / PAPER[0]) for part in PAPER[1:3])
     layers = [L // 8, 3 * L // 8, 5 * L // 8]
     counts = {i: round(N * part / PAPER[0]) for i, part in zip(layers, PAPER[3])}
     budget = Budget(stage1=total, stage2=K, stage1_strategy="average")
@@ -141,6 +141,18 @@ def run(model: Meteor, contender: Contender, images: torch.Tensor | None, encode
             "kv": sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)}
 
 
+@contextlib.contextmanager
+def silent_stderr():
+    """Without what PyTorch's profiler writes to file 2, past Python, at every start."""
+    kept, sink = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(sink, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(sink)
+
+
 def peak(device: torch.device, work: Callable[[], object]) -> int:
     """Most bytes of tensors that `work` holds at a time, above those there before."""
     if device.type == "cuda":
@@ -148,7 +160,7 @@ def peak(device: torch.device, work: Callable[[], object]) -> int:
         before = torch.cuda.memory_allocated(device)
         work()
         return torch.cuda.max_memory_allocated(device) - before
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with silent_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
     events = sorted((e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns())
     held = most = 0
@@ -178,11 +190,299 @@ def stopwatch(device: torch.device):
                 spent[part] += time.perf_counter() - start - (sum(spent.values()) - inner)
         return call
 
-    kept = [vars(owner)[name] for owner, name, _ in places]
+    kept, adapter = [vars(owner)[name] for owner, name, _ in places], stage1_encode.adapter
+
+    def with_timed_norm(encoder):
+        a = adapter(encoder)
+        a.norm = timed(a.norm, "encoders")
+        return a
+
     for owner, name, part in places:
         setattr(owner, name, timed(vars(owner)[name], part))
+    stage1_encode.adapter = with_timed_norm
     try:
         yield spent
     finally:
+        stage1_encode.adapter = adapter
         for (owner, name, _), function in zip(places, kept):
             setattr(owner, name, function)
+
+
+def median(rows: list[dict], key: str) -> float:
+    return statistics.median(row[key] for row in rows)
+
+
+def turns(work: dict[str, Callable[[], dict]], runs: int, seconds: float) -> dict[str, list[dict]]:
+    """Every contender once a round, `runs` rounds after one to warm up; where `seconds` would pass, fewer, down to the first."""
+    rounds, start, first = [], time.perf_counter(), 0.0
+    while len(rounds) <= runs and time.perf_counter() - start + first <= seconds or not rounds:
+        rounds.append({name: once() for name, once in work.items()})
+        first = first or time.perf_counter() - start
+    return {name: [results[name] for results in rounds[1:] or rounds] for name in work}
+
+
+# ------------------------------------------------------------------ the tables: lists of rows, {column: number or text}
+
+@torch.no_grad()
+def whole(size: str, n: int, batches: list[int], device: str, dtype: torch.dtype, runs: int, seconds: float) -> list[dict]:
+    """From pictures to words: unpruned, EAGLE-style and METEOR, at 4 n^2 visual tokens."""
+    model, rows = build(size, n, device, dtype), []
+    everyone, config = contenders(model), model.decoder.config
+    flops = {name: encoding_flops(model, lambda m, x: c.encode(x.to(dtype))) + prefill_flops(config, c.layers, TEXT + 2)
+             for name, c in everyone.items()}
+    for batch in batches:
+        images = torch.rand(batch, 3, 256, 256, device=device)
+        timed = turns({name: lambda c=c: run(model, c, images) for name, c in everyone.items()}, runs, seconds)
+        for name, c in everyone.items():
+            prefill = sorted(r["prefill"] for r in timed[name])
+            saved = median(timed["unpruned"], "prefill") / median(timed[name], "prefill")
+            row = {"visual tokens": 4 * n * n, "batch": batch, "contender": name, "tokens in the LLM": statistics.mean(c.layers),
+                   "prefill, s": median(timed[name], "prefill"), "least": prefill[0], "most": prefill[-1], "runs": len(prefill),
+                   "speed-up": saved, "FLOPs ratio": flops["unpruned"] / flops[name],
+                   "realised": saved / (flops["unpruned"] / flops[name]), "decode, ms a token": 1000 * median(timed[name], "decode"),
+                   "KV cache, MiB": timed[name][0]["kv"] / 2**20}
+            if batch == 1 or device != "cpu":
+                row["peak memory, MiB"] = peak(model.device, lambda: run(model, c, images, new=1)) / 2**20
+            rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def split(size: str, n: int, device: str, dtype: torch.dtype, runs: int) -> list[dict]:
+    """Where the time of a prefill goes, batch 1; *selection*: of stages 1, 2 and 3, all that is no layer and no projector."""
+    model, rows = build(size, n, device, dtype), []
+    images = torch.rand(1, 3, 256, 256, device=device)
+    everyone = {name: c for name, c in contenders(model).items() if name != "EAGLE-style"}
+    for name, c in everyone.items():
+        run(model, c, images, new=1)
+        samples = []
+        for _ in range(runs):
+            with stopwatch(model.device) as spent:
+                run(model, c, images, new=1)
+            samples.append(Counter(spent))
+        parts = {part: statistics.median(s[part] for s in samples)
+                 for part in ("encoders", "stage 1", "projectors", "stage 2", "stage 3", "LLM")}
+        chosen = sum(parts[stage] for stage in ("stage 1", "stage 2", "stage 3"))
+        rows.append({"visual tokens": 4 * n * n, "contender": name} | {f"{part}, ms": 1000 * s for part, s in parts.items()}
+                    | {"selection, % of prefill": 100 * chosen / sum(parts.values())})
+    return rows
+
+
+@torch.no_grad()
+def peers(size: str, V: int, device: str, dtype: torch.dtype, runs: int, seconds: float) -> list[dict]:
+    """Inside the LLM alone, V random visual tokens in: as many kept on average by each, as near as their rules allow."""
+    model = build_decoder(SIZES[size]["llama"]).eval().to(device, dtype)
+    L = model.config.num_hidden_layers
+    layers = [L // 8, 3 * L // 8, 5 * L // 8]
+    counts = {i: round(V * part / PAPER[2]) for i, part in zip(layers, PAPER[3])}
+    average = average_tokens(V, [*counts.values()], layers, L)
+    early, pyramid = fastv_count(V, average, 2, L), pyramid_counts(V, average)
+    short = average_tokens(V, pyramid, [L * quarter // 4 for quarter in (1, 2, 3)], L) - average  # where 4 does not divide L
+    pyramid = pyramid_counts(V, average - short)
+    embed = model.get_input_embeddings().weight
+    embeds = embed[torch.randint(len(embed), (1, V + TEXT), device=device)]
+    visual = (torch.arange(V + TEXT, device=device) < V)[None]
+    ours = {"unpruned": None, "stage 3": baselines.fixed(counts, 5), "FastV, eager (its authors')": baselines.fastv(early, 2, True),
+            "FastV, SDPA": baselines.fastv(early, 2), "PyramidDrop, eager": baselines.pyramid_drop(pyramid, L, True),
+            "PyramidDrop, SDPA": baselines.pyramid_drop(pyramid, L)}
+    kept = {}
+
+    def once(name: str, new: int = NEW) -> dict:
+        clock, pruner = Clock(model.device), ours[name] and ours[name](model, visual)
+        synchronize(model.device)
+        start = time.perf_counter()
+        with pruner or contextlib.nullcontext():
+            model.generate(inputs_embeds=embeds, attention_mask=visual.long().fill_(1), max_new_tokens=new, min_new_tokens=new,
+                           do_sample=False, streamer=clock, pad_token_id=0)
+        kept[name] = float(pruner.average_tokens()) if pruner else V
+        first, *others = clock.times[1:]
+        return {"prefill": first - start, "decode": (others[-1] - first) / len(others) if others else 0.0}
+
+    timed = turns({name: lambda name=name: once(name) for name in ours}, runs, seconds)
+    full = median(timed["unpruned"], "prefill")
+    return [{"visual tokens": V, "method": name, "mean tokens": kept[name], "prefill, s": median(timed[name], "prefill"),
+             "least": min(r["prefill"] for r in timed[name]), "most": max(r["prefill"] for r in timed[name]),
+             "runs": len(timed[name]), "speed-up": full / median(timed[name], "prefill"),
+             "decode, ms a token": 1000 * median(timed[name], "decode"),
+             "peak memory, MiB": peak(model.device, lambda: once(name, 1)) / 2**20} for name in ours]
+
+
+@torch.no_grad()
+def inside_a_vit(n: int, device: str, dtype: torch.dtype, runs: int, seconds: float) -> list[dict]:
+    """A SigLIP ViT-B/16 of timm with n x n patches: stage 1 and ToMe, both to the paper's share of the tokens."""
+    vit = timm.create_model("vit_base_patch16_siglip_256", img_size=16 * n, num_classes=0, global_pool="")
+    vit, N = vit.eval().to(device, dtype), n * n
+    r = round(N * (1 - PAPER[1] / PAPER[0]) / len(vit.blocks))
+    K = N - len(vit.blocks) * r
+    keep = (round(N * (K / N) ** (1 / 3)), round(N * (K / N) ** (2 / 3)), K)
+    images = torch.rand(1, 3, 16 * n, 16 * n, device=device)
+    work = {"unpruned": lambda: stage1_encode.encode(vit, images)[0], "stage 1": lambda: stage1_encode.encode(vit, images, keep)[0],
+            "ToMe": lambda: baselines.tome(vit, images, r)}
+    kept = {name: once().shape[1] for name, once in work.items()}
+    timed = turns({name: lambda once=once: {"s": seconds_of(once, images.device)} for name, once in work.items()},
+                  runs, seconds)
+    blocks = {"unpruned": N, "stage 1": (N + keep[0] + keep[1]) / 3, "ToMe": N - r * (len(vit.blocks) - 1) / 2}
+    return [{"patches": N, "method": name, "tokens out": kept[name], "mean tokens": blocks[name], "encoding, s": median(timed[name], "s"),
+             "least": min(t["s"] for t in timed[name]), "most": max(t["s"] for t in timed[name]), "runs": len(timed[name]),
+             "speed-up": median(timed["unpruned"], "s") / median(timed[name], "s")} for name in work]
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    work()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def best_of(work: Callable[[], object], device: torch.device, runs: int = 3) -> float:
+    """Median seconds of `runs` runs, after one to warm up."""
+    work()
+    return statistics.median(seconds_of(work, device) for _ in range(runs))
+
+
+def pairwise_redundancy(tokens: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Stage 2's formula as it is written, with a matrix of all pairs: what `mutual_redundancy` avoids."""
+    units = [F.normalize(z.float(), dim=-1) for z in tokens]
+    every, start, scores = torch.cat(units, dim=1), 0, []
+    for u in units:
+        cos = u @ every.mT  # (B, N_l, N)
+        own = cos[:, :, start:start + u.shape[1]].sum(dim=-1)
+        scores.append(cos.sum(dim=-1) - own)
+        start += u.shape[1]
+    return scores
+
+
+@torch.no_grad()
+def growth(sizes: list[int], pairwise_up_to: int, device: str) -> list[dict]:
+    """Stage 2's choice among N tokens of 4 encoders: by sums and by all pairs."""
+    rows, device = [], torch.device(device)
+    for N in sizes:
+        tokens = [torch.randn(1, N // 4, SIZES["small"]["llama"]["hidden_size"], device=device) for _ in range(4)]
+        sums = lambda: stage2_fuse.fuse(tokens, N // 2)
+        row = {"N": N, "by sums, ms": 1000 * best_of(sums, device), "by sums, MiB": peak(device, sums) / 2**20}
+        if N <= pairwise_up_to:
+            pairs = lambda: pairwise_redundancy(tokens)
+            row |= {"by pairs, ms": 1000 * best_of(pairs, device), "by pairs, MiB": peak(device, pairs) / 2**20}
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def overhead(sides: list[int], device: str) -> list[dict]:
+    """One choice of stages 1 and 3 against one block of the ViT and one layer of the LLM that it is made in."""
+    rows, o = [], SIZES["small"]
+    for n in sides:
+        clip = o["clip"] | dict(image_size=16 * n, patch_size=16, mlp_ratio=4, output_dim=768)
+        vits = [open_clip.transformer.VisionTransformer(**{k: v for k, v in (clip | {"layers": 3}).items() if k != "patch"}),
+                timm.create_model("vit_base_patch16_siglip_256", img_size=16 * n, num_classes=0, global_pool="", depth=3)]
+        row = {"tokens": n * n}
+        for name, vit in zip(("CLS", "all rows"), vits):
+            a = stage1_encode.adapter(vit.eval().to(device))
+            x = torch.randn(1, a.prefix + a.num_tokens, a.dim, device=device)
+            score = lambda: stage1_encode.received_attention(*a.attention(0, x, None), a.from_cls)
+            row[f"stage 1, attention of {name}, % of a block"] = 100 * best_of(score, x.device) / best_of(lambda: a.block(0, x, None), x.device)
+        row["stage 1, similarity, % of a block"] = (
+            100 * best_of(lambda: stage1_encode.mean_similarity(x), x.device) / best_of(lambda: a.block(0, x, None), x.device))
+        model = build_decoder(o["llama"] | dict(num_hidden_layers=4)).eval().to(device)
+        embeds = torch.randn(1, n * n + TEXT, model.config.hidden_size, device=device)
+        visual = (torch.arange(n * n + TEXT, device=device) < n * n)[None]
+        samples = []
+        for _ in range(4):  # the first warms up
+            with stopwatch(embeds.device) as spent, AdaptivePruner(model, visual, [1, 2, 3], lam=float("inf")):
+                start = time.perf_counter()
+                model.model(inputs_embeds=embeds)
+                synchronize(embeds.device)
+                total = time.perf_counter() - start
+            samples.append(100 * (spent["stage 3"] / 3) / ((total - spent["stage 3"]) / 4))
+        row["stage 3, a selection, % of a layer"] = statistics.median(samples[1:])
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def kernels(size: str, n: int, device: str, dtype: torch.dtype, runs: int, seconds: float) -> list[dict]:
+    """Prefill with PyTorch's fused (flash) attention and with its plain one."""
+    model, rows = build(size, n, device, dtype), []
+    images = torch.rand(1, 3, 256, 256, device=device)
+    everyone = {name: c for name, c in contenders(model).items() if name != "EAGLE-style"}
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the first that serves the mask
+
+    def once(c: Contender, backends: list) -> dict:
+        with sdpa_kernel(backends, set_priority=True):
+            return run(model, c, images, new=1)
+
+    work = {(name, kind): lambda c=c, backends=backends: once(c, backends)
+            for name, c in everyone.items() for kind, backends in (("fused", fused), ("plain", [SDPBackend.MATH]))}
+    timed = turns(work, runs, seconds)
+    for (name, kind), results in timed.items():
+        rows.append({"visual tokens": 4 * n * n, "contender": name, "attention": kind, "prefill, s": median(results, "prefill"),
+                     "runs": len(results), "speed-up": median(timed["unpruned", kind], "prefill") / median(results, "prefill")})
+    return rows
+
+
+# ------------------------------------------------------------------ the whole
+
+NOTES = {
+    "whole": "From pictures to words, random weights. METEOR: the paper's counts (4096, 1193, 576, 396-170-76) in proportion to the "
+             "visual tokens. *speed-up* and *FLOPs ratio*: unpruned over the row; *realised*: the first over the second, 1.00 is all "
+             "that arithmetic allows. *prefill*: median, least and most of the runs. *peak memory*: tensors above the weights.",
+    "split": "Median milliseconds of each part in runs of their own. *selection*: stages 1 to 3, without blocks, projectors and layers.",
+    "peers": "In the LLM alone, the same decoder. FastV as its authors run it reads the weights of the layer before, and so has every "
+             "layer on eager attention, which writes H S S weights; on SDPA the few rows needed are multiplied apart.",
+    "inside_a_vit": "Stage 1 drops at three points, none in the first third of the blocks; ToMe merges a few tokens in every block "
+                    "(so fewer are there on average), and writes the attention weights out, because a merged token counts as often "
+                    "as it has patches. *mean tokens*: over the blocks.",
+    "growth": "Stage 2's `fuse`, half of N kept, against its formula with all pairs.",
+    "overhead": "One choice against the block or layer in which it is made.",
+    "kernels": "The same prefill on PyTorch's fused attention and on its plain one."}
+
+
+def bench(size: str, device: str, dtype: torch.dtype, quick: bool) -> dict[str, list[dict]]:
+    """All tables, {name: rows}, printed as they are made. quick: the smallest sizes, in under 3 minutes on 2 cores."""
+    sides, batches, runs, seconds = ([16], [1], 3, 40) if quick else ([16, 24, 32], [1, 4, 16], 5, 150)
+    allowed = lambda n: [b for b in batches if device != "cpu" or b * 4 * n * n <= CPU_TOKENS]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        work = {"whole": [lambda n=n: whole(size, n, allowed(n), device, dtype, runs, seconds) for n in sides],
+                "split": [lambda n=n: split(size, n, device, dtype, 3) for n in sides],
+                "peers": [lambda n=n: peers(size, 4 * n * n, device, dtype, runs, seconds) for n in sides],
+                "inside_a_vit": [lambda n=n: inside_a_vit(n, device, dtype, runs, seconds) for n in (sides if quick else [24, 32])],
+                "growth": [lambda: growth([4**i for i in range(5, 8 if quick else 9)], 4**6 if quick else 4**7, device)],
+                "overhead": [lambda: overhead(sides, device)],
+                "kernels": [] if quick else [lambda: kernels(size, 24, device, dtype, runs, seconds)]}
+        tables = {}
+        for name, parts in work.items():
+            for number, part in enumerate(parts):
+                rows = part()
+                tables.setdefault(name, []).extend(rows)
+                print(as_grid(rows, head=not number), flush=True)
+    return tables
+
+
+def as_grid(rows: list[dict], head: bool = True) -> str:
+    """Markdown, one line a row; numbers with three digits that count."""
+    columns = list(dict.fromkeys(c for row in rows for c in row))
+    show = lambda v: "" if v is None else str(v) if isinstance(v, (str, int)) else f"{v:.2f}" if abs(v) < 100 else f"{v:,.0f}"
+    text = grid(columns, [[show(row.get(c)) for c in columns] for row in rows])
+    return text.strip() if head else "\n".join(text.strip().splitlines()[2:])
+
+
+def page(tables: dict[str, list[dict]], command: str, minutes: float, device: str) -> str:
+    """results/benchmark.md: the machine, the versions, the command, a table and a note each."""
+    machine = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    how = (f"`{command}`, {minutes:.0f} minutes, {machine}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
+           f"{transformers.__version__}, timm {timm.__version__}, commit {commit()}.")
+    parts = [f"## {name.replace('_', ' ').capitalize()}\n\n{NOTES[name]}\n\n{as_grid(rows)}\n" for name, rows in tables.items()]
+    return "# What pruning buys\n\n" + "\n\n".join([how, *parts])
+
+
+def write(tables: dict[str, list[dict]], folder: Path, command: str, minutes: float, device: str) -> None:
+    """The page, and a figure beside it where matplotlib is installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = page(tables, command, minutes, device)
+    if importlib.util.find_spec("matplotlib"):
+        from .plots import benchmark_figure
+        benchmark_figure(tables).savefig(folder / "benchmark.png", dpi=100)
+        text += "\n![the same as curves: what prefill takes, where, beside peers, and how choosing grows](benchmark.png)\n"
+    (folder / "benchmark.md").write_text(text)

@@ -1,8 +1,9 @@
-"""The command line, `meteor-mini demo | ask | eval | calibrate | train`: a model unpruned and with METEOR's three stages.
+"""The command line, `meteor-mini demo | ask | eval | bench | calibrate | train`: a model unpruned and with METEOR's three stages.
 
     demo [--out DIR]           a question of every family answered both ways: tokens, time, a figure
     ask IMAGE QUESTION         a question about your own picture
     eval [--samples N]         accuracy by question family on the held-out split
+    bench [--quick]            time, memory and FLOPs at real sizes, against peers
     calibrate DIR              ranks and lambda of a model of pretrained parts, on your pictures
     train --data FILE          its projectors, then all of it but the encoders, on your dialogues
 
@@ -46,10 +47,11 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(prog="meteor-mini", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval | calibrate | train")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval | bench | calibrate | train")
     demo = commands.add_parser("demo", help="generated pictures, each answered unpruned and with METEOR")
     ask = commands.add_parser("ask", help="ask about a picture of your own")
     score = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
+    bench = commands.add_parser("bench", help="what pruning buys, at real sizes with random weights, beside its peers")
     measure = commands.add_parser("calibrate", help="measure ranks and lambda on your pictures")
     train = commands.add_parser("train", help="train a model of pretrained parts on your pictures and dialogues")
     for sub in (demo, ask, score, measure, train):
@@ -69,6 +71,11 @@ def build_parser() -> Parser:
                        help=f"a table of the paper: {', '.join(report.TITLES)}; all: every one, into results/")
     score.add_argument("--split", choices=["test", "val"], default="test")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+    bench.add_argument("--quick", action="store_true", help="the smallest sizes, in under 3 minutes; nothing is written")
+    bench.add_argument("--size", default="small", metavar="NAME", help="small (4 x 86 M, SmolLM2-135M), large (1B Llama), large-7b")
+    bench.add_argument("--device", default="cpu", metavar="NAME", help="cpu, or cuda")
+    bench.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16")
+    bench.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     measure.add_argument("pictures", type=Path, metavar="DIR", help="64 pictures or more")
     measure.add_argument("--question", default="Describe the picture.", help="what is typically asked")
     for sub in (measure, train):
@@ -289,6 +296,26 @@ def check_model_folder(path: Path) -> None:
         raise ValueError(f"cannot write {path}: it holds something else than a model")
 
 
+def run_bench(args: argparse.Namespace) -> None:
+    from . import bench
+    if args.json is not None:
+        check_output(args.json)
+    if not args.quick:
+        check_output(Path("results"), directory=True)
+    try:
+        torch.zeros(1, device=args.device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device must be one that torch can use here, as cpu, got {args.device}") from error
+    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
+    start = time.perf_counter()
+    tables = bench.bench(args.size, args.device, getattr(torch, dtype), args.quick)
+    if args.json is not None:
+        args.json.write_text(json.dumps(tables, indent=1) + "\n")
+    if not args.quick:
+        command = f"meteor-mini bench --size {args.size} --device {args.device} --dtype {dtype}"
+        bench.write(tables, Path("results"), command, (time.perf_counter() - start) / 60, args.device)
+
+
 def run_calibrate(args: argparse.Namespace) -> None:
     from .finetune import side_of  # the Trainer behind it takes a second to import
     check_output(args.out, directory=True)
@@ -335,7 +362,7 @@ def main(argv: list[str] | None = None) -> int:
     hub_logging.set_verbosity_error()
     try:
         args = build_parser().parse_args(argv)
-        {"demo": run_demo, "ask": run_ask, "eval": run_eval, "calibrate": run_calibrate,
+        {"demo": run_demo, "ask": run_ask, "eval": run_eval, "bench": run_bench, "calibrate": run_calibrate,
          "train": run_train}[args.command](args)
     except BrokenPipeError:  # `| head`: nobody reads on, and that is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

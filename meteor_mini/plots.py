@@ -388,3 +388,49 @@ def accuracy_curves(curves: dict[str, list[tuple[float, dict[str, float]]]], tit
     axes[0, 0].set_ylabel("right answers, percent", fontsize=9)
     figure.legend(*axes[0, 0].get_legend_handles_labels(), fontsize=9, frameon=False, ncols=3, loc="outside lower center")
     return figure
+
+
+def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
+    """The tables of `bench.bench`: prefill and its parts, the speed-up against what FLOPs allow, peers, and growth."""
+    figure, axes = canvas("What pruning buys: seconds, speed-ups and what choosing costs", (11, 9.5), 3, 2)
+    (time, parts), (speed, peer), (grow, share) = axes
+    one = [row for row in tables["whole"] if row["batch"] == 1]
+    for name, (color, marker, dash) in zip(dict.fromkeys(row["contender"] for row in one), METHOD_STYLES):
+        rows = [row for row in one if row["contender"] == name]
+        sizes = [row["visual tokens"] for row in rows]
+        time.errorbar(sizes, [row["prefill, s"] for row in rows], color=color, marker=marker, linestyle=dash, label=name, capsize=3,
+                      yerr=np.array([[row["prefill, s"] - row["least"], row["most"] - row["prefill, s"]] for row in rows]).T)
+        speed.plot(sizes, [row["speed-up"] for row in rows], color=color, marker=marker, linestyle="-", label=f"{name}: measured")
+        speed.plot(sizes, [row["FLOPs ratio"] for row in rows], color=color, linestyle=":", label=f"{name}: FLOPs")
+    _describe(time, "prefill, batch 1 (median, least and most)", "visual tokens", "seconds")
+    _describe(speed, "speed-up: measured, and what FLOPs allow", "visual tokens", "unpruned / row")
+    names, stacked = ["encoders", "projectors", "LLM", "stage 1", "stage 2", "stage 3"], np.zeros(len(tables["split"]))
+    labels = [f"{row['contender']}, {row['visual tokens']}" for row in tables["split"]]
+    for name, color in zip(names, ["#999999", "#DDDDDD", "#555555", "#E69F00", "#009E73", "#D55E00"]):
+        values = np.array([row[f"{name}, ms"] / 1000 for row in tables["split"]])
+        parts.barh(labels, values, left=stacked, color=color, label=name)
+        stacked = stacked + values
+    _describe(parts, "where a prefill's time goes", "seconds", "")
+    sizes = list(dict.fromkeys(row["visual tokens"] for row in tables["peers"]))
+    methods = [name for name in dict.fromkeys(row["method"] for row in tables["peers"]) if name != "unpruned"]
+    for place, (name, color) in enumerate(zip(methods, COLORS)):
+        values = [row["speed-up"] for row in tables["peers"] if row["method"] == name]
+        peer.bar(np.arange(len(sizes)) + 0.16 * place, values, width=0.16, color=color, label=name)
+    peer.set_xticks(np.arange(len(sizes)) + 0.32, sizes)
+    _describe(peer, "in the LLM alone, as many tokens kept by each", "visual tokens into the LLM", "speed-up")
+    for column, color, marker in (("by sums, ms", INK, "o"), ("by pairs, ms", "#D55E00", "s")):
+        rows = [row for row in tables["growth"] if column in row]
+        grow.loglog([row["N"] for row in rows], [row[column] for row in rows], color=color, marker=marker, label=column[:-4])
+    _describe(grow, "stage 2's choice", "tokens of all encoders", "milliseconds")
+    for column, (color, marker, dash) in zip(list(tables["overhead"][0])[1:], METHOD_STYLES):
+        share.plot([row["tokens"] for row in tables["overhead"]], [row[column] for row in tables["overhead"]], color=color,
+                   marker=marker, linestyle=dash, label=column.removesuffix(", % of a block").removesuffix(", % of a layer"))
+    _describe(share, "one choice, in percent of the block or layer it is made in", "tokens", "percent")
+    return figure
+
+
+def _describe(ax, title: str, x: str, y: str) -> None:
+    ax.set_title(title, fontsize=9, color=INK, loc="left")
+    ax.set_xlabel(x, fontsize=9), ax.set_ylabel(y, fontsize=9)
+    ax.set_ylim(bottom=0 if ax.get_yscale() == "linear" and ax.get_ylim()[0] >= 0 else None)
+    ax.legend(fontsize=8, frameon=False)
