@@ -35,8 +35,8 @@ from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 3000, "align": 1000, "answer": 5000,
          "polish": 800}
-# Chosen on validation questions: 1 to 8 heads answer alike there, so k is the paper's. Its layers, L/8 ..., would here begin
-# after a single layer, which costs printed numbers (`meteor-mini eval --table 3`).
+# Chosen on validation questions: 1 to 8 heads answer alike there, so k is the paper's. Its layers, here 1, 3, 5, would begin
+# after a single layer, and read fewer of the printed numbers.
 BUDGET = dict(stage1=215, stage2=124, stage3=34, k=5, layers=[2, 4, 6])
 # How often "answer" asks each family, beside one: reading and charts are learned first, these last.
 FAMILY_WEIGHTS = {"answer": {"relation": 3, "where": 2, "count": 2, "presence": 2},
