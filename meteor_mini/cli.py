@@ -27,7 +27,7 @@ from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
 from . import calibration, evaluate, glyphworld, report, vlm
-from .model import CHECKPOINTS, Answer, Budget, Meteor
+from .model import CHECKPOINTS, Answer, Budget, Meteor, hub_or_cache
 from .pictures import load_picture
 from .presets import PRETRAINED
 from .survivors import survivor_figure
@@ -237,7 +237,8 @@ def is_vlm(name: str) -> bool:
     if name in CHECKPOINTS or name in PRETRAINED:
         return False
     try:
-        return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
+        with hub_or_cache(name):
+            return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
     except (OSError, ValueError, KeyError):  # `load_model` says what is wrong
         return False
 
