@@ -83,7 +83,8 @@ def build_parser() -> Parser:
     for sub in (measure, train):
         sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the model goes")
     train.add_argument("--preset", dest="model", metavar="NAME", help="the same as --model")
-    train.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON: LLaVA's rows, or image, question, answer")
+    train.add_argument("--data", type=Path, required=True, metavar="FILE",
+                       help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk of datasets")
     train.add_argument("--phase", choices=["projectors", "all"], default="projectors")
     train.add_argument("--resume", action="store_true", help="from the last checkpoint in DIR/checkpoints")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of transformers' TrainingArguments")
