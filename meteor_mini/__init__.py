@@ -12,6 +12,7 @@ from .model import CHECKPOINTS, Answer, Budget, Encoded, Meteor
 
 __all__ = ["CHECKPOINTS", "Answer", "Budget", "Encoded", "Meteor", "calibrate", "load", "stage1_encode", "stage2_fuse",
            "stage3_decode"]
+__version__ = "0.1.0"
 
 
 def load(name: str = "glyph") -> Meteor:

@@ -26,8 +26,8 @@ import transformers
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
-from . import calibration, evaluate, glyphworld, report, vlm
-from .model import CHECKPOINTS, Answer, Budget, Meteor
+from . import __version__, calibration, evaluate, glyphworld, report, vlm
+from .model import CHECKPOINTS, Answer, Budget, Meteor, hub_or_cache
 from .pictures import load_picture
 from .presets import PRETRAINED
 from .survivors import survivor_figure
@@ -47,6 +47,8 @@ class Parser(argparse.ArgumentParser):
 def build_parser() -> Parser:
     parser = Parser(prog="meteor-mini", description=__doc__,
                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"meteor-mini {__version__}, torch {torch.__version__}, "
+                        f"transformers {transformers.__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval | bench | calibrate | train")
     demo = commands.add_parser("demo", help="generated pictures, each answered unpruned and with METEOR")
     ask = commands.add_parser("ask", help="ask about a picture of your own")
@@ -81,11 +83,23 @@ def build_parser() -> Parser:
     for sub in (measure, train):
         sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the model goes")
     train.add_argument("--preset", dest="model", metavar="NAME", help="the same as --model")
-    train.add_argument("--data", type=Path, required=True, metavar="FILE", help="JSON: LLaVA's rows, or image, question, answer")
+    train.add_argument("--data", type=Path, required=True, metavar="FILE",
+                       help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk of datasets")
     train.add_argument("--phase", choices=["projectors", "all"], default="projectors")
     train.add_argument("--resume", action="store_true", help="from the last checkpoint in DIR/checkpoints")
     train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of transformers' TrainingArguments")
     return parser
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """`build_parser().parse_args`, with a word of its own about quotes that were forgotten."""
+    args, more = build_parser().parse_known_args(argv)
+    if more and args.command == "ask" and not any(word.startswith("-") for word in more):
+        raise ValueError(f'the question must stand in quotes, as one argument: "{args.question} {" ".join(more)}"; so must a file name '
+                         "with spaces")
+    if more:
+        raise ValueError(f"unrecognized arguments: {' '.join(more)} (see meteor-mini {args.command} --help)")
+    return args
 
 
 def count(text: str) -> int:
@@ -237,7 +251,8 @@ def is_vlm(name: str) -> bool:
     if name in CHECKPOINTS or name in PRETRAINED:
         return False
     try:
-        return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
+        with hub_or_cache(name):
+            return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
     except (OSError, ValueError, KeyError):  # `load_model` says what is wrong
         return False
 
@@ -361,7 +376,7 @@ def main(argv: list[str] | None = None) -> int:
     transformers.logging.set_verbosity_error()  # what is wrong is said once, below
     hub_logging.set_verbosity_error()
     try:
-        args = build_parser().parse_args(argv)
+        args = parse(argv)
         {"demo": run_demo, "ask": run_ask, "eval": run_eval, "bench": run_bench, "calibrate": run_calibrate,
          "train": run_train}[args.command](args)
     except BrokenPipeError:  # `| head`: nobody reads on, and that is no error

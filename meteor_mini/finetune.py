@@ -66,12 +66,15 @@ def pairs(row: dict) -> list[tuple[str, str]]:
                      f"answer, got {json.dumps(row, default=str)[:150]}")
 
 
-def read_rows(file: str | Path) -> list[dict]:
-    """The rows of a JSON file, each of a known form and with a picture that exists.
+def read_rows(file: str | Path):
+    """The rows of a JSON file, each of a known form and with a picture that exists; or of a directory from `save_to_disk` of
+    Hugging Face's datasets, pictures inside.
 
     Raises: ValueError that names the file, or the row (from 0).
     """
     file = Path(file)
+    if file.is_dir():
+        return read_dataset(file)
     if not file.is_file():
         raise ValueError(f"data {file} does not exist, or is no file")
     try:
@@ -87,8 +90,19 @@ def read_rows(file: str | Path) -> list[dict]:
     return rows
 
 
+def read_dataset(folder: Path):
+    try:
+        from datasets import load_from_disk  # nothing else here needs it
+        pairs((rows := load_from_disk(str(folder)))[0])  # columns are the same in all rows
+        return rows
+    except ImportError as error:
+        raise ValueError(f"data {folder} is a directory: reading one of save_to_disk needs `pip install datasets`") from error
+    except (OSError, LookupError) as error:  # of another kind; several datasets; no row
+        raise ValueError(f"data {folder} must hold one dataset with a row or more, from save_to_disk of datasets: {error}") from error
+
+
 def load_data(file: str | Path, side: int) -> Dialogues:
-    """A JSON file of rows; pictures are found from its folder."""
+    """What `read_rows` reads; pictures of a JSON file are found from its folder."""
     return Dialogues(read_rows(file), side, Path(file).parent)
 
 

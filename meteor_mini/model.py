@@ -7,13 +7,13 @@ import contextlib
 import json
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub import PyTorchModelHubMixin, constants, get_session, hf_hub_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
@@ -403,7 +403,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         config_file, weights_file = (_find(folder, file, hub) for file in ("config.json", "model.safetensors"))
         try:
             config = json.loads(Path(config_file).read_text())
-            model = cls(config, None if config["words"] else AutoTokenizer.from_pretrained(folder, **hub))
+            with hub_or_cache(folder):
+                model = cls(config, None if config["words"] else AutoTokenizer.from_pretrained(folder, **hub))
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{config_file} is not the configuration of a Meteor model: {error}") from error
         try:
@@ -417,7 +418,25 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
                              f"another shape, first {min(wrong)}")
         model.load_state_dict({k: v.float() for k, v in weights.items()}, strict=False)  # tied weights appear once
         model.folder = Path(weights_file).parent  # what lies beside the weights, as baselines.safetensors
-        return model.eval()
+        return model.float().eval()  # a configuration of bfloat16 builds its decoder so
+
+
+@contextlib.contextmanager
+def hub_or_cache(name: str) -> Iterator[None]:
+    """Within, only the cache is read where the hub does not answer one request; file by file it would be tried for minutes.
+
+    Args: name: what is loaded; a directory asks for nothing.
+    """
+    before = constants.HF_HUB_OFFLINE
+    try:
+        if not Path(name).is_dir():
+            get_session().head(constants.ENDPOINT, timeout=constants.HF_HUB_ETAG_TIMEOUT)
+    except Exception:  # of whichever HTTP library huggingface_hub is on
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = before
 
 
 def _find(model_id: str, file: str, hub: dict) -> str:
@@ -427,7 +446,8 @@ def _find(model_id: str, file: str, hub: dict) -> str:
             raise ValueError(f"model directory {model_id} has no {file}; a directory that save_pretrained wrote has one")
         return str(Path(model_id) / file)
     try:
-        return hf_hub_download(model_id, file, **hub)
+        with hub_or_cache(model_id):
+            return hf_hub_download(model_id, file, **hub)
     except Exception as error:  # the hub raises a dozen kinds: offline, unknown repository, bad name
         raise ValueError(f"model {model_id!r} is no preset ({', '.join([*CHECKPOINTS, *PRETRAINED])}), no directory, and {file} "
                          f"could not be fetched from the hub: run `hf download {model_id}` where there is a network and copy "

@@ -5,6 +5,7 @@
 
 Projectors start untrained, ranks and lambda unmeasured: `finetune.py` trains them, `Meteor.calibrate` measures.
 """
+import importlib.util
 import json
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +18,7 @@ from torch import nn
 from transformers import (AutoConfig, AutoModelForCausalLM, AutoTokenizer, Dinov2Model,
                           Pix2StructForConditionalGeneration)
 
-from .model import PAPER_TOKENS, Meteor
+from .model import PAPER_TOKENS, Meteor, hub_or_cache
 from .presets import PRETRAINED
 
 BUDGET_SHARES = [n / 4096 for n in PAPER_TOKENS]  # of four encoders' 1024 tokens each
@@ -26,7 +27,10 @@ BUDGET_SHARES = [n / 4096 for n in PAPER_TOKENS]  # of four encoders' 1024 token
 def fetched(name: str, load: Callable, repository: str | None = None):
     """load(), or one sentence that says what could not be fetched and how to bring it here."""
     try:
-        return load()
+        with hub_or_cache(name):
+            return load()
+    except (ImportError, RuntimeError):  # a package or a device that is not there, out of memory: none of the hub's doing
+        raise
     except Exception as error:  # offline, unknown name, no such revision: a dozen kinds, told by the error it comes from
         raise ValueError(f"{name} could not be fetched from the hub: on a machine with a network run `hf download "
                          f"{repository or name}` and copy the cache folder here (HF_HOME, by default ~/.cache/huggingface), or give "
@@ -75,18 +79,21 @@ def from_open_clip(name: str, cache_dir: str | None = None) -> tuple[nn.Module, 
                    "force_preprocess_cfg": {k: known[k] for k in ("mean", "std") if k in known}}
     if not str(file).endswith(".safetensors"):
         raise ValueError(f"{file} is not a safetensors file, and nothing else is read")
-    visual = open_clip.create_model(architecture, **options).visual
+    with hub_or_cache(name):  # of "hf-hub:" it asks once more for what has just come
+        visual = open_clip.create_model(architecture, **options).visual
     preprocess = {k: list(visual.preprocess_cfg[k]) for k in ("mean", "std")}
     model_cfg = {k: model_cfg[k] for k in ("embed_dim", "vision_cfg", "quick_gelu") if k in model_cfg}
     return visual, ["open_clip", {"model_cfg": model_cfg, "preprocess": preprocess}]
 
 
 def from_names(preset: str | None = None, encoders: list[str] | dict[str, str] | None = None, decoder: str | None = None,
-               grid: list[int] | None = None, dtype: torch.dtype = torch.float32, device_map=None, **hub) -> Meteor:
+               grid: list[int] | None = None, dtype: torch.dtype | str = torch.float32, device_map=None, **hub) -> Meteor:
     """A `Meteor` of pretrained encoders and decoder; projectors random (seed 0), ranks and lambda to be calibrated.
 
     Args: preset: one of `PRETRAINED`; or encoders: names as `encoder` reads them, and decoder: a hub id or directory; grid: of
-    Pix2Struct and DINOv2; dtype; device_map: of the decoder (needs accelerate); hub: revision, cache_dir.
+    Pix2Struct and DINOv2; dtype: of all parts, or its name; device_map: of the decoder, as transformers takes it (needs
+    accelerate), encoders and projectors go where it begins; hub: revision, cache_dir.
+    Raises: ValueError for arguments not as above, and where something cannot be fetched.
     """
     chosen = dict(PRETRAINED[preset]) if preset else {"encoders": encoders, "decoder": decoder, "grid": grid}
     named = chosen["encoders"]
@@ -94,6 +101,11 @@ def from_names(preset: str | None = None, encoders: list[str] | dict[str, str] |
     if len(named) < 2 or not chosen["decoder"]:
         raise ValueError("encoders must be 2 or more of different names, and decoder a hub id or directory, got "
                          f"{encoders} and {decoder}")
+    dtype = getattr(torch, dtype, dtype) if isinstance(dtype, str) else dtype
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point type of torch or its name, as bfloat16, got {dtype!r}")
+    if device_map is not None and importlib.util.find_spec("accelerate") is None:
+        raise ValueError('device_map needs accelerate: pip install -e ".[train]"')
     built = {n: encoder(name, chosen["grid"], **hub) for n, name in named.items()}
     placed = {} if device_map is None else {"device_map": device_map}
     llm = fetched(chosen["decoder"], lambda: AutoModelForCausalLM.from_pretrained(

@@ -15,9 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+import meteor_mini
 from meteor_mini import CHECKPOINTS, Answer, Budget, Meteor, cli, evaluate, glyphworld
 from meteor_mini.presets import GLYPH_DECODER, GLYPH_ENCODERS
 
@@ -216,6 +218,9 @@ def refused(argv, capsys, *words):
     (["dance"], ["dance"]),
     (["demo", "--frobnicate"], ["--frobnicate"]),
     (["ask", "PICTURE"], ["QUESTION"]),
+    (["ask", "PICTURE", "what", "color", "is", "it"], ["the question must stand in quotes", '"what color is it"']),
+    (["ask", "PICTURE", "what", "--tokens", "20", "is", "it"], ['in quotes, as one argument: "what is it"']),
+    (["ask", "PICTURE", "what", "is", "--frobnicate"], ["unrecognized arguments: is --frobnicate (see meteor-mini ask --help)"]),
     (["ask", "PICTURE", "yes", "--tokens", "3", "--keep-all"], ["--keep-all", "--tokens"]),
     (["ask", "PICTURE", "yes", "--tokens", "10**9"], ["--tokens", "10**9"]),
     (["ask", "none.png", "yes"], ["none.png does not exist"]),
@@ -303,6 +308,13 @@ def test_help_is_no_error(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["ask", "--help"])
     assert stop.value.code == 0 and "--tokens" in capsys.readouterr().out
+
+
+def test_version_is_one_line_with_what_a_report_needs(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--version"])
+    line = f"meteor-mini {meteor_mini.__version__}, torch {torch.__version__}, transformers {transformers.__version__}\n"
+    assert stop.value.code == 0 and capsys.readouterr().out == line
 
 
 def test_python_m_meteor_mini(tmp_path):

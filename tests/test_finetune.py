@@ -1,16 +1,18 @@
 """Training a Meteor on dialogues with transformers' Trainer: data, a tiny run, resuming, two processes."""
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from meteor_mini import Meteor, glyphworld, load
+from meteor_mini import Meteor, cli, glyphworld, load
 from meteor_mini.finetune import Dialogues, collate, finetune, load_data, pairs, side_of
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
@@ -81,6 +83,43 @@ def test_bad_data_is_refused(tmp_path, data):
     assert not (tmp_path / "out").exists()
     with pytest.raises(ValueError, match="phase must be one of projectors, all, got 'none'"):
         finetune(untrained(), load_data(data, 32), tmp_path / "out", "none")
+
+
+def test_a_directory_of_datasets_gives_the_rows_that_were_saved(data, tmp_path):
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
+    text, colours = datasets.Value("string"), [(40 * i, 0, 0) for i in range(4)]
+    columns = {"image": [Image.new("RGB", (32, 32), c) for c in colours], "question": list("abcd"), "answer": list("efgh")}
+    rows = datasets.Dataset.from_dict(columns, datasets.Features(image=datasets.Image(), question=text, answer=text))
+    rows.save_to_disk(tmp_path / "one")
+    loaded = load_data(tmp_path / "one", 32)
+    assert [loaded[i]["dialogues"] for i in range(4)] == [[("a", "e")], [("b", "f")], [("c", "g")], [("d", "h")]]
+    assert [round(255 * loaded[i]["images"][0, 5, 5].item()) for i in range(4)] == [0, 40, 80, 120]
+    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
+    rows.remove_columns("answer").save_to_disk(tmp_path / "columns")
+    for name, message in (("two", "one dataset with a row or more.*train"), ("columns", "rows of image and conversations"),
+                          (".", "one dataset with a row or more")):
+        with pytest.raises(ValueError, match=message):
+            load_data(tmp_path / name, 32)
+
+
+def test_a_directory_without_datasets_installed_says_what_to_install(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    assert cli.main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    assert f"data {tmp_path} is a directory: reading one of save_to_disk needs `pip install datasets`" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_readmes_snippet_runs_on_rows_with_pictures_inside(tmp_path, monkeypatch):
+    """With the embedded model in place of "small", and a list in place of a dataset of the hub."""
+    examples = [glyphworld.example(i, "train", "value") for i in range(8)]
+    rows = [{"image": Image.fromarray(p.image), "question": q, "answer": a} for p, q, a in examples]
+    snippet, = (s for s in re.findall(r"```py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.S)
+                if "finetune" in s)
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
+    monkeypatch.chdir(tmp_path)
+    assert snippet.count('"small"') == snippet.count("max_steps=1000") == 1
+    exec(compile(snippet.replace("small", "glyph").replace("max_steps=1000", "max_steps=2, use_cpu=True"), "README", "exec"), {})
+    assert Meteor.from_pretrained(tmp_path / "phase1").config["trained"]
 
 
 def test_phase_one_trains_the_projectors_alone_and_the_loss_falls(data, tmp_path):

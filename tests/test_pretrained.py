@@ -1,24 +1,32 @@
 """pretrained.py on a hub cache made here: the real file names and loading code, tiny random weights of the real classes."""
+import importlib.util
 import json
 import re
+import socket
 import time
 import warnings
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import open_clip
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
 import transformers as T
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
+import meteor_mini
 from meteor_mini import Budget, Meteor, cli, glyphworld, vlm
 from meteor_mini.calibration import calibrate, calibrate_model
-from meteor_mini.model import build_tokenizer, chat_template
+from meteor_mini.model import build_tokenizer, chat_template, hub_or_cache
 from meteor_mini.presets import PRETRAINED, build_encoder
 from meteor_mini.pretrained import encoder, from_names, short_name
 from stage1_encode import encode
+from stage3_decode import AdaptivePruner
 
 WORDS = "what is this a red circle describe user assistant : the picture".split()
 CHAT = ("{% for m in messages %}<bos>user : {{ m['content'] }}{% endfor %}"
@@ -29,6 +37,7 @@ TIMM = {"timm_pool": "token", "timm_proj": "linear", "image_size": 224}
 EVA = VIT | {"vision_cfg": TIMM | {"timm_model_name": "eva02_tiny_patch14_224"}}
 CONVNEXT = VIT | {"vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}}
 PRETRAINED_LLM = PRETRAINED["small"]["decoder"]
+SIGLIP = "ViT-SO400M-14-SigLIP-384/webli"  # open_clip's own name, tag and repository; 32 channels and 3 blocks here
 NAMES = ["tiny-vit/mine", "hf-hub:me/tiny-eva", "hf-hub:me/tiny-convnext", "me/tiny-pix2struct", "me/tiny-dino"]
 
 
@@ -55,6 +64,14 @@ def hub(tmp_path_factory):
     save_file(vit.state_dict(), snapshot(cache, "me/tiny-vit") / "open_clip_model.safetensors")
     torch.save(vit.state_dict(), snapshot(cache, "me/pickled") / "open_clip_pytorch_model.bin")
     made["tiny-vit/mine"] = vit.visual
+    architecture, entrypoints = SIGLIP.split("/")[0], timm.models._registry._model_entrypoints
+    config = open_clip.get_model_config(architecture)
+    trunk = config["vision_cfg"]["timm_model_name"]
+    patch.setitem(entrypoints, trunk, partial(entrypoints[trunk], embed_dim=32, depth=3, num_heads=2))
+    patch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, config | {"embed_dim": 32, "text_cfg": VIT["text_cfg"]})
+    siglip = open_clip.create_model(architecture)
+    save_file(siglip.state_dict(), snapshot(cache, f"timm/{architecture}") / "open_clip_model.safetensors")
+    made[SIGLIP] = siglip.visual
     for name, config in {"tiny-eva": EVA, "tiny-convnext": CONVNEXT}.items():
         folder = snapshot(cache, f"me/{name}")
         preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
@@ -92,7 +109,7 @@ def images():
     return torch.rand(3, 3, 48, 48, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, SIGLIP])
 def test_an_encoder_has_the_weights_of_the_cache_and_is_built_again_without_them(hub, name):
     loaded, spec = encoder(name, cache_dir=hub[0])
     theirs = hub[1][name].state_dict()
@@ -108,6 +125,24 @@ def test_tags_bring_their_own_activation_and_statistics(hub):
     visual, _ = encoder("tiny-vit/mine", cache_dir=hub[0])
     assert type(visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     assert list(visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
+
+
+def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
+    """SigLIP, CLIP, DINOv2, ConvNeXt; unpruned SigLIP gives what the library's own forward gives at its own statistics."""
+    own = Meteor.from_pretrained(encoders=[SIGLIP, NAMES[0], NAMES[4], NAMES[2]], decoder="me/tiny-llama", cache_dir=hub[0])
+    assert [a.grid for a in own.adapters] == [(27, 27), (4, 4), (4, 4), (2, 2)] and own.adapters[0].prefix == 0
+    siglip = own.encoders["ViT-SO400M-14-SigLIP-384"]
+    assert [*siglip.preprocess_cfg["mean"]] == [*siglip.preprocess_cfg["std"]] == [0.5] * 3
+    x = F.interpolate(images, (384, 384), mode="bicubic", antialias=True).clamp(0, 1)
+    with torch.no_grad():
+        assert torch.equal(encode(siglip, images)[0], hub[1][SIGLIP].trunk.forward_features(2 * x - 1))
+    calibrate_model(own, [images], ["what is this", "a", "describe the picture"])
+    with pytest.warns(UserWarning, match="not trained"):
+        answers = own.answer(images, ["what is this", "a", "the picture"], max_new_tokens=4)
+    for answer in answers:
+        assert answer.tokens["encoders"] == 729 + 16 + 16 + 4 and answer.tokens["stage1"] == own.budget.stage1
+        assert answer.tokens["stage2"] == own.budget.stage2 > answer.tokens["stage3"] and set(answer.text.split()) <= {*WORDS}
+    assert any(answer.text for answer in answers) and SIGLIP in (Path(__file__).parents[1] / "README.md").read_text()
 
 
 def test_names_grids_and_budget(model):
@@ -173,11 +208,85 @@ def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
     assert all(p.grad is not None for p in own.projectors.parameters())
 
 
-def test_half_precision(hub, images):
-    half = from_names(encoders=NAMES[:2], decoder="me/tiny-llama", dtype=torch.bfloat16, cache_dir=hub[0])
+def test_bfloat16_goes_from_picture_to_words_and_loads_again_as_float32(hub, images, tmp_path):
+    half = Meteor.from_pretrained(encoders=NAMES, decoder="me/tiny-llama", dtype="bfloat16", cache_dir=hub[0])
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
+    calibrate_model(half, [images], ["what is this", "a", "describe the picture"])
+    half.save_pretrained(tmp_path / "half")
+    for model in (half, Meteor.from_pretrained(tmp_path / "half")):
+        with pytest.warns(UserWarning):
+            answers = model.answer(images, ["what is this", "a", "the picture"], max_new_tokens=3)
+        assert all(a.tokens["stage2"] == half.budget.stage2 > a.tokens["stage3"] for a in answers) and any(a.text for a in answers)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto"])
+def test_device_map_reaches_the_decoder_and_changes_no_answer(hub, images, monkeypatch, device_map):
+    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+    given, load = [], T.AutoModelForCausalLM.from_pretrained
+    monkeypatch.setattr(T.AutoModelForCausalLM, "from_pretrained", lambda *a, **kw: given.append(kw) or load(*a, **kw))
+    plain, placed = (Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0], **options)
+                     for options in ({}, {"device_map": device_map}))
+    assert "device_map" not in given[0] and given[1]["device_map"] == device_map
+    placed.to(plain.device)  # where "auto" found a GPU
+    pruner = partial(AdaptivePruner, lam=2)
     with pytest.warns(UserWarning):
-        assert half.answer(images, ["a"] * 3, Budget(stage2=9), max_new_tokens=2)[0].tokens["stage2"] == 9
+        first, second = (m.answer(images, ["what is this"] * 3, Budget(stage2=20), pruner, max_new_tokens=3) for m in (plain, placed))
+    assert first[0].tokens["stage3"] < 20
+    assert [(a.text, a.layers) for a in first] == [(a.text, a.layers) for a in second]
+
+
+def test_dtypes_and_devices_that_are_not_there_are_not_called_unfetched(hub, monkeypatch):
+    parts = dict(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    for dtype in ("bf16", "int8", torch.int64, "Tensor", None):
+        with pytest.raises(ValueError, match="dtype must be a floating-point type of torch or its name, as bfloat16, got"):
+            from_names(**parts, dtype=dtype)
+    if importlib.util.find_spec("accelerate"):
+        with pytest.raises(RuntimeError, match="nonsense"):
+            from_names(**parts, device_map={"": "nonsense"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="device_map needs accelerate: pip install"):
+        from_names(**parts, device_map="auto")
+
+
+@pytest.fixture
+def unplugged(monkeypatch):
+    """A machine without a network where nobody has set HF_HUB_OFFLINE; the list of names that were looked up there."""
+    asked = []
+    def refuse(host, *_, **__):
+        asked.append(host)
+        raise socket.gaierror("no network here")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between retries, if there were any
+    return asked
+
+
+def test_without_a_network_a_warm_cache_loads_at_one_attempt_a_part(hub, unplugged):
+    for _ in range(2):
+        model = Meteor.from_pretrained(encoders=NAMES, decoder="me/tiny-llama", cache_dir=hub[0])
+    assert list(model.encoders) == [short_name(name) for name in NAMES]
+    assert len(unplugged) <= 2 * (2 * len(NAMES) + 2) and not constants.HF_HUB_OFFLINE  # a part: configuration and weights
+
+
+@pytest.mark.parametrize("name", ["small", "nobody/nothing"])
+def test_without_a_network_a_cold_cache_says_so_at_the_first_attempt(hub, unplugged, name):
+    with pytest.raises(ValueError, match="could not be fetched from the hub"):
+        Meteor.from_pretrained(name, cache_dir=hub[0])
+    assert len(unplugged) == 1 and not constants.HF_HUB_OFFLINE
+
+
+def test_where_the_hub_answers_it_is_asked_and_directories_never_ask(hub, unplugged, tmp_path):
+    with hub_or_cache(str(tmp_path)):
+        assert not unplugged and not constants.HF_HUB_OFFLINE
+    with pytest.raises(KeyError), hub_or_cache("me/tiny-vit"):
+        assert unplugged and constants.HF_HUB_OFFLINE
+        raise KeyError
+    assert not constants.HF_HUB_OFFLINE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(meteor_mini.model, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+        with hub_or_cache("me/tiny-vit"):
+            assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16/openai", "hf-hub:me/nothing", "me/nothing"])

@@ -26,6 +26,8 @@ EYES = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_atten
 OPTIONS = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
 PROMPTS = {"one picture": [[1, 5, IMAGE, 7, 8, 9, 10]], "in the middle of text": [[1, 20, 21, 22, 23, IMAGE, 30, 31]],
            "two pictures": [[1, IMAGE, 40, IMAGE, 41, 42]], "no picture": [[1, 50, 51, 52, 53]],
+           "several turns": [[1, 5, IMAGE, 7, 8, 60, 61, 62, 5, IMAGE, 30, 31], [1, 5, IMAGE, 7, 60, 5, 33, 34, 35],
+                             [1, 5, 20, 60, 61, 5, IMAGE, 21, 62, 63, 5, IMAGE, 36, 62, 5, 37, 38, 39]],
            "ragged": [[1, 5, IMAGE, 7, 8, 9, 10], [1, IMAGE, 40, 44, IMAGE, 41], [1, 60, IMAGE, 61, 62, 63, 64, 65]]}
 
 
@@ -123,8 +125,32 @@ def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
         assert cached.keys.shape[2] == longest + 4  # of 5 new tokens the last is not read
 
 
-def test_a_ragged_batch_equals_its_prompts_one_by_one(family):
-    prompts, tokens = PROMPTS["ragged"], list(family[1])
+def test_in_several_turns_the_text_after_the_last_picture_asks(family):
+    """Of each prompt: as with those tokens named in a query_mask, and not as with all text; counts are each prompt's own."""
+    prompts = PROMPTS["several turns"]
+    inputs, visual_mask = batch(family, prompts)
+    masks = {"last": torch.zeros_like(visual_mask), "all": inputs["attention_mask"].bool() & ~visual_mask}
+    for b, prompt in enumerate(prompts):
+        text = prompt[len(prompt) - prompt[::-1].index(IMAGE):]
+        assert inputs["input_ids"][b, -len(text):].tolist() == text and IMAGE not in text
+        masks["last"][b, -len(text):] = True
+    runs = {}
+    for name, query_mask in {"own": None, **masks}.items():
+        with AdaptivePruner(family[0], visual_mask, lam=2, query_mask=query_mask) as pruner:
+            ids = family[0].generate(**inputs, **OPTIONS)
+        runs[name] = [ids, *pruner.attention.values()], pruner
+    same = {name: all(torch.equal(a, b) for a, b in zip(runs["own"][0], runs[name][0])) for name in masks}
+    assert same == {"last": True, "all": False}
+    own = runs["own"][1]
+    for i, kept in own.kept.items():
+        assert torch.equal(kept.sum(dim=1), own.counts[i]) and not (kept & ~visual_mask).any()
+    sums = [sum(own.vav[1][b].topk(5).values.tolist()) for b in range(3)]
+    assert own.counts[1].tolist() == [max(1, math.floor(2 * s + 0.5)) for s in sums]
+
+
+@pytest.mark.parametrize("prompts", ["ragged", "several turns"])
+def test_a_ragged_batch_equals_its_prompts_one_by_one(family, prompts):
+    prompts, tokens = PROMPTS[prompts], list(family[1])
     inputs, visual_mask = batch(family, prompts)
     with AdaptivePruner(family[0], visual_mask, lam=2) as pruner:
         together = family[0].generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1]:]
