@@ -381,7 +381,7 @@ def main(argv: list[str] | None = None) -> int:
          "train": run_train}[args.command](args)
     except BrokenPipeError:  # `| head`: nobody reads on, and that is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0

@@ -392,7 +392,7 @@ def accuracy_curves(curves: dict[str, list[tuple[float, dict[str, float]]]], tit
 
 def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
     """The tables of `bench.bench`: prefill and its parts, the speed-up against what FLOPs allow, peers, and growth."""
-    figure, axes = canvas("What pruning buys: seconds, speed-ups and what choosing costs", (11, 9.5), 3, 2)
+    figure, axes = canvas("What pruning buys: seconds, speed-ups and what choosing costs", (9.9, 10), 3, 2)
     (time, parts), (speed, peer), (grow, share) = axes
     one = [row for row in tables["whole"] if row["batch"] == 1]
     for name, (color, marker, dash) in zip(dict.fromkeys(row["contender"] for row in one), METHOD_STYLES):

@@ -24,7 +24,15 @@ COUNTS = {"a": dict(zip(NAMES, [40, 30, 20, 10])), "b": dict(zip(NAMES, [4, 3, 0
 SIX = [0.1, 0.2, 0.4, 0.3, 0.5, 0.6]
 POINTS = [(10.0, {"all": 50.0, "General": 40.0}), (20.0, {"all": 70.0, "General": 60.0})]
 
+PARTS = {f"{part}, ms": 10.0 for part in ("encoders", "stage 1", "projectors", "stage 2", "stage 3", "LLM")}
+BENCH = {"whole": [{"visual tokens": n, "batch": b, "contender": c, "prefill, s": n / 500, "least": n / 600, "most": n / 400, "speed-up": 2.0,
+                    "FLOPs ratio": 2.5} for n in (1024, 2304) for b in (1, 4) for c in ("unpruned", "METEOR")],
+         "split": [{"visual tokens": 1024, "contender": c} | PARTS for c in ("unpruned", "METEOR")],
+         "peers": [{"visual tokens": n, "method": m, "speed-up": 1.5} for n in (1024, 2304) for m in ("unpruned", "stage 3", "FastV, SDPA")],
+         "growth": [{"N": 1024, "by sums, ms": 3.0, "by pairs, ms": 9.0}, {"N": 4096, "by sums, ms": 12.0}],
+         "overhead": [{"tokens": n, "stage 1, similarity, % of a block": 1.0, "stage 3, a selection, % of a layer": 9.0} for n in (256, 576)]}
 CALLS = {
+    "benchmark_figure": lambda: plots.benchmark_figure(BENCH),
     "patch_maps": lambda: plots.patch_maps(IMAGE, {"one": MASKS, "two": {"clip": MASKS["clip"]}}, "A finding"),
     "heat_maps": lambda: plots.heat_maps(IMAGE, {"": HEAT, "x": {"clip": HEAT["clip"]}}, "A finding", "cosine", mark=(2, 3)),
     "token_flow": lambda: plots.token_flow(COUNTS),
