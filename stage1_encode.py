@@ -141,12 +141,13 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
     require(len(keep) == len(part_criteria) == 3 and {*part_criteria} <= {*CRITERIA},
             "keep and part_criteria ('similarity' or 'attention') must have 3 entries, one a part, "
             f"got {keep} and {part_criteria}")
-    not_finite = f"features of {type(encoder).__name__} must be finite, got NaN or inf"
     x, rope = a.embed(images)  # (B, P + N, D); (B, N, 2 d), or None
     P, keep_idx = a.prefix, torch.arange(a.num_tokens, device=x.device).expand(len(x), -1)  # (B, N)
     for b, (part, K, criterion) in enumerate(zip(a.parts, keep, part_criteria)):
         for i in part:
             x_in, x = x, a.block(i, x, rope)
+        require(x.sum(dtype=torch.float32).isfinite(),  # with a NaN or inf it is not; cheaper than each
+                f"features of {type(encoder).__name__} must be finite, got NaN or inf")
         N, least = x.shape[1] - P, 1 if a.prunable_inside or b == 2 else a.num_tokens
         require(K is None or isinstance(K, int) and least <= K <= N,
                 f"keep[{b}] must be None or an int, {least} to {N} here, got {K}")
@@ -157,13 +158,11 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
                 score = -mean_similarity(x[:, P:])
             else:  # attention in the block that has just run, from its own q and k
                 score = received_attention(*a.attention(i, x_in, rope), a.from_cls)[:, P:]
-            require(score.isfinite().all(), not_finite)  # a bad token spoils the mean, or softmax, of all
             stay = score.argsort(dim=1, descending=True, stable=True)[:, :K].sort(dim=1).values  # (B, K)
         rows = torch.arange(len(x), device=x.device)[:, None]
         x = torch.cat([x[:, :P], x[:, P:][rows, stay]], dim=1)  # (B, P + K, D)
         rope = rope if rope is None else rope[rows, stay]
         keep_idx = keep_idx.gather(1, stay)
-    require(x.isfinite().all(), not_finite)
     return a.norm(x)[:, P:], keep_idx
 
 

@@ -171,7 +171,7 @@ class AdaptivePruner:
         counts: {layer: tokens kept at most, an int or (B,) int64}, in place of layers and lam.
     After a prompt: kept[layer] (B, S) bool, visual tokens there from that layer on; counts[layer] (B,) int64;
         vav[layer] (B, H) and attention[layer] (B, H, S) float32, what the layer decided by.
-    Raises: TypeError for an unsupported decoder; ValueError for arguments or calls that cannot be pruned.
+    Raises: TypeError for an unsupported decoder, at its first pruner; ValueError for what cannot be pruned.
     """
 
     def __init__(self, decoder, visual_mask: Tensor, layers: list | None = None, lam: float | None = None,

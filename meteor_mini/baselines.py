@@ -41,52 +41,49 @@ def last_token(visual_mask: Tensor) -> Tensor:
 def fastv(keep: int, layer: int, eager: bool = False) -> Pruner:
     """FastV (ECCV 2024): at one early layer, the tokens that the last token attends to most, over all heads.
 
-    Theirs reads the attention weights of the layer before, and so has the model on eager attention: `eager`. Otherwise the
-    layer's own q and k of the last token are multiplied before it runs.  Source: [arXiv 2403.06764]
+    Theirs reads the attention weights of the layer before; its demo loads the whole model on eager attention for that: `eager`.
+    Otherwise the layer's own q and k of the last token are multiplied before it runs.  Source: [arXiv 2403.06764]
     """
-    kind = WeightsOfTheLayerBefore if eager else AdaptivePruner
+    kind = EagerFastV if eager else AdaptivePruner
     return lambda decoder, visual_mask: kind(decoder, visual_mask, counts={layer: keep}, k=None, query_mask=last_token(visual_mask))
 
 
-def pyramid_drop(keep: list[int], num_layers: int, eager: bool = False) -> Pruner:
-    """PyramidDrop (CVPR 2025): after each quarter of the layers fewer tokens, ranked by the last token's attention.
+def pyramid_drop(keep: list[int], num_layers: int) -> Pruner:
+    """PyramidDrop (CVPR 2025): after each quarter of the layers fewer tokens, ranked by the last token's attention, from the
+    layer's own q and k, as theirs.
 
-    Args: keep: tokens left after the first, second and third quarter; theirs halves each time; eager: the same choice with
-    the model on eager attention.
+    Args: keep: tokens left after the first, second and third quarter; theirs halves each time, and counts positions anew after
+    each drop, where here they stay.
     Source: [arXiv 2410.17247]
     """
     counts = {num_layers * quarter // 4: K for quarter, K in zip((1, 2, 3), keep)}
-    kind = EagerPruner if eager else AdaptivePruner
-    return lambda decoder, visual_mask: kind(decoder, visual_mask, counts=counts, k=None, query_mask=last_token(visual_mask))
+    return lambda decoder, visual_mask: AdaptivePruner(decoder, visual_mask, counts=counts, k=None,
+                                                       query_mask=last_token(visual_mask))
 
 
-class EagerPruner(AdaptivePruner):
-    """With the whole decoder on eager attention inside the block, as token-pruning code mostly runs it: every layer writes
-    its weights (B, H, S, S) to memory, instead of the few rows that a choice needs. That is what makes it slow."""
+class EagerFastV(AdaptivePruner):
+    """Ranks by the last token's row of the weights that the layer before has just used, mean over heads. In the block all layers
+    are on eager attention, and write their weights (B, H, S, S) to memory."""
 
-    def __enter__(self) -> "EagerPruner":
+    def __enter__(self) -> "EagerFastV":
+        super().__enter__()
         self._implementation = self.decoder.config._attn_implementation
         self.decoder.set_attn_implementation("eager")
-        return super().__enter__()
+        self._handles += [self.decoder.layers[i - 1].self_attn.register_forward_hook(self._read) for i in self.layers]
+        return self
 
     def __exit__(self, *error) -> None:
         self.decoder.set_attn_implementation(self._implementation)
         super().__exit__(*error)
 
-
-class WeightsOfTheLayerBefore(EagerPruner):
-    """Ranks by the last token's row of the weights that the layer before has just used, mean over heads, as FastV does."""
-
-    def __enter__(self) -> "WeightsOfTheLayerBefore":
-        super().__enter__()
-        self._handles += [self.decoder.layers[i - 1].self_attn.register_forward_hook(self._read) for i in self.layers]
-        return self
-
     def _read(self, attention, args, output) -> None:
         if not self._past:
             self._weights = output[1][:, :, -1].float().mean(dim=1)  # (B, H, N, N) -> (B, N)
 
+    @torch.no_grad()
     def _stays(self, i: int, layer, hidden: Tensor, rotary: tuple) -> Tensor:
+        if self._visual.shape != self.visual_mask.shape:
+            raise ValueError("eager FastV must be used without beams or several sequences for a prompt")
         visual = self._visual.gather(1, self._index) & self._valid  # (B, N)
         there = visual.sum(dim=1)
         self.counts[i] = self.fixed[i].to(there).minimum(there)
@@ -97,14 +94,15 @@ class WeightsOfTheLayerBefore(EagerPruner):
 
 # ------------------------------------------------------------------ inside and behind the encoders
 
-def tome(encoder: nn.Module, images: Tensor, r: int) -> Tensor:
+def tome(encoder: nn.Module, images: Tensor, r: int, eager: bool = False) -> Tensor:
     """ToMe (ICLR 2023) on a ViT of timm: between attention and MLP of each block the r patches that are most like another
     one are merged into it, so that N - L r of N are left.
 
     Patches take turns as givers (even places) and takers (odd ones); likeness is the cosine of their keys, mean over heads;
-    a merged token is the mean of its patches, and attention counts it as often as it has patches. That adds log(size) to
-    every score, which is why theirs writes the attention weights out; so does this.
-    Args: images (B, 3, H, W) in [0, 1]; r: 0..half of the patches, in every block. Returns: (B, N - L r, D).
+    a merged token is the mean of its patches, and attention counts it as often as it has patches: log(size) is added to its
+    scores.
+    Args: images (B, 3, H, W) in [0, 1]; r: 0..half of the patches, in every block; eager: write the attention weights out, as
+    theirs does, not on fused attention. Returns: (B, N - L r, D).
     Source: [arXiv 2210.09461]
     """
     a = adapter(encoder)
@@ -116,8 +114,12 @@ def tome(encoder: nn.Module, images: Tensor, r: int) -> Tensor:
         attn = block.attn
         q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in attn.qkv(block.norm1(x)).chunk(3, dim=-1))
         q, k = attn.q_norm(q), attn.k_norm(k)  # (B, H, n, d)
-        weights = (attn.scale * q @ k.mT + size.log()[:, None, :, 0, None].mT).softmax(dim=-1)  # (B, H, n, n)
-        x = x + block.ls1(attn.proj((weights @ v).transpose(1, 2).flatten(2)))
+        often = size.log()[:, None, None, :, 0]  # (B, 1, 1, n)
+        if eager:
+            mixed = (attn.scale * q @ k.mT + often).softmax(dim=-1) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v, often, scale=attn.scale)
+        x = x + block.ls1(attn.proj(mixed.transpose(1, 2).flatten(2)))
         x, size = merge_pairs(x, size, k.mean(dim=1), r, a.prefix)
         x = x + block.ls2(block.mlp(block.norm2(x)))
     return a.norm(x)[:, a.prefix:]

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import platform
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -51,7 +52,7 @@ SIZES["large-7b"] = SIZES["large"] | {"llama": dict(hidden_size=4096, num_hidden
                                                     max_position_embeddings=8192)}
 PAPER = (4096, 1193, 576, (396, 170, 76))  # visual tokens; after stages 1 and 2; from each pruned LLM layer on (Table 3)
 TEXT, NEW = 32, 9  # words of a question; tokens that are generated
-CPU_TOKENS = 40_000  # visual tokens in a batch, at most, on a CPU
+CPU_TOKENS = 20_000  # visual tokens in a batch, at most, on a CPU
 
 
 def build(size: str, n: int, device: str, dtype: torch.dtype) -> Meteor:
@@ -125,15 +126,15 @@ class Clock:
         pass
 
 
-def run(model: Meteor, contender: Contender, images: torch.Tensor | None, encoded: Encoded | None = None, new: int = NEW) -> dict:
-    """From pictures, or an `Encoded` batch, to `new` tokens.
+def run(model: Meteor, contender: Contender, images: torch.Tensor, new: int = NEW) -> dict:
+    """From pictures to `new` tokens.
 
     Returns: {"prefill": seconds to the first, "decode": seconds for each of the others, "kv": bytes of the KV cache}.
     """
     clock = Clock(model.device)
     synchronize(model.device)
     start = time.perf_counter()
-    encoded = contender.encode(images) if encoded is None else encoded
+    encoded = contender.encode(images)
     out, _ = model.generate(encoded, [" ".join(["what"] * TEXT)] * len(encoded.fused.tokens), Budget.none(), contender.pruner,
                             max_new_tokens=new, min_new_tokens=new, streamer=clock, return_dict_in_generate=True)
     first, *others = clock.times[1:]
@@ -212,13 +213,17 @@ def median(rows: list[dict], key: str) -> float:
     return statistics.median(row[key] for row in rows)
 
 
-def turns(work: dict[str, Callable[[], dict]], runs: int, seconds: float) -> dict[str, list[dict]]:
-    """Every contender once a round, `runs` rounds after one to warm up; where `seconds` would pass, fewer, down to the first."""
+def turns(work: dict[str, Callable[[], dict]], runs: int, seconds: float, warm: bool = False) -> dict[str, list[dict]]:
+    """Every contender once a round: one round to warm up, unless all are warm, then one to `runs` that count, as many as fit
+    into `seconds`."""
+    if not warm:
+        for once in work.values():
+            once()
     rounds, start, first = [], time.perf_counter(), 0.0
-    while len(rounds) <= runs and time.perf_counter() - start + first <= seconds or not rounds:
+    while not rounds or len(rounds) < runs and time.perf_counter() - start + first <= seconds:
         rounds.append({name: once() for name, once in work.items()})
         first = first or time.perf_counter() - start
-    return {name: [results[name] for results in rounds[1:] or rounds] for name in work}
+    return {name: [results[name] for results in rounds] for name in work}
 
 
 # ------------------------------------------------------------------ the tables: lists of rows, {column: number or text}
@@ -228,11 +233,11 @@ def whole(size: str, n: int, batches: list[int], device: str, dtype: torch.dtype
     """From pictures to words: unpruned, EAGLE-style and METEOR, at 4 n^2 visual tokens."""
     model, rows = build(size, n, device, dtype), []
     everyone, config = contenders(model), model.decoder.config
-    flops = {name: encoding_flops(model, lambda m, x: c.encode(x.to(dtype))) + prefill_flops(config, c.layers, TEXT + 2)
+    flops = {name: encoding_flops(model, lambda m, x: c.encode(x)) + prefill_flops(config, c.layers, TEXT + 2)
              for name, c in everyone.items()}
     for batch in batches:
         images = torch.rand(batch, 3, 256, 256, device=device)
-        timed = turns({name: lambda c=c: run(model, c, images) for name, c in everyone.items()}, runs, seconds)
+        timed = turns({name: lambda c=c: run(model, c, images) for name, c in everyone.items()}, runs, seconds, batch > batches[0])
         for name, c in everyone.items():
             prefill = sorted(r["prefill"] for r in timed[name])
             saved = median(timed["unpruned"], "prefill") / median(timed[name], "prefill")
@@ -282,9 +287,8 @@ def peers(size: str, V: int, device: str, dtype: torch.dtype, runs: int, seconds
     embed = model.get_input_embeddings().weight
     embeds = embed[torch.randint(len(embed), (1, V + TEXT), device=device)]
     visual = (torch.arange(V + TEXT, device=device) < V)[None]
-    ours = {"unpruned": None, "stage 3": baselines.fixed(counts, 5), "FastV, eager (its authors')": baselines.fastv(early, 2, True),
-            "FastV, SDPA": baselines.fastv(early, 2), "PyramidDrop, eager": baselines.pyramid_drop(pyramid, L, True),
-            "PyramidDrop, SDPA": baselines.pyramid_drop(pyramid, L)}
+    ours = {"unpruned": None, "stage 3": baselines.fixed(counts, 5), "FastV, eager": baselines.fastv(early, 2, True),
+            "FastV, SDPA": baselines.fastv(early, 2), "PyramidDrop": baselines.pyramid_drop(pyramid, L)}
     kept = {}
 
     def once(name: str, new: int = NEW) -> dict:
@@ -317,11 +321,12 @@ def inside_a_vit(n: int, device: str, dtype: torch.dtype, runs: int, seconds: fl
     keep = (round(N * (K / N) ** (1 / 3)), round(N * (K / N) ** (2 / 3)), K)
     images = torch.rand(1, 3, 16 * n, 16 * n, device=device)
     work = {"unpruned": lambda: stage1_encode.encode(vit, images)[0], "stage 1": lambda: stage1_encode.encode(vit, images, keep)[0],
-            "ToMe": lambda: baselines.tome(vit, images, r)}
+            "ToMe": lambda: baselines.tome(vit, images, r), "ToMe, eager": lambda: baselines.tome(vit, images, r, True)}
     kept = {name: once().shape[1] for name, once in work.items()}
     timed = turns({name: lambda once=once: {"s": seconds_of(once, images.device)} for name, once in work.items()},
                   runs, seconds)
-    blocks = {"unpruned": N, "stage 1": (N + keep[0] + keep[1]) / 3, "ToMe": N - r * (len(vit.blocks) - 1) / 2}
+    merged = N - r * (len(vit.blocks) - 1) / 2
+    blocks = {"unpruned": N, "stage 1": (N + keep[0] + keep[1]) / 3, "ToMe": merged, "ToMe, eager": merged}
     return [{"patches": N, "method": name, "tokens out": kept[name], "mean tokens": blocks[name], "encoding, s": median(timed[name], "s"),
              "least": min(t["s"] for t in timed[name]), "most": max(t["s"] for t in timed[name]), "runs": len(timed[name]),
              "speed-up": median(timed["unpruned"], "s") / median(timed[name], "s")} for name in work]
@@ -335,69 +340,69 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def best_of(work: Callable[[], object], device: torch.device, runs: int = 3) -> float:
+def median_of(work: Callable[[], object], device: torch.device, runs: int = 3) -> float:
     """Median seconds of `runs` runs, after one to warm up."""
     work()
     return statistics.median(seconds_of(work, device) for _ in range(runs))
 
 
 def pairwise_redundancy(tokens: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Stage 2's formula as it is written, with a matrix of all pairs: what `mutual_redundancy` avoids."""
+    """Stage 2's formula as it is written, with all pairs of different encoders: what `mutual_redundancy` avoids."""
     units = [F.normalize(z.float(), dim=-1) for z in tokens]
-    every, start, scores = torch.cat(units, dim=1), 0, []
-    for u in units:
-        cos = u @ every.mT  # (B, N_l, N)
-        own = cos[:, :, start:start + u.shape[1]].sum(dim=-1)
-        scores.append(cos.sum(dim=-1) - own)
-        start += u.shape[1]
-    return scores
+    return [sum((u @ other.mT).sum(dim=-1) for l, other in enumerate(units) if l != j) for j, u in enumerate(units)]
 
 
 @torch.no_grad()
-def growth(sizes: list[int], pairwise_up_to: int, device: str) -> list[dict]:
+def growth(size: str, sizes: list[int], pairwise_up_to: int, device: str, dtype: torch.dtype) -> list[dict]:
     """Stage 2's choice among N tokens of 4 encoders: by sums and by all pairs."""
     rows, device = [], torch.device(device)
     for N in sizes:
-        tokens = [torch.randn(1, N // 4, SIZES["small"]["llama"]["hidden_size"], device=device) for _ in range(4)]
+        tokens = [torch.randn(1, N // 4, SIZES[size]["llama"]["hidden_size"], device=device, dtype=dtype) for _ in range(4)]
         sums = lambda: stage2_fuse.fuse(tokens, N // 2)
-        row = {"N": N, "by sums, ms": 1000 * best_of(sums, device), "by sums, MiB": peak(device, sums) / 2**20}
+        row = {"N": N, "by sums, ms": 1000 * median_of(sums, device), "by sums, MiB": peak(device, sums) / 2**20}
         if N <= pairwise_up_to:
-            pairs = lambda: pairwise_redundancy(tokens)
-            row |= {"by pairs, ms": 1000 * best_of(pairs, device), "by pairs, MiB": peak(device, pairs) / 2**20}
+            pairs = lambda: stage2_fuse.lowest(torch.cat(pairwise_redundancy(tokens), dim=1), N // 2)
+            row |= {"by pairs, ms": 1000 * median_of(pairs, device), "by pairs, MiB": peak(device, pairs) / 2**20}
         rows.append(row)
     return rows
 
 
 @torch.no_grad()
-def overhead(sides: list[int], device: str) -> list[dict]:
-    """One choice of stages 1 and 3 against one block of the ViT and one layer of the LLM that it is made in."""
-    rows, o = [], SIZES["small"]
+def overhead(size: str, sides: list[int], device: str, dtype: torch.dtype) -> list[dict]:
+    """One choice of stages 1 and 3 against one block of a ViT and one layer of the LLM that it is made in."""
+    rows, o = [], SIZES[size]
     for n in sides:
-        clip = o["clip"] | dict(image_size=16 * n, patch_size=16, mlp_ratio=4, output_dim=768)
-        vits = [open_clip.transformer.VisionTransformer(**{k: v for k, v in (clip | {"layers": 3}).items() if k != "patch"}),
-                timm.create_model("vit_base_patch16_siglip_256", img_size=16 * n, num_classes=0, global_pool="", depth=3)]
+        clip = {k: v for k, v in o["clip"].items() if k != "patch"} | dict(layers=3, image_size=16 * n, patch_size=16, output_dim=8)
+        siglip = dict(img_size=16 * n, num_classes=0, global_pool="", depth=3)
+        vits = [open_clip.transformer.VisionTransformer(**clip, mlp_ratio=4),
+                timm.create_model("vit_base_patch16_siglip_256", **siglip)]
         row = {"tokens": n * n}
-        for name, vit in zip(("CLS", "all rows"), vits):
-            a = stage1_encode.adapter(vit.eval().to(device))
-            x = torch.randn(1, a.prefix + a.num_tokens, a.dim, device=device)
-            score = lambda: stage1_encode.received_attention(*a.attention(0, x, None), a.from_cls)
-            row[f"stage 1, attention of {name}, % of a block"] = 100 * best_of(score, x.device) / best_of(lambda: a.block(0, x, None), x.device)
-        row["stage 1, similarity, % of a block"] = (
-            100 * best_of(lambda: stage1_encode.mean_similarity(x), x.device) / best_of(lambda: a.block(0, x, None), x.device))
-        model = build_decoder(o["llama"] | dict(num_hidden_layers=4)).eval().to(device)
-        embeds = torch.randn(1, n * n + TEXT, model.config.hidden_size, device=device)
+        for name, vit in zip(("attention of CLS", "attention of all rows"), vits):
+            a = stage1_encode.adapter(vit.eval().to(device, dtype))
+            x = torch.randn(1, a.prefix + a.num_tokens, a.dim, device=device, dtype=dtype)
+            attention = lambda: stage1_encode.received_attention(*a.attention(0, x, None), a.from_cls)[:, a.prefix:]
+            similarity = lambda: -stage1_encode.mean_similarity(x[:, a.prefix:])
+            block = median_of(lambda: a.block(0, x, None), x.device)
+            row[f"stage 1, {name}, % of a block"] = 100 * median_of(lambda: kept_half(x, attention(), a.prefix), x.device) / block
+        row["stage 1, similarity, % of a block"] = 100 * median_of(lambda: kept_half(x, similarity(), a.prefix), x.device) / block
+        model = build_decoder(o["llama"] | dict(num_hidden_layers=4)).eval().to(device, dtype)
+        embeds = torch.randn(1, n * n + TEXT, model.config.hidden_size, device=device, dtype=dtype)
         visual = (torch.arange(n * n + TEXT, device=device) < n * n)[None]
         samples = []
         for _ in range(4):  # the first warms up
             with stopwatch(embeds.device) as spent, AdaptivePruner(model, visual, [1, 2, 3], lam=float("inf")):
-                start = time.perf_counter()
-                model.model(inputs_embeds=embeds)
-                synchronize(embeds.device)
-                total = time.perf_counter() - start
-            samples.append(100 * (spent["stage 3"] / 3) / ((total - spent["stage 3"]) / 4))
+                spent.clear()  # of making and entering the pruner
+                total = seconds_of(lambda: model.model(inputs_embeds=embeds), embeds.device)
+                samples.append(100 * (spent["stage 3"] / 3) / ((total - spent["stage 3"]) / 4))
         row["stage 3, a selection, % of a layer"] = statistics.median(samples[1:])
         rows.append(row)
     return rows
+
+
+def kept_half(x: torch.Tensor, score: torch.Tensor, prefix: int) -> torch.Tensor:
+    """What stage 1 does with a score: sort, gather. x (B, P + N, D), score (B, N) -> (B, P + N // 2, D)"""
+    stay = score.argsort(dim=1, descending=True, stable=True)[:, :score.shape[1] // 2].sort(dim=1).values
+    return torch.cat([x[:, :prefix], x[:, prefix:][torch.arange(len(x), device=x.device)[:, None], stay]], dim=1)
 
 
 @torch.no_grad()
@@ -425,22 +430,24 @@ def kernels(size: str, n: int, device: str, dtype: torch.dtype, runs: int, secon
 
 NOTES = {
     "whole": "From pictures to words, random weights. METEOR: the paper's counts (4096, 1193, 576, 396-170-76) in proportion to the "
-             "visual tokens. *speed-up* and *FLOPs ratio*: unpruned over the row; *realised*: the first over the second, 1.00 is all "
-             "that arithmetic allows. *prefill*: median, least and most of the runs. *peak memory*: tensors above the weights.",
+             "visual tokens. *speed-up* and *FLOPs ratio*: unpruned over the row; *realised*: the first over the second, 1.00 where "
+             "time falls as counted FLOPs do (causal attention counted in full, stage 3's own q and k not). *prefill*: median, least "
+             "and most of the runs. *peak memory*: tensors above the weights.",
     "split": "Median milliseconds of each part in runs of their own. *selection*: stages 1 to 3, without blocks, projectors and layers.",
-    "peers": "In the LLM alone, the same decoder. FastV as its authors run it reads the weights of the layer before, and so has every "
-             "layer on eager attention, which writes H S S weights; on SDPA the few rows needed are multiplied apart.",
-    "inside_a_vit": "Stage 1 drops at three points, none in the first third of the blocks; ToMe merges a few tokens in every block "
-                    "(so fewer are there on average), and writes the attention weights out, because a merged token counts as often "
-                    "as it has patches. *mean tokens*: over the blocks.",
-    "growth": "Stage 2's `fuse`, half of N kept, against its formula with all pairs.",
-    "overhead": "One choice against the block or layer in which it is made.",
+    "peers": "In the LLM alone, the same decoder, as many tokens kept. *FastV, eager*: ranked by the weights of the layer before, with all "
+             "layers on eager attention, as its demo loads the model; every layer then writes H S S weights. *FastV, SDPA*: the few rows "
+             "needed are multiplied apart, as PyramidDrop's own code and stage 3 do.",
+    "inside_a_vit": "Stage 1 drops at three points, none in the first third of the blocks; ToMe merges a few tokens in every block. *ToMe, "
+                    "eager*: with the attention weights written out, as its code does. *mean tokens*: in attention, over the blocks.",
+    "growth": "Stage 2's `fuse`, half of N kept, against its formula with all pairs of different encoders.",
+    "overhead": "One choice, with sorting and gathering, against the block or layer in which it is made. \"All rows\": of a SigLIP ViT-B/16.",
     "kernels": "The same prefill on PyTorch's fused attention and on its plain one."}
 
 
-def bench(size: str, device: str, dtype: torch.dtype, quick: bool) -> dict[str, list[dict]]:
-    """All tables, {name: rows}, printed as they are made. quick: the smallest sizes, in under 3 minutes on 2 cores."""
-    sides, batches, runs, seconds = ([16], [1], 3, 40) if quick else ([16, 24, 32], [1, 4, 16], 5, 150)
+def bench(size: str, device: str, dtype: torch.dtype, quick: bool, done: Callable[[dict], None]) -> None:
+    """All tables, {name: rows}, printed as they are made; each time `done` gets those there are. quick: the smallest sizes, in
+    under 3 minutes on 2 cores. What does not fit into a GPU's memory is left out, and said."""
+    sides, batches, runs, seconds = ([16], [1], 3, 30) if quick else ([16, 24, 32], [1, 4, 16], 5, 80)
     allowed = lambda n: [b for b in batches if device != "cpu" or b * 4 * n * n <= CPU_TOKENS]
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -448,29 +455,33 @@ def bench(size: str, device: str, dtype: torch.dtype, quick: bool) -> dict[str, 
                 "split": [lambda n=n: split(size, n, device, dtype, 3) for n in sides],
                 "peers": [lambda n=n: peers(size, 4 * n * n, device, dtype, runs, seconds) for n in sides],
                 "inside_a_vit": [lambda n=n: inside_a_vit(n, device, dtype, runs, seconds) for n in (sides if quick else [24, 32])],
-                "growth": [lambda: growth([4**i for i in range(5, 8 if quick else 9)], 4**6 if quick else 4**7, device)],
-                "overhead": [lambda: overhead(sides, device)],
+                "growth": [lambda: growth(size, [4**i for i in range(5, 8 if quick else 9)], 4**6 if quick else 4**7, device, dtype)],
+                "overhead": [lambda: overhead(size, sides, device, dtype)],
                 "kernels": [] if quick else [lambda: kernels(size, 24, device, dtype, runs, seconds)]}
         tables = {}
         for name, parts in work.items():
-            for number, part in enumerate(parts):
-                rows = part()
+            for part in parts:
+                try:
+                    rows = part()
+                except torch.OutOfMemoryError:
+                    print(f"{name}: a size does not fit into the memory of {device} and is left out", file=sys.stderr)
+                    continue
+                print(as_grid(rows, head=name not in tables), flush=True)
                 tables.setdefault(name, []).extend(rows)
-                print(as_grid(rows, head=not number), flush=True)
-    return tables
+                done(tables)
 
 
 def as_grid(rows: list[dict], head: bool = True) -> str:
-    """Markdown, one line a row; numbers with three digits that count."""
+    """Markdown, one line a row; numbers below 100 with three digits that count."""
     columns = list(dict.fromkeys(c for row in rows for c in row))
-    show = lambda v: "" if v is None else str(v) if isinstance(v, (str, int)) else f"{v:.2f}" if abs(v) < 100 else f"{v:,.0f}"
+    show = lambda v: "" if v is None else str(v) if isinstance(v, (str, int)) else f"{v:#.3g}" if 0 < abs(v) < 99.95 else f"{v:,.0f}"
     text = grid(columns, [[show(row.get(c)) for c in columns] for row in rows])
     return text.strip() if head else "\n".join(text.strip().splitlines()[2:])
 
 
 def page(tables: dict[str, list[dict]], command: str, minutes: float, device: str) -> str:
     """results/benchmark.md: the machine, the versions, the command, a table and a note each."""
-    machine = torch.cuda.get_device_name() if device != "cpu" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    machine = torch.cuda.get_device_name(device) if device != "cpu" else f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
     how = (f"`{command}`, {minutes:.0f} minutes, {machine}, Python {platform.python_version()}, torch {torch.__version__}, transformers "
            f"{transformers.__version__}, timm {timm.__version__}, commit {commit()}.")
     parts = [f"## {name.replace('_', ' ').capitalize()}\n\n{NOTES[name]}\n\n{as_grid(rows)}\n" for name, rows in tables.items()]
@@ -481,7 +492,7 @@ def write(tables: dict[str, list[dict]], folder: Path, command: str, minutes: fl
     """The page, and a figure beside it where matplotlib is installed."""
     folder.mkdir(parents=True, exist_ok=True)
     text = page(tables, command, minutes, device)
-    if importlib.util.find_spec("matplotlib"):
+    if importlib.util.find_spec("matplotlib") and "overhead" in tables:
         from .plots import benchmark_figure
         benchmark_figure(tables).savefig(folder / "benchmark.png", dpi=100)
         text += "\n![the same as curves: what prefill takes, where, beside peers, and how choosing grows](benchmark.png)\n"

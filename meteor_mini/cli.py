@@ -317,18 +317,18 @@ def run_bench(args: argparse.Namespace) -> None:
         check_output(args.json)
     if not args.quick:
         check_output(Path("results"), directory=True)
-    try:
-        torch.zeros(1, device=args.device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device must be one that torch can use here, as cpu, got {args.device}") from error
-    dtype = args.dtype or ("float32" if args.device == "cpu" else "bfloat16")
-    start = time.perf_counter()
-    tables = bench.bench(args.size, args.device, getattr(torch, dtype), args.quick)
-    if args.json is not None:
-        args.json.write_text(json.dumps(tables, indent=1) + "\n")
-    if not args.quick:
-        command = f"meteor-mini bench --size {args.size} --device {args.device} --dtype {dtype}"
-        bench.write(tables, Path("results"), command, (time.perf_counter() - start) / 60, args.device)
+    if args.device.split(":")[0] not in ("cpu", "cuda") or args.device != "cpu" and not torch.cuda.is_available():
+        raise ValueError(f"--device must be cpu, or cuda where torch finds a GPU, got {args.device}")
+    dtype, start = args.dtype or ("float32" if args.device == "cpu" else "bfloat16"), time.perf_counter()
+
+    def done(tables: dict) -> None:
+        if args.json is not None:
+            args.json.write_text(json.dumps(tables, indent=1) + "\n")
+        if not args.quick:
+            command = f"meteor-mini bench --size {args.size} --device {args.device} --dtype {dtype}"
+            bench.write(tables, Path("results"), command, (time.perf_counter() - start) / 60, args.device)
+
+    bench.bench(args.size, args.device, getattr(torch, dtype), args.quick, done)
 
 
 def run_calibrate(args: argparse.Namespace) -> None:

@@ -391,7 +391,7 @@ def accuracy_curves(curves: dict[str, list[tuple[float, dict[str, float]]]], tit
 
 
 def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
-    """The tables of `bench.bench`: prefill and its parts, the speed-up against what FLOPs allow, peers, and growth."""
+    """The tables of `bench.bench`: prefill and its parts, the speed-up beside the ratio of FLOPs, peers, and growth."""
     figure, axes = canvas("What pruning buys: seconds, speed-ups and what choosing costs", (9.9, 10), 3, 2)
     (time, parts), (speed, peer), (grow, share) = axes
     one = [row for row in tables["whole"] if row["batch"] == 1]
@@ -403,7 +403,7 @@ def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
         speed.plot(sizes, [row["speed-up"] for row in rows], color=color, marker=marker, linestyle="-", label=f"{name}: measured")
         speed.plot(sizes, [row["FLOPs ratio"] for row in rows], color=color, linestyle=":", label=f"{name}: FLOPs")
     _describe(time, "prefill, batch 1 (median, least and most)", "visual tokens", "seconds")
-    _describe(speed, "speed-up: measured, and what FLOPs allow", "visual tokens", "unpruned / row")
+    _describe(speed, "speed-up: measured, and the ratio of FLOPs", "visual tokens", "unpruned / row")
     names, stacked = ["encoders", "projectors", "LLM", "stage 1", "stage 2", "stage 3"], np.zeros(len(tables["split"]))
     labels = [f"{row['contender']}, {row['visual tokens']}" for row in tables["split"]]
     for name, color in zip(names, ["#999999", "#DDDDDD", "#555555", "#E69F00", "#009E73", "#D55E00"]):

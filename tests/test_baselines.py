@@ -83,15 +83,19 @@ def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_
         assert [places.index(s) for s in pruner.kept[3][b].nonzero()[:, 0].tolist()] == expected
 
 
-@pytest.mark.parametrize("make", [lambda e: baselines.fastv(7, layer=2, eager=e), lambda e: baselines.pyramid_drop([7, 5, 3], 8, e)],
-                         ids=["FastV", "PyramidDrop"])
-def test_eager_peers_keep_as_many_and_answer_as_ever(model, batch, make):
+def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model, batch):
     images, questions = batch
     encoded = model.encode_no_grad(images, Budget(stage1=60, stage2=24))
-    sdpa, eager = (model.answer(encoded, questions, Budget.none(), make(e)) for e in (False, True))
-    assert [a.layers for a in sdpa] == [a.layers for a in eager]
-    if make(True)(model.decoder, torch.ones(1, 9).bool()).__class__ is baselines.EagerPruner:  # PyramidDrop: the same choice
-        assert [a.text for a in sdpa] == [a.text for a in eager] and [a.survivors for a in sdpa] == [a.survivors for a in eager]
+    sdpa, eager = (model.answer(encoded, questions, Budget.none(), baselines.fastv(7, 2, e)) for e in (False, True))
+    assert [a.layers for a in sdpa] == [a.layers for a in eager] == [[24, 24] + [7] * 6] * 8
+    with pytest.raises(ValueError, match="without beams"):
+        model.generate(encoded, questions, Budget.none(), baselines.fastv(7, 2, True), num_beams=2)
+    assert model.decoder.config._attn_implementation == "sdpa"
+    with baselines.fastv(7, 2, True)(model.decoder, torch.ones(1, 9).bool()) as pruner:
+        with pytest.raises(ValueError, match="entered twice"):
+            pruner.__enter__()
+        pruner.kept = {2: None}  # no prompt ran, which is not what is tested
+    assert model.decoder.config._attn_implementation == "sdpa"
 
 
 def siglip():
@@ -109,20 +113,20 @@ def test_tome_that_merges_nothing_is_the_vit_itself():
     assert baselines.tome(vit, images, 4).shape == (2, 16 - 3 * 4, 48)
 
 
+@pytest.mark.parametrize("eager", [False, True])
 @torch.no_grad()
-def test_tome_equals_the_vit_on_pictures_whose_merged_patches_are_alike():
-    """Two tokens that are the same and one that counts twice are one thing to attention: what log(size) is for."""
+def test_tome_equals_the_vit_on_pictures_whose_merged_patches_are_alike(monkeypatch, eager):
+    """A token that counts twice beside some that count once is two that are the same: what log(size) is for."""
     vit, images = siglip()
     vit.pos_embed.data[:, 1::2] = vit.pos_embed[:, ::2]  # pairs of patches with one position
     images[..., 16:32], images[..., 48:] = images[..., :16], images[..., 32:48]  # and one content
-    every = vit.forward_features((images - 0.5) / 0.5)
-    once = baselines.merge_pairs
-    try:  # the first block merges the twins, the others nothing
-        baselines.merge_pairs = lambda x, s, k, r, prefix: once(x, s, k, r if x.shape[1] == 16 else 0, prefix)
-        merged = baselines.tome(vit, images, 8)
-    finally:
-        baselines.merge_pairs = once
-    torch.testing.assert_close(merged, every[:, 1::2], atol=1e-5, rtol=1e-5)
+    every, once = vit.forward_features((images - 0.5) / 0.5), baselines.merge_pairs  # the first block merges, the others do not
+    monkeypatch.setattr(baselines, "merge_pairs", lambda x, s, k, r, p: once(x, s, k, r if x.shape[1] == 16 else 0, p))
+    merged = baselines.tome(vit, images, 4, eager)  # 4 of 8 pairs
+    assert merged.shape == (2, 12, 48)
+    for b in range(2):
+        distance = torch.cdist(merged[b], every[b, 1::2])  # each is one of the 8 pairs' tokens, and each pair is there
+        assert distance.min(dim=1).values.max() < 1e-4 and distance.min(dim=0).values.max() < 1e-4
 
 
 def test_pairs_are_merged_by_loops():

@@ -109,7 +109,8 @@ def test_turns_interleave_and_the_first_round_warms_up():
     assert bench.turns(work, 2, seconds=60) == {"a": [{"s": 3}, {"s": 5}], "b": [{"s": 4}, {"s": 6}]}
     assert calls == ["a", "b"] * 3
     calls.clear()
-    assert bench.turns(work, 2, seconds=0) == {"a": [{"s": 1}], "b": [{"s": 2}]}  # no time: the only round counts
+    assert bench.turns(work, 2, seconds=0) == {"a": [{"s": 3}], "b": [{"s": 4}]}  # no time: one round counts, never the cold one
+    assert bench.turns(work, 1, seconds=0, warm=True) == {"a": [{"s": 5}], "b": [{"s": 6}]}
 
 
 def test_the_pairwise_formula_is_stage_2s():
@@ -127,7 +128,34 @@ def test_peers_keep_the_same_mean_of_tokens_and_the_model_stays_on_sdpa():
     for row in rows[1:]:
         assert row["mean tokens"] == pytest.approx(mine, abs=2), row["method"]
     memory = {row["method"]: row["peak memory, MiB"] for row in rows}
-    assert memory["FastV, eager (its authors')"] > 2 * memory["FastV, SDPA"]  # every layer writes H S S weights
+    assert memory["FastV, eager"] > 2 * memory["FastV, SDPA"]  # every layer writes H S S weights
+
+
+def test_speed_ups_are_the_unpruned_time_over_the_rows(monkeypatch):
+    taken = iter([4.0, 2.0, 1.0, 0.5, 0.25])
+    monkeypatch.setattr(bench, "turns", lambda work, *args: {name: [once() | {key: t for key in ("prefill", "decode", "s")}]
+                                                             for (name, once), t in zip(work.items(), taken)})
+    unpruned, eagle, mine = bench.whole("tiny", 8, [1], "cpu", torch.float32, 1, 0)
+    assert [r["speed-up"] for r in (unpruned, eagle, mine)] == [1, 2, 4]
+    assert mine["realised"] == pytest.approx(4 / mine["FLOPs ratio"]) and mine["decode, ms a token"] == 1000
+    taken = iter([4.0, 2.0, 1.0, 0.5, 0.25])
+    assert [r["speed-up"] for r in bench.peers("tiny", 256, "cpu", torch.float32, 1, 0)] == [1, 2, 4, 8, 16]
+
+
+def test_what_does_not_fit_is_left_out_and_said(monkeypatch, capsys):
+    def full(*args):
+        raise torch.OutOfMemoryError("no")
+    for name in ("whole", "split", "peers", "inside_a_vit", "growth", "overhead"):
+        monkeypatch.setattr(bench, name, full if name == "whole" else lambda *args, name=name: [{"row of": name}])
+    seen = []
+    bench.bench("tiny", "cpu", torch.float32, True, lambda tables: seen.append(list(tables)))
+    assert seen[-1] == ["split", "peers", "inside_a_vit", "growth", "overhead"]
+    assert "whole: a size does not fit" in capsys.readouterr().err
+
+
+def test_numbers_are_shown_with_digits_that_count():
+    grid = bench.as_grid([{"a": 0.0123456, "b": 7, "c": 1234.5, "d": None, "e": 99.97, "f": 0.0}, {"a": "x"}])
+    assert grid.splitlines()[2:] == ["| 0.0123 | 7 | 1,234 |  | 100 | 0 |", "| x |  |  |  |  |  |"]
 
 
 def test_every_table_has_its_rows_and_becomes_a_page(monkeypatch, tmp_path):
@@ -137,8 +165,8 @@ def test_every_table_has_its_rows_and_becomes_a_page(monkeypatch, tmp_path):
     monkeypatch.setattr(bench.timm, "create_model", lambda name, **o: create(name, **o | small))
     tables = {"whole": bench.whole("tiny", 8, [1, 2], "cpu", torch.float32, 1, 0), "split": bench.split("tiny", 8, "cpu", torch.float32, 1),
               "peers": bench.peers("tiny", 256, "cpu", torch.float32, 1, 0),
-              "inside_a_vit": bench.inside_a_vit(8, "cpu", torch.float32, 1, 0), "growth": bench.growth([256, 1024], 256, "cpu"),
-              "overhead": bench.overhead([8], "cpu"), "kernels": bench.kernels("tiny", 8, "cpu", torch.float32, 1, 0)}
+              "inside_a_vit": bench.inside_a_vit(8, "cpu", torch.float32, 1, 0), "growth": bench.growth("tiny", [256, 1024], 256, "cpu", torch.float32),
+              "overhead": bench.overhead("tiny", [8], "cpu", torch.float32), "kernels": bench.kernels("tiny", 8, "cpu", torch.float32, 1, 0)}
     assert tables.keys() == bench.NOTES.keys()
     whole = {(r["batch"], r["contender"]): r for r in tables["whole"]}
     assert len(whole) == 6 and whole[1, "unpruned"]["FLOPs ratio"] == whole[1, "unpruned"]["realised"] == 1
@@ -156,12 +184,12 @@ def test_every_table_has_its_rows_and_becomes_a_page(monkeypatch, tmp_path):
 def test_the_command_writes_what_it_is_asked_to(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     asked = []
-    monkeypatch.setattr(bench, "bench", lambda *args: asked.append(args) or {"whole": [{"a": 1}]})
+    monkeypatch.setattr(bench, "bench", lambda *args: asked.append(args[:4]) or args[4]({"whole": [{"a": 1}]}))
     assert cli.main(["bench", "--quick", "--json", "rows.json"]) == 0
     assert asked == [("small", "cpu", torch.float32, True)] and json.loads((tmp_path / "rows.json").read_text()) == {"whole": [{"a": 1}]}
     assert not (tmp_path / "results").exists()
     assert cli.main(["bench", "--quick", "--device", "nowhere"]) == 2
-    assert "--device must be one that torch can use here" in capsys.readouterr().err
+    assert "--device must be cpu, or cuda where torch finds a GPU, got nowhere" in capsys.readouterr().err
     monkeypatch.undo()
     assert cli.main(["bench", "--quick", "--size", "huge"]) == 2
     assert "size must be one of" in capsys.readouterr().err

@@ -714,6 +714,16 @@ def test_features_that_are_not_finite_are_refused():
         expected_ranks([model], [pictures(1)])
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("token", [1, 20, 40])
+def test_one_bad_token_at_a_pruning_point_is_refused_though_it_might_be_dropped(bad, token):
+    model = perturbed(clip())
+    last = model.transformer.resblocks[adapter(model).parts[1][-1]]
+    spoil = lambda block, args, out: out.index_fill(1, torch.tensor([token]), bad)
+    with last.register_forward_hook(spoil), pytest.raises(ValueError, match="features of VisionTransformer must be finite"):
+        encode(model, pictures(1), (40, 20, 10))
+
+
 @pytest.mark.parametrize("encoder, error, message", [
     (lambda: timm.create_model("test_resnet"), TypeError, "encoder must be or hold one of .*open_clip.transformer.VisionTransformer"
      ".*timm.models.eva.Eva.*timm.models.convnext.ConvNeXt.*Pix2StructVisionModel.*Dinov2Model.*, got ResNet: for another, list an Adapter"),
