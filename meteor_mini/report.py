@@ -142,6 +142,50 @@ def rows_grid(rows: list[dict]) -> str:
     return f"{rows[0]['questions']} questions.\n\n" + grid(head, lines)
 
 
+# The paper's orders: (claim, table, beginning of the row's label, questions, whether it says that the row is above the one that it
+# is compared with), at equal averages. Where one is not shown here, WHY says what is behind it.
+ORDERS = [
+    ("average allocation is below rank-based", "1", "average", "all", False),
+    ("reversed allocation is below rank-based", "1", "rank_reverse", "all", False),
+    ("separate pruning is below collaborative", "2", "separate", "all", False),
+    ("random pruning is below collaborative", "2", "random", "all", False),
+    ("pre-projection fusion is below post-projection", "2", "EAGLE-style", "all", False),
+    ("Resampler is below collaborative", "2", "Resampler", "all", False), ("MLP is below collaborative", "2", "MLP", "all", False),
+    ("PixShuffle is below collaborative", "2", "PixShuffle", "all", False),
+    ("the top heads choose better than all", "3", "fixed, layer 1,", "all", True),
+    ("adaptive counts are above fixed ones", "3", "adaptive", "OCR & Chart", True),
+    ("stage 1 is above PruMerge++", "6", "stage 1,", "all", True), ("stage 3 is above FastV", "7", "stage 3", "all", True),
+    ("FastV in place of stage 3 is below it", "main", "stages 1+2, FastV", "all", False),
+    ("PyramidDrop in place of stage 3 is below it", "main", "stages 1+2, PyramidDrop", "all", False),
+    ("PruMerge++ is below METEOR", "main", "PruMerge++", "all", False)]
+WHY = {
+    "2": "Table 2: the rule does what it says, and keeps the most printed-digit patches, but what all encoders show (shapes, bars) is "
+         "redundant in every copy, and all copies go (last grid of Table 2); here one copy of most things is enough to answer, and at the "
+         "larger budgets every strategy leaves one. The learned fusions see all tokens, and drop none.",
+    "3": "Table 3: after LLM layer 2 a handful of visual tokens is enough, so their number does not matter; most heads look at the picture "
+         "for every question, so it hardly varies; at layer 1, where tokens matter, adaptive counts are no better (its control row).",
+    "6": "Table 6: made at the encoder's output only, stage 1's choice equals PruMerge++'s (control row). Choosing inside this small "
+         "encoder costs: tokens go before its last blocks have read them.",
+    "main": "Main result: PyramidDrop keeps as many tokens as stage 3 up to its first quarter of the layers, where this Llama reads the picture."}
+
+
+def verdicts(results: dict) -> str:
+    """Each of `ORDERS` with what the measured 95 % interval says of it, and what is behind those that it does not show."""
+    lines, open_questions = [], []
+    for claim, table, label, kind, above in ORDERS:
+        rows = {r["label"]: r for r in results.get(table, {}).get("rows", [])}
+        fair = lambda r: r["against"] and abs(r["average_tokens"] - rows[r["against"]]["average_tokens"]) < 1
+        for row in [r for r in rows.values() if r["label"].startswith(label) and fair(r)]:
+            mean, low, high = row["differences"][kind]
+            shown = low > 0 if above else high < 0
+            reverse = high < 0 if above else low > 0
+            lines.append([claim, kind, f"{row['label']} - {row['against']}", cell(mean, low, high, "+.1f"),
+                          "**yes**" if shown else "no, the reverse" if reverse else "not shown"])
+            open_questions += [] if shown or table in open_questions or table not in WHY else [table]
+    text = grid(["the paper's order", "questions", "rows", "difference, points", "here"], lines)
+    return "\n".join(["## The paper's orders\n", "\"Not shown\": the interval holds 0.\n", text, *(f"- {WHY[t]}" for t in open_questions), ""])
+
+
 # ------------------------------------------------------------------ the whole
 
 def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -> dict:
@@ -208,5 +252,6 @@ def write(folder: Path, results: dict, how: str) -> None:
             "tokens per LLM layer. *FLOPs*: encoders, projectors and the LLM's prefill, relative to the most expensive row of the "
             "table. The paper's columns are measured on other data with a 7B model: compare orders, not numbers.\n\n")
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(head + "\n".join(markdown(name, result) for name, result in results.items()))
+    tables = "\n".join(markdown(name, result) for name, result in results.items())
+    (folder / "README.md").write_text(head + verdicts(results) + "\n" + tables)
     (folder / "tables.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")

@@ -3,6 +3,7 @@ import itertools
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -215,6 +216,26 @@ def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path,
     assert all(report.TITLES[name] in text for name in ("2", "figure1", "video")) and "paper: DocVQA" in text
     assert json.loads((tmp_path / "tables.json").read_text()).keys() == {"2", "figure1", "video"}
     assert report.TITLES["2"] in capsys.readouterr().out
+
+
+def test_the_committed_report_is_what_its_numbers_say(tmp_path):
+    folder = Path(report.__file__).parents[1] / "results"
+    if not folder.is_dir():
+        pytest.skip("no checkout: the wheel has no results/")
+    committed = (folder / "README.md").read_text()
+    report.write(tmp_path, json.loads((folder / "tables.json").read_text()), committed.split("\n\n")[1])
+    assert (tmp_path / "README.md").read_text() == committed
+
+
+def test_an_order_is_shown_where_its_interval_keeps_to_one_side_of_0():
+    best = {"label": "rank, 9", "against": None, "average_tokens": 9.0}
+    row = lambda label, low, high, n=9.4: {"label": label, "against": "rank, 9", "average_tokens": n,
+                                           "differences": {"all": ((low + high) / 2, low, high)}}
+    text = report.verdicts({"1": {"rows": [best, row("average, 9", -5, -1), row("rank_reverse, 9", -3, 1), row("average, 12", 1, 2, 12.0)]},
+                            "6": {"rows": [best, row("stage 1, 9", -5, -1)]}, "7": {"rows": [best, row("stage 3, 9", 1, 2)]}})
+    said = {line.split(" | ")[2].split(" - ")[0]: line.split(" | ")[-1].strip(" |") for line in text.splitlines() if " - rank" in line}
+    assert said == {"average, 9": "**yes**", "rank_reverse, 9": "not shown", "stage 1, 9": "no, the reverse", "stage 3, 9": "**yes**"}
+    assert report.WHY["6"] in text and report.WHY["2"] not in text  # "average, 12" keeps more tokens: no comparison
 
 
 def test_what_cannot_be_measured_is_refused_first(model, monkeypatch):
