@@ -417,6 +417,7 @@ def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
         values = [row["speed-up"] for row in tables["peers"] if row["method"] == name]
         peer.bar(np.arange(len(sizes)) + 0.16 * place, values, width=0.16, color=color, label=name)
     peer.set_xticks(np.arange(len(sizes)) + 0.32, sizes)
+    peer.set_ylim(top=1.45 * peer.get_ylim()[1])  # room for the legend
     _describe(peer, "in the LLM alone, as many tokens kept by each", "visual tokens into the LLM", "speed-up")
     for column, color, marker in (("by sums, ms", INK, "o"), ("by pairs, ms", "#D55E00", "s")):
         rows = [row for row in tables["growth"] if column in row]
@@ -425,6 +426,7 @@ def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
     for column, (color, marker, dash) in zip(list(tables["overhead"][0])[1:], METHOD_STYLES):
         share.plot([row["tokens"] for row in tables["overhead"]], [row[column] for row in tables["overhead"]], color=color,
                    marker=marker, linestyle=dash, label=column.removesuffix(", % of a block").removesuffix(", % of a layer"))
+    share.set_ylim(top=1.45 * share.get_ylim()[1])
     _describe(share, "one choice, in percent of the block or layer it is made in", "tokens", "percent")
     return figure
 

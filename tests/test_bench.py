@@ -127,6 +127,9 @@ def test_peers_keep_the_same_mean_of_tokens_and_the_model_stays_on_sdpa():
     assert rows[0]["mean tokens"] == 256 and [r["method"] for r in rows[:2]] == ["unpruned", "stage 3"]
     for row in rows[1:]:
         assert row["mean tokens"] == pytest.approx(mine, abs=2), row["method"]
+    config = bench.build_decoder(TINY["llama"]).config
+    flops = [bench.prefill_flops(config, layers, bench.TEXT) for layers in ([256] * 8, [256] + [176] * 2 + [76] * 2 + [34] * 3)]
+    assert rows[1]["FLOPs ratio"] == pytest.approx(flops[0] / flops[1]) and rows[0]["FLOPs ratio"] == 1
     memory = {row["method"]: row["peak memory, MiB"] for row in rows}
     assert memory["FastV, eager"] > 2 * memory["FastV, SDPA"]  # every layer writes H S S weights
 
