@@ -408,21 +408,28 @@ def kept_half(x: torch.Tensor, score: torch.Tensor, prefix: int) -> torch.Tensor
 
 @torch.no_grad()
 def kernels(size: str, n: int, device: str, dtype: torch.dtype, runs: int, seconds: float) -> list[dict]:
-    """Prefill with PyTorch's fused (flash) attention and with its plain one."""
+    """Prefill with PyTorch's fused (flash) attention, with its plain one, and with the LLM's MLPs compiled by torch.compile."""
     model, rows = build(size, n, device, dtype), []
     images = torch.rand(1, 3, 256, 256, device=device)
     everyone = {name: c for name, c in contenders(model).items() if name != "EAGLE-style"}
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]  # the first that serves the mask
+    plain = [SDPBackend.MATH]
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, *plain]  # the first that serves the mask
 
     def once(c: Contender, backends: list) -> dict:
         with sdpa_kernel(backends, set_priority=True):
             return run(model, c, images, new=1)
 
     work = {(name, kind): lambda c=c, backends=backends: once(c, backends)
-            for name, c in everyone.items() for kind, backends in (("fused", fused), ("plain", [SDPBackend.MATH]))}
+            for name, c in everyone.items() for kind, backends in (("fused", fused), ("plain", plain))}
     timed = turns(work, runs, seconds)
+    for layer in model.decoder.model.layers:
+        layer.mlp.compile(dynamic=True)  # whole layers would be compiled anew for each kind of mask, for minutes
+    try:
+        timed |= turns({(name, "fused, MLPs compiled"): lambda c=c: once(c, fused) for name, c in everyone.items()}, runs, seconds)
+    except torch._dynamo.exc.BackendCompilerFailed as error:  # as without a C++ compiler
+        print(f"kernels: torch.compile does not work here: {str(error).splitlines()[0]}", file=sys.stderr)
     for (name, kind), results in timed.items():
-        rows.append({"visual tokens": 4 * n * n, "contender": name, "attention": kind, "prefill, s": median(results, "prefill"),
+        rows.append({"visual tokens": 4 * n * n, "contender": name, "kernels": kind, "prefill, s": median(results, "prefill"),
                      "runs": len(results), "speed-up": median(timed["unpruned", kind], "prefill") / median(results, "prefill")})
     return rows
 
@@ -445,7 +452,8 @@ NOTES = {
                     "eager*: with the attention weights written out, as its code does. *mean tokens*: in attention, over the blocks.",
     "growth": "Stage 2's `fuse`, half of N kept, against its formula with all pairs of different encoders.",
     "overhead": "One choice, with sorting and gathering, against the block or layer in which it is made. \"All rows\": of a SigLIP ViT-B/16.",
-    "kernels": "The same prefill on PyTorch's fused attention and on its plain one."}
+    "kernels": "The same prefill on PyTorch's fused attention and on its plain one, taking turns; then, in turns of their own, with "
+               "the LLM's MLPs compiled by torch.compile."}
 
 
 def bench(size: str, device: str, dtype: torch.dtype, quick: bool, done: Callable[[dict], None]) -> None:

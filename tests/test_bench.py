@@ -176,6 +176,7 @@ def test_every_table_has_its_rows_and_becomes_a_page(monkeypatch, tmp_path):
     assert whole[1, "METEOR"]["FLOPs ratio"] > whole[1, "EAGLE-style"]["FLOPs ratio"] > 1
     assert whole[2, "METEOR"]["KV cache, MiB"] == 2 * whole[1, "METEOR"]["KV cache, MiB"]
     assert whole[1, "METEOR"]["peak memory, MiB"] < whole[1, "unpruned"]["peak memory, MiB"]
+    assert {r["kernels"] for r in tables["kernels"]} >= {"fused", "plain"} and len({r["contender"] for r in tables["kernels"]}) == 2
     vit = {r["method"]: r for r in tables["inside_a_vit"]}
     assert vit["stage 1"]["tokens out"] == vit["ToMe"]["tokens out"] < vit["unpruned"]["tokens out"] == 64
     assert "by pairs, ms" in tables["growth"][0] and "by pairs, ms" not in tables["growth"][1]
