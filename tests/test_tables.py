@@ -5,6 +5,7 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -216,6 +217,25 @@ def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path,
     assert all(report.TITLES[name] in text for name in ("2", "figure1", "video")) and "paper: DocVQA" in text
     assert json.loads((tmp_path / "tables.json").read_text()).keys() == {"2", "figure1", "video"}
     assert report.TITLES["2"] in capsys.readouterr().out
+
+
+def test_coverage_is_of_stage_2_in_any_encoder_by_strategy(model, monkeypatch):
+    said = lambda _, budget: {"stage1": {"any": "early"}, "stage2": {"any": budget.stage2_strategy, "clip": "one"}, "stage3": {"any": "late"}}
+    monkeypatch.setattr(tables, "recall", said)
+    K = model.budget.stage1 // 3
+    assert tables.coverage(model) == {f"{s}, {K}": s for s in ("collaborative", "separate", "random", "greedy")}
+
+
+def test_tokens_by_group_are_means_over_its_own_questions(model, monkeypatch):
+    family = np.array(["presence", "number", "color", "cell"])
+    measured = {"accuracy": 0.0, "average_tokens": 33.0, "families": {}, "family_tokens": {}, "right": np.array([True, False, True, True]),
+                "tokens": np.array([30.0, 34.0, 32.0, 36.0]), "family": family, "llm_flops": 1.0, "survivors": {}}
+    monkeypatch.setattr(report, "accuracy", lambda *args: measured)
+    monkeypatch.setattr(report, "encoding_flops", lambda *args: 1)
+    monkeypatch.setattr(report, "FAMILIES", {f: g for f, g in report.FAMILIES.items() if f in family})
+    row = report.measure_rows(model, [tables.meteor_row(Budget.none(), "all")], 4, {})[0]
+    (general, low, high), (ocr, least, most) = (row["group_tokens"][g] for g in tables.GROUPS)
+    assert (general, ocr) == (31.0, 35.0) and 30 <= low <= 31 <= high <= 32 and 34 <= least <= 35 <= most <= 36
 
 
 def test_the_committed_report_is_what_its_numbers_say(tmp_path):
