@@ -146,7 +146,7 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
     for b, (part, K, criterion) in enumerate(zip(a.parts, keep, part_criteria)):
         for i in part:
             x_in, x = x, a.block(i, x, rope)
-        require(x.sum(dtype=torch.float32).isfinite(),  # with a NaN or inf it is not; cheaper than each
+        require(x.sum(dtype=torch.float32).isfinite(),  # one NaN or inf spoils the sum
                 f"features of {type(encoder).__name__} must be finite, got NaN or inf")
         N, least = x.shape[1] - P, 1 if a.prunable_inside or b == 2 else a.num_tokens
         require(K is None or isinstance(K, int) and least <= K <= N,

@@ -45,7 +45,7 @@ def visual_attention(q: Tensor, k: Tensor, scale: float, query_idx: Tensor, quer
     Returns: (B, H, S) float32, 0 outside the visual tokens. Memory: B H T S floats.  Source: [paper]
     """
     (B, H, T, d), S = q.shape, k.shape[2]
-    scores = scale * (q.reshape(B, k.shape[1], -1, d).float() @ k.float().mT).view(B, H, T, S)  # grouped
+    scores = scale * (q.reshape(B, k.shape[1], -1, d).float() @ k.float().mT).view(B, H, T, S)  # H_kv groups
     sees = valid[:, None] & (torch.arange(S, device=q.device) <= query_idx[..., None])  # causal: (B, T, S)
     weights = scores.masked_fill(~sees[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
     weights = weights.masked_fill(~query_valid[:, None, :, None], 0)  # (B, H, T, S)

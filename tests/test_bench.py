@@ -85,9 +85,9 @@ def test_the_stopwatch_charges_each_part_once_and_leaves_nothing_behind(model):
     before = [vars(owner)[name] for owner, name in places]
     c, images = bench.contenders(model)["METEOR"], torch.rand(1, 3, 40, 40)
     with bench.stopwatch(CPU) as spent:
-        prefill = bench.run(model, c, images, new=1)["prefill"]
+        wall = bench.seconds_of(lambda: bench.run(model, c, images, new=1), CPU)
     assert set(spent) == {"encoders", "stage 1", "projectors", "stage 2", "stage 3", "LLM"} and min(spent.values()) > 0
-    assert 0.5 * prefill < sum(spent.values()) < 1.5 * prefill  # parts are of the whole, none twice: no assertion of a speed
+    assert sum(spent.values()) <= wall  # a part inside another is not counted twice: no assertion of a speed
     assert before == [vars(owner)[name] for owner, name in places]
     with pytest.raises(RuntimeError, match="inside"), bench.stopwatch(CPU):
         raise RuntimeError("inside")
