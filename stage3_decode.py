@@ -24,12 +24,13 @@ Not from the paper: layers L/8, 3L/8, 5L/8 at other depths; halves round up; tie
 import inspect
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
+import transformers
 from torch import Tensor
-from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 CHECKED = weakref.WeakSet()  # decoders whose layers passed `check_decoder`, which takes a while
@@ -121,6 +122,75 @@ def require(condition, message: str) -> None:
         raise ValueError(message)
 
 
+# ------------------------------------------------------------------------- the library's own names
+# Hooks see a call by the names of its arguments, and a release of transformers may rename them: 5.24
+# did. The names that stage 3 reads or sets stand here alone; tests/test_library_names.py has a test
+# for each, and for the names of modules further down.
+
+TESTED_VERSIONS = "5.18 to 5.24"  # of transformers, the bounds in pyproject.toml
+DECODER_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
+LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings")
+
+
+def tested() -> str:
+    return f"stage 3 was tested with transformers {TESTED_VERSIONS}, this is {transformers.__version__}"
+
+
+def require_names(names: Iterable[str], found: Iterable[str], where: str) -> None:
+    """TypeError that says which of `names` the library no longer has there, and what was tested."""
+    for name in names:
+        if name not in found:
+            raise TypeError(f"{where} has no {name!r}, which stage 3 needs ({tested()})")
+
+
+def find_cache(values: Iterable) -> Cache | None:
+    """The KV cache among a call's arguments or outputs, by its type; None where there is none.
+
+    Its name does not matter: it was past_key_values until transformers 5.23 and is cache since.
+    """
+    for value in values:
+        if isinstance(value, Cache):
+            return value
+    return None
+
+
+def read_decoder_call(decoder, args: tuple, kwargs: dict) -> tuple:
+    """What a decoder is called with.
+
+    Returns: the input, ids (rows, T) or embeddings (rows, T, D); its attention mask, position ids
+        and KV cache, each None where not given.
+    """
+    signature = inspect.signature(decoder.forward)
+    require_names(DECODER_ARGUMENTS, signature.parameters, f"{type(decoder).__name__}.forward")
+    call = signature.bind(*args, **kwargs).arguments
+    ids, embeds, mask, position = (call.get(name) for name in DECODER_ARGUMENTS)
+    cache = find_cache([*args, *kwargs.values()])
+    return (ids if embeds is None else embeds), mask, position, cache
+
+
+def read_layer_call(layer, args: tuple, kwargs: dict) -> tuple:
+    """What a decoder layer is called with: hidden (rows, N, D), its mask, rotary (cos, sin), KV cache."""
+    call = dict(zip(LAYER_ARGUMENTS, args[:1])) | kwargs  # the hidden states come by position
+    where = f"the call of a {type(layer).__name__}"
+    require(len(args) <= 1, f"{where} must name all but its first argument ({tested()})")
+    require_names(LAYER_ARGUMENTS, call, where)
+    hidden, mask, rotary = (call[name] for name in LAYER_ARGUMENTS)
+    return hidden, mask, rotary, find_cache(call.values())
+
+
+def change_layer_call(kwargs: dict, hidden: Tensor, mask: Tensor | None, rotary) -> tuple[tuple, dict]:
+    """args and kwargs of the same call with these three in place of what came."""
+    changed = kwargs | dict(zip(LAYER_ARGUMENTS, (hidden, mask, rotary)))
+    hidden = changed.pop(LAYER_ARGUMENTS[0])
+    return (hidden,), changed
+
+
+def on_sdpa_or_eager(decoder) -> bool:
+    return decoder.config._attn_implementation in ("sdpa", "eager")
+
+
+# ------------------------------------------------------------------------------- inside a decoder
+
 def queries_and_keys(layer, hidden: Tensor, rotary: list[Tensor], query_idx: Tensor) -> tuple[Tensor, Tensor]:
     """The layer's rotated q (B, H, T, d) at query_idx (B, T) and k (B, H_kv, S, d), of hidden (B, S, D)."""
     attn, x, rows = layer.self_attn, layer.input_layernorm(hidden), query_idx[..., None]
@@ -137,14 +207,19 @@ def check_decoder(decoder) -> None:
     """Three tokens through each layer's attention; TypeError where `queries_and_keys` cannot explain it."""
     modes = [(module, module.training) for module in getattr(decoder, "modules", list)()]
     try:
-        require(decoder.config._attn_implementation in ("sdpa", "eager"), "it is not on sdpa or eager")
+        require(on_sdpa_or_eager(decoder), "it is not on sdpa or eager")
+        require_names(DECODER_ARGUMENTS, inspect.signature(decoder.forward).parameters, "its forward")
         decoder.eval()  # no dropout, and so no random numbers
         position, D = torch.arange(3, device=decoder.device)[None], decoder.config.hidden_size
         x = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
         rotary, last, every = decoder.rotary_emb(x, position), position[:, 2:], position >= 0
         for layer in decoder.layers:
             attn, normed = layer.self_attn, layer.input_layernorm(x)
-            theirs = attn(hidden_states=normed, position_embeddings=rotary, attention_mask=None)[0][0, 2]
+            for module in (layer, attn):
+                known = inspect.signature(module.forward).parameters
+                require_names(LAYER_ARGUMENTS, known, f"{type(module).__name__}.forward")
+            args, kwargs = change_layer_call({}, normed, None, rotary)
+            theirs = attn(*args, **kwargs)[0][0, 2]
             q, k = queries_and_keys(layer, x, rotary, last)
             a = visual_attention(q, k, attn.scaling, last, last > 0, every, every)  # of the last: (1, H, 3)
             v = attn.v_proj(normed).view(3, k.shape[1], -1)  # (3, H_kv, d)
@@ -153,7 +228,8 @@ def check_decoder(decoder) -> None:
             require(off <= max(torch.finfo(x.dtype).eps, 1e-7) ** 0.5, "its attention is not Llama's")
         CHECKED.add(decoder)
     except Exception as e:  # whatever another architecture answers
-        raise TypeError(f"decoder must be Llama, Mistral, Qwen2 or Qwen3, not {type(decoder).__name__}: {e}")
+        name = type(decoder).__name__
+        raise TypeError(f"decoder must be Llama, Mistral, Qwen2 or Qwen3, not {name}: {e} ({tested()})")
     finally:
         for module, mode in modes:
             module.training = mode
@@ -177,7 +253,7 @@ class AdaptivePruner:
     def __init__(self, decoder, visual_mask: Tensor, layers: list | None = None, lam: float | None = None,
                  k: int | None = 5, query_mask: Tensor | None = None, counts: dict | None = None):
         self.decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
-        if self.decoder not in CHECKED or self.decoder.config._attn_implementation not in ("sdpa", "eager"):
+        if self.decoder not in CHECKED or not on_sdpa_or_eager(self.decoder):
             check_decoder(self.decoder)
         L, H = self.decoder.config.num_hidden_layers, self.decoder.config.num_attention_heads
         require((lam is None) != (counts is None), "lam or counts must be given, and not both")
@@ -217,19 +293,17 @@ class AdaptivePruner:
 
     def _before_decoder(self, decoder, args, kwargs) -> None:
         """Reads the call: a prompt or its continuation, what is padding; refuses what cannot be pruned."""
-        call = inspect.signature(decoder.forward).bind(*args, **kwargs).arguments
-        mask, cache, position = map(call.get, ("attention_mask", "past_key_values", "position_ids"))
-        x = call["input_ids"] if call.get("inputs_embeds") is None else call["inputs_embeds"]
+        x, mask, position, cache = read_decoder_call(decoder, args, kwargs)
         past, (B, S), (rows, T) = cache.get_seq_length() if cache else 0, self.visual_mask.shape, x.shape[:2]
         require(not cache or isinstance(cache, DynamicCache) and past == 0 or cache is self._cache,
-                "past_key_values must be None, or a DynamicCache that is empty or was filled in this block")
+                "the KV cache must be None, or a DynamicCache that is empty or was filled in this block")
         require(mask is not None or position is None or (position.diff() == 1).all(),
                 "position_ids must count up by 1 where there is no attention_mask: packing is not supported")
         mask = torch.ones(rows, past + T, device=x.device) if mask is None else mask
         require(getattr(mask, "shape", 0) == (rows, past + T), "attention_mask must be (B, tokens so far)")
         require(past + T <= (getattr(decoder.config, "sliding_window", None) or math.inf),
                 f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens")
-        self._past, self._changed = past, {}
+        self._past, self._changed = past, None
         self._tail = mask.bool()[:, self._visual.shape[1] if past else T:]  # (rows, tokens since the prompt)
         if past:
             return
@@ -246,8 +320,9 @@ class AdaptivePruner:
 
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
         """A pruned layer selects; it and those up to the next pruned layer are called with what is left."""
-        kwargs = kwargs | self._changed
-        hidden, cache, rotary = args[0], kwargs.get("past_key_values"), kwargs["position_embeddings"]
+        hidden, mask, rotary, cache = read_layer_call(layer, args, kwargs)
+        if self._changed:  # by a pruned layer below
+            mask, rotary = self._changed
         if i in self.layers:
             if not self._past:
                 idx, self._valid = compact(self._stays(i, layer, hidden, rotary))  # (rows, N)
@@ -255,8 +330,8 @@ class AdaptivePruner:
                 self._index, self._stages[i], self._cache = self._index.gather(1, idx), self._valid, cache
             valid = torch.cat([self._stages[i], self._tail], dim=1)  # (rows, N + tokens since the prompt)
             mask = create_causal_mask(self.decoder.config, hidden, valid, cache, layer_idx=i)
-            self._changed = {"attention_mask": mask, "position_embeddings": rotary, "position_ids": None}
-        return (hidden, *args[1:]), kwargs | self._changed
+            self._changed = mask, rotary
+        return change_layer_call(kwargs, hidden, mask, rotary)
 
     @torch.no_grad()
     def _stays(self, i: int, layer, hidden: Tensor, rotary: tuple) -> Tensor:
@@ -279,6 +354,7 @@ class AdaptivePruner:
     def _after_decoder(self, decoder, args, output) -> None:
         """The prompt's last hidden state goes back to full length, so that logits and labels line up."""
         if not self._past:
+            require_names(["last_hidden_state"], dir(output), f"the output of {type(decoder).__name__}")
             hidden = output.last_hidden_state.masked_fill(~self._valid[..., None], 0)  # (rows, N, D)
             full = hidden.new_zeros(*self._visual.shape, hidden.shape[2])
             output.last_hidden_state = full.scatter(1, self._index[..., None].expand_as(hidden), hidden)
@@ -291,7 +367,7 @@ def main() -> None:
     embeds, visual_mask = torch.randn(2, 64, 64), (torch.arange(64) < 48).expand(2, 64)
     for lam in (math.inf, 10, 5):
         with AdaptivePruner(model, visual_mask, lam=lam) as pruner, torch.no_grad():
-            cache = model(inputs_embeds=embeds).past_key_values
+            cache = find_cache(model(inputs_embeds=embeds).values())
         kept = [K.tolist() for K in pruner.counts.values()]
         print(f"lambda {lam}: 48 -> {kept} visual tokens; KV cache", [*map(cache.get_seq_length, range(8))])
 

