@@ -211,8 +211,8 @@ class Adapter:
         self.num_blocks, self.prefix, self.from_cls = L, prefix, from_cls
         self.parts = [range(L * b // 3, L * (b + 1) // 3) for b in range(3)]  # of 24: they end at 7, 15, 23
         self.cfg = getattr(outer, "preprocess_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
-        found = {f"{type(b).__name__}.{type(b.attn).__name__}" for b in blocks if self.kinds}
-        require(found <= {*self.kinds},
+        found = {block_kind(block) for block in blocks}
+        require(not self.kinds or found <= {*self.kinds},
                 f"blocks of {type(model).__name__} must be {self.kinds}, got {sorted(found)}", TypeError)
         require(L >= 3 or not self.prunable_inside, f"encoder must have at least 3 blocks, got {L}")
 
@@ -239,6 +239,13 @@ class Adapter:
         # rope gets an axis for the heads: (B, N, 2 d) would be read as (H, N, 2 d)
         out = self.blocks[i](x) if rope is None else self.blocks[i](x, rope=rope[:, None])
         return out[0] if isinstance(out, tuple) else out  # transformers gives a tuple
+
+
+def block_kind(block: nn.Module) -> str:
+    """The class of a block, and of its attention where it has exactly one: "Block.Attention"."""
+    if not hasattr(block, "attn"):  # timm's parallel blocks have several
+        return type(block).__name__
+    return f"{type(block).__name__}.{type(block.attn).__name__}"
 
 
 def heads(t: Tensor, d: int) -> Tensor:

@@ -23,6 +23,7 @@ from open_clip.transformer import VisionTransformer
 from PIL import Image
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
+from timm.models.vision_transformer import ParallelScalingBlock, ParallelThingsBlock
 from torch import nn
 from transformers import (Dinov2Config, Dinov2Model, Dinov2WithRegistersConfig, Dinov2WithRegistersModel,
                           Pix2StructConfig, Pix2StructForConditionalGeneration, Pix2StructImageProcessor,
@@ -730,6 +731,10 @@ def test_one_bad_token_at_a_pruning_point_is_refused_though_it_might_be_dropped(
     (lambda: nn.Linear(2, 2), TypeError, "got Linear"),
     (lambda: clip(qk_norm=True), TypeError, "blocks of VisionTransformer must be .* got .*CustomResidualAttentionBlock"),
     (lambda: Eva(use_post_norm=True, **VIT), TypeError, "blocks of Eva must be .* got .*EvaBlockPostNorm"),
+    (lambda: timm.models.VisionTransformer(block_fn=ParallelThingsBlock, **VIT), TypeError,  # as vit_small_patch16_18x2_224
+     "blocks of VisionTransformer must be .* got .'ParallelThingsBlock'"),
+    (lambda: timm.models.VisionTransformer(block_fn=ParallelScalingBlock, **VIT), TypeError,
+     "blocks of VisionTransformer must be .* got .'ParallelScalingBlock'"),
     (lambda: Eva(use_rot_pos_emb=True, rope_type="mixed", **VIT), TypeError, "one rotary table, got 'mixed'"),
     (lambda: clip(layers=2), ValueError, "encoder must have at least 3 blocks, got 2"),
     (lambda: ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)), ValueError, "ConvNeXt must tell its input: set pretrained_cfg"),
