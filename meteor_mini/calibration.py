@@ -12,11 +12,12 @@ def lambda_from_table(table: dict | None, K: int, target: float) -> float:
 
     table: {"K": [..ascending], "lam": [..ascending], "average": one row per K}, measured by `calibrate`. The rows of
     the two nearest K are mixed linearly, then the monotone curve is inverted, linearly too.
-    Raises: ValueError without a table, or for a target outside what the table reaches at this K.
+    Raises: ValueError without a table, for one that is not as above, or for a target outside what the table reaches
+        at this K.
     """
     if not table:
         raise ValueError("stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first")
-    Ks, lams, rows = (torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average"))
+    Ks, lams, rows = read_table(table)
     if not Ks[0] <= K <= Ks[-1]:
         raise ValueError(f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, got {K}")
     above = int(torch.searchsorted(Ks, torch.tensor(float(K), dtype=torch.float64)).clamp(1, len(Ks) - 1))
@@ -27,6 +28,27 @@ def lambda_from_table(table: dict | None, K: int, target: float) -> float:
     i = int(torch.searchsorted(curve, torch.tensor(float(target), dtype=torch.float64)).clamp(1, len(curve) - 1))
     step = (curve[i] - curve[i - 1]).clamp(min=1e-9)
     return float(lams[i - 1] + (target - curve[i - 1]) / step * (lams[i] - lams[i - 1]))
+
+
+def read_table(table: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Ks (n,), lams (m,), averages (n, m), all float64, of a table as `calibrate` makes it.
+
+    Raises: ValueError for any other, as an edited config.json may hold.
+    """
+    wrong = ValueError(
+        "lambda_table must hold K and lam, 2 or more ascending numbers each, and average, a row of "
+        "len(lam) numbers for each K: measure it again with meteor_mini.calibrate"
+    )
+    try:
+        Ks, lams, rows = (torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise wrong from error
+    for ascending in (Ks, lams):
+        if ascending.dim() != 1 or len(ascending) < 2 or not (ascending.diff() > 0).all():
+            raise wrong
+    if rows.shape != (len(Ks), len(lams)):
+        raise wrong
+    return Ks, lams, rows
 
 
 @torch.no_grad()

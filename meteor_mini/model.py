@@ -404,9 +404,15 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         try:
             config = json.loads(Path(config_file).read_text())
             with hub_or_cache(folder):
-                model = cls(config, None if config["words"] else AutoTokenizer.from_pretrained(folder, **hub))
+                tokenizer = None if config["words"] else AutoTokenizer.from_pretrained(folder, **hub)
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"{config_file} is not the configuration of a Meteor model: {error}") from error
+        try:
+            model = cls(config, tokenizer)
+        except ImportError:  # a package that this model needs
+            raise
+        except Exception as error:  # the libraries raise a dozen kinds for sizes that do not fit each other
+            raise ValueError(f"no model can be built from {config_file}: {error}") from error
         try:
             weights, own = load_file(weights_file), model.weights()
         except SafetensorError as error:

@@ -20,7 +20,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import meteor_mini
-from meteor_mini import CHECKPOINTS, Answer, Budget, Meteor, cli, evaluate, glyphworld
+import stage3_decode
+from meteor_mini import CHECKPOINTS, Answer, Budget, Meteor, cli, evaluate, glyphworld, report
 from meteor_mini.presets import GLYPH_DECODER, GLYPH_ENCODERS
 
 FAMILIES = list(glyphworld.FAMILIES)
@@ -194,6 +195,16 @@ def test_eval_writes_both_rows(folder, model, tmp_path, capsys):
         assert re.search(rf"^{name} +[\d.]+ +[\d.]+$", printed, re.M)
 
 
+@pytest.mark.parametrize("options", [[], ["--table", "1"]], ids=["rows", "table"])
+def test_eval_refuses_what_stage_3_cannot_serve_before_it_asks_anything(options, folder, tmp_path, capsys, monkeypatch):
+    counted = []
+    monkeypatch.setattr(evaluate, "accuracy", lambda *args: counted.append(args))
+    monkeypatch.setattr(report, "report", lambda *args: counted.append(args))
+    monkeypatch.setattr(stage3_decode, "LAYER_ARGUMENTS", ("hidden_states", "attention_mask", "rotary_tables"))
+    refused(["eval", "--model", str(folder), *options], capsys, "has no 'rotary_tables', which stage 3 needs")
+    assert not counted
+
+
 def test_eval_prints_a_table(folder, tmp_path, capsys):
     path = tmp_path / "table.json"
     assert cli.main(["eval", "--model", str(folder), "--table", "1", "--samples", "8", "--json", str(path)]) == 0
@@ -279,14 +290,24 @@ def wrong_shape(copy):
     save_file(weights, copy / "model.safetensors")
 
 
+def changed_config(change):
+    def damage(copy):
+        config = json.loads((copy / "config.json").read_text())
+        change(config)
+        (copy / "config.json").write_text(json.dumps(config))
+    return damage
+
+
 @pytest.mark.parametrize("damage, words", [
+    (changed_config(lambda config: config["lambda_table"].update(K=[])), ["lambda_table"]),
+    (changed_config(lambda config: config["decoder"].update(hidden_size=7)), ["config.json", "hidden size (7)"]),
     (lambda copy: (copy / "model.safetensors").unlink(), ["broken", "model.safetensors"]),
     (lambda copy: (copy / "config.json").unlink(), ["broken", "config.json"]),
     (wrong_shape, ["model.safetensors", "decoder.model.norm.weight"]),
     (lambda copy: (copy / "model.safetensors").write_bytes(b"version https://git-lfs.github.com"), []),
     (lambda copy: (copy / "config.json").write_text("{}"), ["config.json"]),
     (lambda copy: (copy / "config.json").write_text("not json"), []),
-], ids=["no weights", "no config", "wrong shape", "no safetensors", "empty config", "no json"])
+], ids=["empty lambda table", "sizes", "no weights", "no config", "wrong shape", "no safetensors", "empty config", "no json"])
 def test_refused_model_directories(damage, words, folder, picture, tmp_path, capsys):
     refused(["ask", str(picture), QUESTION, "--model", str(broken(folder, tmp_path, damage))], capsys, *words)
 

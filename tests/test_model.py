@@ -207,6 +207,15 @@ def test_average_tokens_come_near_the_ones_asked_for(model):
         assert abs(got - tokens) <= 0.15 * tokens
 
 
+@pytest.mark.parametrize("damage", [
+    dict(K=[]), dict(K=[], lam=[], average=[]), dict(K=[10]), dict(K=[20, 10]), dict(K=["a", "b"]), dict(K=None), dict(lam=[1.0]),
+    dict(lam=[0.0, 2.0, 1.0]), dict(average=[[1.0, 5.0, 9.0]]), dict(average=[[1.0], [2.0]])], ids=str)
+def test_a_damaged_lambda_table_is_refused_in_one_sentence(damage):
+    table = {"K": [10, 20], "lam": [0.0, 1.0, 2.0], "average": [[1.0, 5.0, 9.0], [2.0, 10.0, 18.0]]} | damage
+    with pytest.raises(ValueError, match="lambda_table must hold K and lam, 2 or more ascending numbers each"):
+        lambda_from_table({key: value for key, value in table.items() if value is not None}, 10, 3.0)
+
+
 def test_lambda_is_read_off_the_table_linearly():
     table = {"K": [10, 20], "lam": [0.0, 1.0, 2.0], "average": [[1.0, 5.0, 9.0], [2.0, 10.0, 18.0]]}
     assert lambda_from_table(table, 10, 3.0) == pytest.approx(0.5)
@@ -260,6 +269,21 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
         Meteor.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a Meteor model"):
+        Meteor.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("part, sizes, message", [
+    ("decoder", dict(hidden_size=7), r"hidden size \(7\) is not a multiple of the number of attention heads \(8\)"),
+    ("decoder", dict(hidden_size=-8), "negative dimension"), ("decoder", dict(num_attention_heads=0), "division or modulo by zero"),
+    ("decoder", dict(num_hidden_layers="8"), "num_hidden_layers"), ("clip", dict(width=7), "divisible by num_heads"),
+    ("convnext", dict(dims=[1]), "out of range"), ("eva", dict(no_such_option=1), "no_such_option")])
+def test_sizes_that_do_not_add_up_are_refused(model, tmp_path, part, sizes, message):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    options = config["decoder"] if part == "decoder" else config["encoders"][part][1]
+    options.update(sizes)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=f"(?s)no model can be built from .*config.json: .*{message}"):
         Meteor.from_pretrained(tmp_path)
 
 
