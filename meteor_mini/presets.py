@@ -67,8 +67,12 @@ def build_encoder(name: str, options: dict) -> nn.Module:
 
 def build_open_clip(model_cfg: dict, preprocess: dict) -> nn.Module:
     """The image tower that `open_clip.create_model` would make, without its text tower."""
-    vision = model_cfg["vision_cfg"] | ({"timm_model_pretrained": False} if "timm_model_name" in model_cfg["vision_cfg"] else {})
-    visual = open_clip.model._build_vision_tower(model_cfg["embed_dim"], vision, model_cfg.get("quick_gelu", False))
+    vision = dict(model_cfg["vision_cfg"])
+    if "timm_model_name" in vision:
+        vision["timm_model_pretrained"] = False
+    text = {"vocab_size": 1, "context_length": 1, "width": 1, "heads": 1, "layers": 1}  # the smallest, not kept
+    quick_gelu = model_cfg.get("quick_gelu", False)
+    visual = open_clip.CLIP(model_cfg["embed_dim"], vision, text, quick_gelu).visual
     visual.preprocess_cfg = preprocess
     return visual
 
