@@ -133,7 +133,7 @@ LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings")
 
 
 def tested() -> str:
-    return f"stage 3 was tested with transformers {TESTED_VERSIONS}, this is {transformers.__version__}"
+    return f"tested with transformers {TESTED_VERSIONS}, this is {transformers.__version__}"
 
 
 def require_names(names: Iterable[str], found: Iterable[str], where: str) -> None:
@@ -228,8 +228,10 @@ def check_decoder(decoder) -> None:
             require(off <= max(torch.finfo(x.dtype).eps, 1e-7) ** 0.5, "its attention is not Llama's")
         CHECKED.add(decoder)
     except Exception as e:  # whatever another architecture answers
-        name = type(decoder).__name__
-        raise TypeError(f"decoder must be Llama, Mistral, Qwen2 or Qwen3, not {name}: {e} ({tested()})")
+        name, reason = type(decoder).__name__, str(e)
+        if tested() not in reason:
+            reason += f" ({tested()})"
+        raise TypeError(f"decoder must be Llama, Mistral, Qwen2 or Qwen3, not {name}: {reason}")
     finally:
         for module, mode in modes:
             module.training = mode

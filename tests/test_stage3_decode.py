@@ -802,6 +802,73 @@ def test_a_window_that_holds_the_whole_sequence_changes_nothing():
     assert torch.equal(*ids)
 
 
+# ----------------------------------------------------------------------------- another release of transformers
+
+VERSIONS = f"tested with transformers .* to .*, this is {transformers.__version__}"
+
+
+def test_a_cache_is_found_whatever_it_is_called():
+    cache = DynamicCache()
+    assert find_cache([None, 3, torch.ones(2), cache, "past"]) is cache
+    assert find_cache(dict(any_name=cache).values()) is cache and find_cache([None, (1, 2)]) is None
+
+
+@pytest.mark.parametrize("name", stage3_decode.DECODER_ARGUMENTS)
+def test_a_decoder_whose_argument_was_renamed_is_refused_with_the_name_and_the_versions(name):
+    model = build()
+    signature = inspect.signature(model.model.forward)
+    renamed = [p.replace(name="renamed") if p.name == name else p for p in signature.parameters.values()]
+    model.model.forward = lambda *args, **kwargs: None
+    model.model.forward.__signature__ = inspect.Signature(renamed)
+    with pytest.raises(TypeError, match=f"its forward has no '{name}', which stage 3 needs .{VERSIONS}"):
+        AdaptivePruner(model, ragged()[2], lam=1.0)
+
+
+@pytest.mark.parametrize("name", stage3_decode.LAYER_ARGUMENTS)
+def test_a_layer_whose_argument_was_renamed_is_refused_with_the_name_and_the_versions(name):
+    embeds, attention_mask, visual_mask = ragged()
+    model = build()
+
+    def rename(layer, args, kwargs):  # runs before the pruner's hook
+        kwargs = dict(hidden_states=args[0]) | kwargs
+        kwargs["renamed"] = kwargs.pop(name)
+        return (), kwargs
+
+    model.model.layers[1].register_forward_pre_hook(rename, with_kwargs=True)
+    with pytest.raises(TypeError, match=f"call of a LlamaDecoderLayer has no '{name}', which stage 3 needs .{VERSIONS}"), \
+            prune(model, visual_mask):
+        forward(model, embeds, attention_mask)
+
+
+def test_a_layer_called_by_position_is_refused():
+    """Stage 3 would not know which argument is which."""
+    embeds, attention_mask, visual_mask = ragged()
+    model = build()
+    by_position = lambda layer, args, kwargs: ((*args, kwargs.pop("attention_mask")), kwargs)
+    model.model.layers[1].register_forward_pre_hook(by_position, with_kwargs=True)
+    refuses(f"call of a LlamaDecoderLayer must name all but its first argument .{VERSIONS}", embeds,
+            attention_mask, visual_mask, model)
+
+
+def test_an_output_without_last_hidden_state_is_refused_with_the_name_and_the_versions():
+    embeds, attention_mask, visual_mask = ragged()
+    model = build()
+    model.model.register_forward_hook(lambda decoder, args, output: (output.last_hidden_state,))
+    with pytest.raises(TypeError, match=f"output of LlamaModel has no 'last_hidden_state', which stage 3 needs .{VERSIONS}"), \
+            prune(model, visual_mask):
+        forward(model, embeds, attention_mask)
+
+
+@pytest.mark.parametrize("name", ["q_proj", "k_proj", "v_proj", "o_proj", "head_dim", "scaling"])
+def test_an_attention_whose_part_was_renamed_is_refused_with_the_name_and_the_versions(name):
+    model = build()
+    attention = model.model.layers[2].self_attn
+    attention.renamed = getattr(attention, name)
+    delattr(attention, name)
+    with pytest.raises(TypeError, match=f"decoder must be .*no attribute '{name}'.*{VERSIONS}"):
+        AdaptivePruner(model, ragged()[2], lam=1.0)
+
+
 # -------------------------------------------------------------------------------------------------- the file
 
 def test_file_keeps_to_its_form():

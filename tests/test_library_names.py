@@ -1,0 +1,273 @@
+"""Every name inside transformers, open_clip, timm and huggingface_hub that we rely on, a test each.
+
+A release may rename any of them. These tests run before all others (conftest.py), on the libraries alone:
+where one fails, it says in a sentence which name is gone and who needs it, and the rest is skipped.
+The bounds in pyproject.toml are the versions that all tests passed on; README says how to raise one.
+"""
+import functools
+import importlib
+import importlib.metadata
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import Cache, DynamicCache
+
+import stage1_encode
+import stage3_decode
+
+DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3"]
+TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
+
+
+def missing(where: str, name: str, user: str):
+    """The one way in which these tests fail."""
+    library = re.match(r"\w+", where).group()
+    version = importlib.metadata.version({"open_clip": "open_clip_torch"}.get(library, library))
+    pytest.fail(f"{where} has no {name!r} in {library} {version}, and {user} needs it", pytrace=False)
+
+
+def check_path(thing, path: str, user: str):
+    """Follow a dotted path; fail if its last name is missing, skip if an earlier one is: that has its own test."""
+    *parents, last = path.split(".")
+    for name in parents:
+        if not hasattr(thing, name):
+            pytest.skip(f"{name!r} is missing, which has a test of its own")
+        thing = getattr(thing, name)
+    if not hasattr(thing, last):
+        missing(f"{type(thing).__module__}.{type(thing).__qualname__}", last, user)
+
+
+# ------------------------------------------------------------------- what stage 3 finds in a decoder
+
+@functools.cache
+def decoder(family: str):
+    config = getattr(transformers, family + "Config")(**TINY, num_key_value_heads=2, intermediate_size=32, vocab_size=8)
+    return getattr(transformers, family + "Model")(config).eval()
+
+
+@pytest.mark.parametrize("path", [
+    "config.hidden_size", "config.num_hidden_layers", "config.num_attention_heads", "config._attn_implementation", "device", "dtype",
+    "rotary_emb", "layers", "layers.0.input_layernorm", "layers.0.self_attn", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj",
+    "layers.0.self_attn.v_proj", "layers.0.self_attn.o_proj", "layers.0.self_attn.head_dim", "layers.0.self_attn.scaling"])
+def test_decoders_have(path):
+    for family in DECODERS:
+        check_path(decoder(family), path, "stage3_decode.py")
+
+
+@pytest.mark.parametrize("family, path", [
+    ("Qwen3", "layers.0.self_attn.q_norm"), ("Qwen3", "layers.0.self_attn.k_norm"), ("Mistral", "config.sliding_window")])
+def test_one_family_has(family, path):
+    """Stage 3 takes a decoder without these for one that needs them not: no error of its own would tell."""
+    check_path(decoder(family), path, "stage3_decode.py")
+
+
+@pytest.mark.parametrize("outer", ["LlamaForCausalLM", "LlavaForConditionalGeneration"])
+def test_get_decoder(outer):
+    if not hasattr(getattr(transformers, outer), "get_decoder"):
+        missing(f"transformers.{outer}", "get_decoder", "stage3_decode.py")
+
+
+def test_apply_rotary_pos_emb():
+    for family in DECODERS:
+        module = inspect.getmodule(type(decoder(family)))
+        if not hasattr(module, "apply_rotary_pos_emb"):
+            missing(module.__name__, "apply_rotary_pos_emb", "stage3_decode.py")
+
+
+# --------------------------------------------------------------------- what it finds in a call
+
+@functools.cache
+def recorded(family: str) -> tuple:
+    """args and kwargs of the first layer's call, and the decoder's output, for a prompt of 5 tokens."""
+    model, calls = decoder(family), []
+    if not hasattr(model, "layers"):
+        pytest.skip("'layers' is missing, which has a test of its own")
+    handle = model.layers[0].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    with torch.no_grad():
+        output = model(torch.arange(5)[None], use_cache=True)
+    handle.remove()
+    return *calls[0], output
+
+
+@pytest.mark.parametrize("name", stage3_decode.DECODER_ARGUMENTS)
+def test_decoders_are_called_with(name):
+    for family in DECODERS:
+        if name not in inspect.signature(decoder(family).forward).parameters:
+            missing(f"transformers.{family}Model.forward", name, "stage3_decode.py")
+
+
+@pytest.mark.parametrize("name", stage3_decode.LAYER_ARGUMENTS)
+def test_layers_and_attention_are_called_with(name):
+    for family in DECODERS:
+        args, kwargs, _ = recorded(family)
+        layer = decoder(family).layers[0]
+        by_position = [*inspect.signature(layer.forward).parameters][:len(args)]
+        if name not in [*by_position, *kwargs]:
+            missing(f"transformers: {family}Model's call of a layer", name, "stage3_decode.py")
+        if not hasattr(layer, "self_attn"):
+            pytest.skip("'self_attn' is missing, which has a test of its own")
+        if name not in inspect.signature(layer.self_attn.forward).parameters:
+            missing(f"transformers: the attention of {family}Model", name, "stage3_decode.py")
+
+
+def test_the_hidden_states_alone_come_by_position():
+    for family in DECODERS:
+        assert len(recorded(family)[0]) == 1, f"{family}Model calls its layers with more than hidden_states by position"
+
+
+def test_the_cache_of_a_call_is_a_dynamic_cache_of_known_length():
+    """By type alone, whatever it is called."""
+    for family in DECODERS:
+        _, kwargs, output = recorded(family)
+        for values in (kwargs.values(), output.values()):
+            caches = [value for value in values if isinstance(value, Cache)]
+            assert len(caches) == 1 and isinstance(caches[0], DynamicCache), f"{family}: {len(caches)} KV caches in a call"
+            assert caches[0].get_seq_length(0) == 5
+
+
+def test_last_hidden_state():
+    for family in DECODERS:
+        if not hasattr(recorded(family)[2], "last_hidden_state"):
+            missing(f"transformers: the output of {family}Model", "last_hidden_state", "stage3_decode.py")
+
+
+def test_create_causal_mask_takes_config_states_padding_and_cache_and_is_sized_by_one_layer():
+    """By its effect: one token after 3 in layer 1's cache, and 5 in layer 0's; the first of layer 1 is padding."""
+    cache, model = DynamicCache(), decoder("Llama")
+    for layer, length in enumerate((5, 3)):
+        cache.update(torch.zeros(1, 2, length, 8), torch.zeros(1, 2, length, 8), layer)
+    valid = torch.tensor([[False, True, True, True]])
+    mask = stage3_decode.create_causal_mask(model.config, torch.zeros(1, 1, 32), valid, cache, layer_idx=1)
+    assert mask.tolist() == [[[[False, True, True, True]]]]
+
+
+# ------------------------------------------------------------------- what stage 1 finds in encoders
+
+@pytest.mark.parametrize("path", stage1_encode.FAMILIES)
+def test_the_class_of_a_family(path):
+    module, _, name = path.rpartition(".")
+    if not hasattr(importlib.import_module(module), name):
+        missing(module, name, "stage1_encode.py")
+
+
+@functools.cache
+def encoder(family: str):
+    """A tiny one of the library's own class."""
+    import timm
+    from open_clip.transformer import VisionTransformer
+    vit = dict(img_size=16, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=0)
+    if family == "CLIP":
+        return VisionTransformer(image_size=16, patch_size=8, width=32, layers=3, heads=4, mlp_ratio=1.0, output_dim=8)
+    if family == "ViT":
+        return timm.models.VisionTransformer(**vit)
+    if family == "EVA fused":
+        return timm.models.Eva(use_rot_pos_emb=True, ref_feat_shape=(2, 2), **vit)
+    if family == "EVA":
+        return timm.models.Eva(use_rot_pos_emb=True, ref_feat_shape=(2, 2), qkv_fused=False, **vit)
+    if family == "ConvNeXt":
+        return timm.models.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=0)
+    if family == "Pix2Struct":
+        return transformers.Pix2StructVisionModel(transformers.Pix2StructVisionConfig(**TINY, d_kv=8, d_ff=32, seq_len=4))
+    if family == "DINOv2":
+        return transformers.Dinov2Model(transformers.Dinov2Config(**TINY, image_size=16, patch_size=8))
+    if family == "CLIP of transformers":
+        config = transformers.CLIPVisionConfig(**TINY, intermediate_size=32, image_size=16, patch_size=8)
+        return transformers.CLIPVisionModel(config)
+    text = transformers.LlamaConfig(**TINY, intermediate_size=32, vocab_size=8)
+    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+        vision_config=encoder("CLIP of transformers").config, text_config=text, image_token_id=3))
+
+
+TIMM = ["_pos_embed", "patch_embed", "patch_embed.grid_size", "patch_embed.img_size", "norm_pre", "blocks", "norm", "embed_dim",
+        "num_prefix_tokens", "cls_token", "blocks.0.norm1", "blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.attn.q_norm",
+        "blocks.0.attn.k_norm", "blocks.0.attn.head_dim", "blocks.0.attn.scale"]
+ENCODER_PATHS = {
+    "CLIP": ["_embeds", "transformer", "transformer.resblocks", "ln_post", "attn_pool", "final_ln_after_pool", "conv1", "grid_size",
+             "image_size", "transformer.resblocks.0.ln_1", "transformer.resblocks.0.attn"],
+    "ViT": [*TIMM, "patch_drop", "blocks.0.ls1", "blocks.0.ls2", "blocks.0.norm2", "blocks.0.mlp", "blocks.0.attn.proj"],  # and ToMe
+    "EVA fused": [*TIMM, "rope_mixed", "blocks.0.attn.q_bias", "blocks.0.attn.rotate_half"],
+    "EVA": ["blocks.0.attn.q_proj", "blocks.0.attn.k_proj"],
+    "ConvNeXt": ["forward_features", "feature_info", "num_features"],
+    "Pix2Struct": ["config.patch_embed_hidden_size", "config.seq_len", "embeddings", "encoder", "encoder.layer", "layernorm",
+                   "encoder.layer.0.pre_attention_layer_norm", "encoder.layer.0.attention", "encoder.layer.0.attention.query",
+                   "encoder.layer.0.attention.key", "encoder.layer.0.attention.key_value_proj_dim", "encoder.layer.0.attention.scaling"],
+    "DINOv2": ["embeddings", "embeddings.patch_embeddings", "embeddings.patch_embeddings.image_size",
+               "embeddings.patch_embeddings.patch_size", "encoder", "encoder.layer", "layernorm", "encoder.layer.0.norm1",
+               "encoder.layer.0.attention", "encoder.layer.0.attention.q_proj", "encoder.layer.0.attention.k_proj",
+               "encoder.layer.0.attention.head_dim", "encoder.layer.0.attention.scaling"],
+    "CLIP of transformers": ["embeddings", "pre_layrnorm", "encoder", "encoder.layers", "encoder.layers.0.layer_norm1",
+                             "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.k_proj",
+                             "encoder.layers.0.self_attn.head_dim", "encoder.layers.0.self_attn.scale"],
+    "LLaVA": ["model", "model.vision_tower", "model.multi_modal_projector", "config.vision_feature_layer",
+              "config.vision_feature_select_strategy", "config.image_token_id"],
+}
+
+
+@pytest.mark.parametrize("family, path", [(family, path) for family, paths in ENCODER_PATHS.items() for path in paths])
+def test_encoders_have(family, path):
+    user = "meteor_mini/vlm.py" if family in ("CLIP of transformers", "LLaVA") else "stage1_encode.py"
+    check_path(encoder(family), path, user)
+
+
+def test_rotary_table_of_a_block():
+    if "rope" not in inspect.signature(encoder("EVA").blocks[0].forward).parameters:
+        missing("timm.models.eva.EvaBlock.forward", "rope", "stage1_encode.py")
+
+
+def test_rotary_embedding_by_halves():
+    from timm import layers
+    if not hasattr(layers, "apply_rot_embed_cat"):
+        missing("timm.layers", "apply_rot_embed_cat", "stage1_encode.py")
+    if "half" not in inspect.signature(layers.apply_rot_embed_cat).parameters:
+        missing("timm.layers.apply_rot_embed_cat", "half", "stage1_encode.py")
+
+
+# ------------------------------------------------------------------------ what meteor_mini calls
+
+FUNCTIONS = {
+    "meteor_mini/pretrained.py": [
+        "open_clip.create_model", "open_clip.list_models", "open_clip.get_pretrained_cfg", "open_clip.get_model_config",
+        "open_clip.download_pretrained", "open_clip.list_pretrained_tags_by_model", "open_clip.pretrained.download_pretrained_from_hf"],
+    "meteor_mini/presets.py": ["open_clip.CLIP"],
+    "meteor_mini/model.py": ["huggingface_hub.PyTorchModelHubMixin", "huggingface_hub.hf_hub_download", "huggingface_hub.get_session",
+                             "huggingface_hub.constants.ENDPOINT", "huggingface_hub.constants.HF_HUB_OFFLINE",
+                             "huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT"],
+    "meteor_mini/baselines.py": ["transformers.PreTrainedModel.set_attn_implementation"],
+}
+
+
+@pytest.mark.parametrize("user, path", [(user, path) for user, paths in FUNCTIONS.items() for path in paths])
+def test_functions(user, path):
+    where, _, name = path.rpartition(".")
+    try:
+        owner = importlib.import_module(where)
+    except ModuleNotFoundError:  # a class of a module
+        module, _, cls = where.rpartition(".")
+        owner = getattr(importlib.import_module(module), cls)
+    if not hasattr(owner, name):
+        missing(where, name, user)
+
+
+@pytest.mark.parametrize("path", ["lm_head", "model", "model.norm"])
+def test_a_llama_has(path):
+    """Read by the training of meteor_mini, which asks for no logits of the prompt."""
+    config = transformers.LlamaConfig(**TINY, intermediate_size=32, vocab_size=8)
+    check_path(transformers.LlamaForCausalLM(config), path, "meteor_mini/model.py or train.py")
+
+
+# -------------------------------------------------------------------------------- the bounds
+
+def test_the_versions_that_stage_3_names_are_the_bounds_of_pyproject():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    low, major, minor = re.search(r'"transformers>=([\d.]+),<(\d+)\.(\d+)"', text).groups()
+    assert stage3_decode.TESTED_VERSIONS == f"{low} to {major}.{int(minor) - 1}"
+
+
+def test_every_library_that_we_reach_into_is_bounded_on_both_sides_with_a_reason():
+    text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
+    for library in ("torch", "transformers", "open_clip_torch", "timm"):
+        assert re.search(rf'^    "{library}>=[\d.]+,<[\d.]+",  # \S+', text, re.M), f"{library} in pyproject.toml"
