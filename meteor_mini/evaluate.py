@@ -3,6 +3,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import glyphworld
@@ -74,7 +75,8 @@ def encoding_flops(model: Meteor, encode: Callable[[Meteor, torch.Tensor], objec
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)  # CLIP's: the counter does not know that operator, and counts nothing
     try:
-        with FlopCounterMode(display=False) as counter:
+        # Plain attention is counted by its products; torch before 2.15 has no count for the CPU's fused one.
+        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             encode(model, image)
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
