@@ -302,14 +302,19 @@ class AdaptivePruner:
         require(mask is not None or position is None or (position.diff() == 1).all(),
                 "position_ids must count up by 1 where there is no attention_mask: packing is not supported")
         mask = torch.ones(rows, past + T, device=x.device) if mask is None else mask
-        require(getattr(mask, "shape", 0) == (rows, past + T), "attention_mask must be (B, tokens so far)")
+        no_cache = ""
+        if cache is None and self.kept:  # after a prompt in this block
+            no_cache = f", and this call has no KV cache ({tested()})"
+        require(getattr(mask, "shape", 0) == (rows, past + T),
+                f"attention_mask must be (B, tokens so far){no_cache}")
         require(past + T <= (getattr(decoder.config, "sliding_window", None) or math.inf),
                 f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens")
         self._past, self._changed = past, None
         self._tail = mask.bool()[:, self._visual.shape[1] if past else T:]  # (rows, tokens since the prompt)
         if past:
             return
-        require(T == S or T > S and self.kept, f"the prompt must be visual_mask's {S} tokens, got {T}")
+        require(T == S or T > S and self.kept,
+                f"the prompt must be visual_mask's {S} tokens, got {T}{no_cache}")
         c = self._copies = max(1, rows // B)  # generate puts copies of a sample side by side, e.g. for beams
         require(rows == B * c and (c == 1 or x[:, :S].equal(x[::c, :S].repeat_interleave(c, dim=0))),
                 f"the batch must be visual_mask's {B} samples, or copies of each side by side, got {rows}")
@@ -356,7 +361,12 @@ class AdaptivePruner:
     def _after_decoder(self, decoder, args, output) -> None:
         """The prompt's last hidden state goes back to full length, so that logits and labels line up."""
         if not self._past:
-            require_names(["last_hidden_state"], dir(output), f"the output of {type(decoder).__name__}")
+            name = type(decoder).__name__
+            require_names(["last_hidden_state"], dir(output), f"the output of {name}")
+            cache = find_cache(output.values())
+            same = cache is self._cache or cache is None or cache.get_seq_length() == 0  # 0: not used
+            require(same or not self.kept,  # nothing kept: compiled before, which __exit__ says
+                    f"{name} must hand its KV cache to the layers as it is ({tested()})")
             hidden = output.last_hidden_state.masked_fill(~self._valid[..., None], 0)  # (rows, N, D)
             full = hidden.new_zeros(*self._visual.shape, hidden.shape[2])
             output.last_hidden_state = full.scatter(1, self._index[..., None].expand_as(hidden), hidden)

@@ -850,6 +850,40 @@ def test_a_layer_called_by_position_is_refused():
             attention_mask, visual_mask, model)
 
 
+class Wrapped:
+    """A KV cache of no known type."""
+
+    def __init__(self, cache):
+        self.cache = cache
+
+    def __getattr__(self, name):
+        return getattr(self.cache, name)
+
+
+def test_layers_that_are_given_another_cache_are_refused():
+    """Their masks would be as long as if nothing had been said before, and no error would follow."""
+    embeds, attention_mask, visual_mask = ragged()
+    model = build()
+
+    def wrap(layer, args, kwargs):
+        return args, kwargs | {CACHE: Wrapped(kwargs[CACHE])}
+
+    for layer in model.model.layers:
+        layer.register_forward_pre_hook(wrap, with_kwargs=True)
+    refuses(f"LlamaModel must hand its KV cache to the layers as it is .{VERSIONS}", embeds, attention_mask,
+            visual_mask, model)
+
+
+def test_a_continuation_whose_cache_is_not_found_says_so():
+    embeds, attention_mask, visual_mask = ragged()
+    for mask, message in ((torch.ones(3, embeds.shape[1] + 1), "attention_mask must be .B, tokens so far."),
+                          (None, "the prompt must be visual_mask's 24 tokens, got 1")):
+        with pytest.raises(ValueError, match=f"{message}, and this call has no KV cache .{VERSIONS}"), \
+                prune(tiny(), visual_mask):
+            forward(tiny(), embeds, attention_mask)
+            forward(tiny(), embeds[:, :1], mask)
+
+
 def test_an_output_without_last_hidden_state_is_refused_with_the_name_and_the_versions():
     embeds, attention_mask, visual_mask = ragged()
     model = build()
