@@ -123,9 +123,9 @@ def require(condition, message: str) -> None:
 
 
 # ------------------------------------------------------------------------- the library's own names
-# Hooks see a call by the names of its arguments, and a release of transformers may rename them: 5.24
-# did. The names that stage 3 reads or sets stand here alone; tests/test_library_names.py has a test
-# for each, and for the names of modules further down.
+# Hooks see a call by the names of its arguments, and a release of transformers may rename them, as
+# 5.24 did. The arguments that stage 3 reads or replaces are named in this part alone. These names, and
+# those of modules below, have a test each in tests/test_library_names.py.
 
 TESTED_VERSIONS = "5.18 to 5.24"  # of transformers, the bounds in pyproject.toml
 DECODER_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -144,12 +144,13 @@ def require_names(names: Iterable[str], found: Iterable[str], where: str) -> Non
 
 
 def find_cache(values: Iterable) -> Cache | None:
-    """The KV cache among a call's arguments or outputs, by its type; None where there is none.
+    """The KV cache among a call's arguments or outputs, whatever it is called; None where there is none.
 
-    Its name does not matter: it was past_key_values until transformers 5.23 and is cache since.
+    It is told by its type: its name was past_key_values until transformers 5.23, and is cache since.
+    Also found is what only behaves like one, so that it can be refused.
     """
     for value in values:
-        if isinstance(value, Cache):
+        if isinstance(value, Cache) or hasattr(value, "get_seq_length"):
             return value
     return None
 
@@ -161,7 +162,6 @@ def read_decoder_call(decoder, args: tuple, kwargs: dict) -> tuple:
         and KV cache, each None where not given.
     """
     signature = inspect.signature(decoder.forward)
-    require_names(DECODER_ARGUMENTS, signature.parameters, f"{type(decoder).__name__}.forward")
     call = signature.bind(*args, **kwargs).arguments
     ids, embeds, mask, position = (call.get(name) for name in DECODER_ARGUMENTS)
     cache = find_cache([*args, *kwargs.values()])
@@ -209,15 +209,13 @@ def check_decoder(decoder) -> None:
     try:
         require(on_sdpa_or_eager(decoder), "it is not on sdpa or eager")
         require_names(DECODER_ARGUMENTS, inspect.signature(decoder.forward).parameters, "its forward")
+        # Layers are not checked so: one may be wrapped, and then its call alone has the names.
         decoder.eval()  # no dropout, and so no random numbers
         position, D = torch.arange(3, device=decoder.device)[None], decoder.config.hidden_size
         x = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
         rotary, last, every = decoder.rotary_emb(x, position), position[:, 2:], position >= 0
         for layer in decoder.layers:
             attn, normed = layer.self_attn, layer.input_layernorm(x)
-            for module in (layer, attn):
-                known = inspect.signature(module.forward).parameters
-                require_names(LAYER_ARGUMENTS, known, f"{type(module).__name__}.forward")
             args, kwargs = change_layer_call({}, normed, None, rotary)
             theirs = attn(*args, **kwargs)[0][0, 2]
             q, k = queries_and_keys(layer, x, rotary, last)
@@ -302,11 +300,11 @@ class AdaptivePruner:
         require(mask is not None or position is None or (position.diff() == 1).all(),
                 "position_ids must count up by 1 where there is no attention_mask: packing is not supported")
         mask = torch.ones(rows, past + T, device=x.device) if mask is None else mask
-        no_cache = ""
-        if cache is None and self.kept:  # after a prompt in this block
-            no_cache = f", and this call has no KV cache ({tested()})"
+        hint = ""
+        if cache is None and self.kept and T < S:
+            hint = f"; if this call continues the prompt, its KV cache was not found ({tested()})"
         require(getattr(mask, "shape", 0) == (rows, past + T),
-                f"attention_mask must be (B, tokens so far){no_cache}")
+                f"attention_mask must be (B, tokens so far){hint}")
         require(past + T <= (getattr(decoder.config, "sliding_window", None) or math.inf),
                 f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens")
         self._past, self._changed = past, None
@@ -314,7 +312,7 @@ class AdaptivePruner:
         if past:
             return
         require(T == S or T > S and self.kept,
-                f"the prompt must be visual_mask's {S} tokens, got {T}{no_cache}")
+                f"the prompt must be visual_mask's {S} tokens, got {T}{hint}")
         c = self._copies = max(1, rows // B)  # generate puts copies of a sample side by side, e.g. for beams
         require(rows == B * c and (c == 1 or x[:, :S].equal(x[::c, :S].repeat_interleave(c, dim=0))),
                 f"the batch must be visual_mask's {B} samples, or copies of each side by side, got {rows}")
@@ -362,10 +360,11 @@ class AdaptivePruner:
         """The prompt's last hidden state goes back to full length, so that logits and labels line up."""
         if not self._past:
             name = type(decoder).__name__
+            require(not isinstance(output, tuple), "return_dict must be True, or not given")
             require_names(["last_hidden_state"], dir(output), f"the output of {name}")
             cache = find_cache(output.values())
             same = cache is self._cache or cache is None or cache.get_seq_length() == 0  # 0: not used
-            require(same or not self.kept,  # nothing kept: compiled before, which __exit__ says
+            require(same or not self.kept,  # if nothing was kept, no layer's hook ran: __exit__ says so
                     f"{name} must hand its KV cache to the layers as it is ({tested()})")
             hidden = output.last_hidden_state.masked_fill(~self._valid[..., None], 0)  # (rows, N, D)
             full = hidden.new_zeros(*self._visual.shape, hidden.shape[2])

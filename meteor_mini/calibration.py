@@ -41,12 +41,13 @@ def read_table(table: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     )
     try:
         Ks, lams, rows = (torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average"))
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise wrong from error
     for ascending in (Ks, lams):
         if ascending.dim() != 1 or len(ascending) < 2 or not (ascending.diff() > 0).all():
             raise wrong
-    if rows.shape != (len(Ks), len(lams)):
+    finite = all(numbers.isfinite().all() for numbers in (Ks, lams, rows))
+    if rows.shape != (len(Ks), len(lams)) or not finite:
         raise wrong
     return Ks, lams, rows
 

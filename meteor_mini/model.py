@@ -412,7 +412,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         except ImportError:  # a package that this model needs
             raise
         except Exception as error:  # the libraries raise a dozen kinds for sizes that do not fit each other
-            raise ValueError(f"no model can be built from {config_file}: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"no model can be built from {config_file}: {reason}") from error
         try:
             weights, own = load_file(weights_file), model.weights()
         except SafetensorError as error:

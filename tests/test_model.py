@@ -3,6 +3,7 @@
 The embedded checkpoint is the model under test, so these tests also say that it loads and works.
 """
 import json
+import math
 import shutil
 
 import pytest
@@ -209,7 +210,7 @@ def test_average_tokens_come_near_the_ones_asked_for(model):
 
 @pytest.mark.parametrize("damage", [
     dict(K=[]), dict(K=[], lam=[], average=[]), dict(K=[10]), dict(K=[20, 10]), dict(K=["a", "b"]), dict(K=None), dict(lam=[1.0]),
-    dict(lam=[0.0, 2.0, 1.0]), dict(average=[[1.0, 5.0, 9.0]]), dict(average=[[1.0], [2.0]])], ids=str)
+    dict(lam=[0.0, 2.0, 1.0]), dict(K=[10, 10**400]), dict(average=[[1.0, 5.0, math.nan], [2.0, 10.0, 18.0]]), dict(average=[[1.0, 5.0, 9.0]]), dict(average=[[1.0], [2.0]])], ids=str)
 def test_a_damaged_lambda_table_is_refused_in_one_sentence(damage):
     table = {"K": [10, 20], "lam": [0.0, 1.0, 2.0], "average": [[1.0, 5.0, 9.0], [2.0, 10.0, 18.0]]} | damage
     with pytest.raises(ValueError, match="lambda_table must hold K and lam, 2 or more ascending numbers each"):
@@ -269,6 +270,9 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
         Meteor.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a Meteor model"):
+        Meteor.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"words": ["a"]}')
+    with pytest.raises(ValueError, match="no model can be built from .*: KeyError: 'encoders'"):
         Meteor.from_pretrained(tmp_path)
 
 

@@ -813,6 +813,12 @@ def test_a_cache_is_found_whatever_it_is_called():
     assert find_cache(dict(any_name=cache).values()) is cache and find_cache([None, (1, 2)]) is None
 
 
+def test_a_cache_of_no_known_type_is_refused_and_not_overlooked():
+    embeds, attention_mask, visual_mask = ragged()
+    refuses("the KV cache must be None, or a DynamicCache", embeds, attention_mask, visual_mask,
+            **{CACHE: Wrapped(DynamicCache(config=tiny().config))})
+
+
 @pytest.mark.parametrize("name", stage3_decode.DECODER_ARGUMENTS)
 def test_a_decoder_whose_argument_was_renamed_is_refused_with_the_name_and_the_versions(name):
     model = build()
@@ -876,18 +882,57 @@ def test_layers_that_are_given_another_cache_are_refused():
 
 def test_a_continuation_whose_cache_is_not_found_says_so():
     embeds, attention_mask, visual_mask = ragged()
+    hint = f"; if this call continues the prompt, its KV cache was not found .{VERSIONS}"
     for mask, message in ((torch.ones(3, embeds.shape[1] + 1), "attention_mask must be .B, tokens so far."),
                           (None, "the prompt must be visual_mask's 24 tokens, got 1")):
-        with pytest.raises(ValueError, match=f"{message}, and this call has no KV cache .{VERSIONS}"), \
+        with pytest.raises(ValueError, match=message + hint), \
                 prune(tiny(), visual_mask):
             forward(tiny(), embeds, attention_mask)
             forward(tiny(), embeds[:, :1], mask)
 
 
+@pytest.mark.parametrize("wrap", [
+    lambda layer: torch.compile(layer, backend="eager"), lambda layer: AnyCall(layer)], ids=["compiled", "wrapped"])
+def test_layers_that_are_compiled_or_wrapped_one_by_one_are_pruned_as_before(wrap):
+    embeds, attention_mask, visual_mask = ragged()
+    model = build()
+    with prune(model, visual_mask) as want:
+        forward(model, embeds, attention_mask)
+    for i, layer in enumerate(model.model.layers):
+        model.model.layers[i] = wrap(layer)
+    with prune(model, visual_mask) as pruner:
+        forward(model, embeds, attention_mask)
+    assert all(torch.equal(pruner.kept[i], want.kept[i]) for i in LAYERS)
+    torch.compiler.reset()
+
+
+class AnyCall(torch.nn.Module):
+    """Passes every call on: its own signature has no names."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.layer, name)
+
+    def forward(self, *args, **kwargs):
+        return self.layer(*args, **kwargs)
+
+
+def test_a_bare_decoder_that_is_asked_for_a_tuple_is_refused():
+    embeds, attention_mask, visual_mask = ragged()
+    with pytest.raises(ValueError, match="return_dict must be True, or not given"), prune(tiny(), visual_mask):
+        tiny().model(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=False)
+
+
 def test_an_output_without_last_hidden_state_is_refused_with_the_name_and_the_versions():
     embeds, attention_mask, visual_mask = ragged()
     model = build()
-    model.model.register_forward_hook(lambda decoder, args, output: (output.last_hidden_state,))
+    model.model.register_forward_hook(lambda decoder, args, output: dict(states=output.last_hidden_state))
     with pytest.raises(TypeError, match=f"output of LlamaModel has no 'last_hidden_state', which stage 3 needs .{VERSIONS}"), \
             prune(model, visual_mask):
         forward(model, embeds, attention_mask)
