@@ -209,13 +209,16 @@ def check_decoder(decoder) -> None:
     try:
         require(on_sdpa_or_eager(decoder), "it is not on sdpa or eager")
         require_names(DECODER_ARGUMENTS, inspect.signature(decoder.forward).parameters, "its forward")
-        # Layers are not checked so: one may be wrapped, and then its call alone has the names.
         decoder.eval()  # no dropout, and so no random numbers
         position, D = torch.arange(3, device=decoder.device)[None], decoder.config.hidden_size
         x = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
         rotary, last, every = decoder.rotary_emb(x, position), position[:, 2:], position >= 0
         for layer in decoder.layers:
             attn, normed = layer.self_attn, layer.input_layernorm(x)
+            for module in (layer, attn):
+                known = inspect.signature(module.forward).parameters
+                if any(name in known for name in LAYER_ARGUMENTS):  # a wrapper may take any call, and name none
+                    require_names(LAYER_ARGUMENTS, known, f"{type(module).__name__}.forward")
             args, kwargs = change_layer_call({}, normed, None, rotary)
             theirs = attn(*args, **kwargs)[0][0, 2]
             q, k = queries_and_keys(layer, x, rotary, last)

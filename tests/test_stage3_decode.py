@@ -906,6 +906,20 @@ def test_layers_that_are_compiled_or_wrapped_one_by_one_are_pruned_as_before(wra
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("part", ["layer", "attention"])
+@pytest.mark.parametrize("name", stage3_decode.LAYER_ARGUMENTS)
+def test_a_forward_whose_argument_was_renamed_is_refused_before_anything_runs(part, name):
+    model = build()
+    module = model.model.layers[2] if part == "layer" else model.model.layers[2].self_attn
+    signature = inspect.signature(module.forward)
+    renamed = [p.replace(name="renamed") if p.name == name else p for p in signature.parameters.values()]
+    original = module.forward
+    module.forward = lambda *args, **kwargs: original(*args, **kwargs)
+    module.forward.__signature__ = inspect.Signature(renamed)
+    with pytest.raises(TypeError, match=f"{type(module).__name__}.forward has no '{name}', which stage 3 needs .{VERSIONS}"):
+        AdaptivePruner(model, ragged()[2], lam=1.0)
+
+
 class AnyCall(torch.nn.Module):
     """Passes every call on: its own signature has no names."""
 
