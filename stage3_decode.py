@@ -217,7 +217,7 @@ def check_decoder(decoder) -> None:
             attn, normed = layer.self_attn, layer.input_layernorm(x)
             for module in (layer, attn):
                 known = inspect.signature(module.forward).parameters
-                if any(name in known for name in LAYER_ARGUMENTS):  # a wrapper may take any call, and name none
+                if any(name in known for name in LAYER_ARGUMENTS):  # a wrapper may name none of them
                     require_names(LAYER_ARGUMENTS, known, f"{type(module).__name__}.forward")
             args, kwargs = change_layer_call({}, normed, None, rotary)
             theirs = attn(*args, **kwargs)[0][0, 2]
