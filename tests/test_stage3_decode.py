@@ -850,7 +850,10 @@ def test_a_layer_called_by_position_is_refused():
     """Stage 3 would not know which argument is which."""
     embeds, attention_mask, visual_mask = ragged()
     model = build()
-    by_position = lambda layer, args, kwargs: ((*args, kwargs.pop("attention_mask")), kwargs)
+
+    def by_position(layer, args, kwargs):
+        return (*args, kwargs.pop("attention_mask")), kwargs
+
     model.model.layers[1].register_forward_pre_hook(by_position, with_kwargs=True)
     refuses(f"call of a LlamaDecoderLayer must name all but its first argument .{VERSIONS}", embeds,
             attention_mask, visual_mask, model)
