@@ -124,8 +124,8 @@ def require(condition, message: str) -> None:
 
 # ------------------------------------------------------------------------- the library's own names
 # Hooks see a call by the names of its arguments, and a release of transformers may rename them, as
-# 5.24 did. The arguments that stage 3 reads or replaces are named in this part alone. These names, and
-# those of modules below, have a test each in tests/test_library_names.py.
+# 5.24 did. The arguments that stage 3 reads or replaces are named in this part alone. These names,
+# and those of modules below, have a test each in tests/test_library_names.py.
 
 TESTED_VERSIONS = "5.18 to 5.24"  # of transformers, the bounds in pyproject.toml
 DECODER_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
@@ -144,10 +144,10 @@ def require_names(names: Iterable[str], found: Iterable[str], where: str) -> Non
 
 
 def find_cache(values: Iterable) -> Cache | None:
-    """The KV cache among a call's arguments or outputs, whatever it is called; None where there is none.
+    """The KV cache among a call's arguments or outputs, whatever its name; None where there is none.
 
-    It is told by its type: its name was past_key_values until transformers 5.23, and is cache since.
-    Also found is what only behaves like one, so that it can be refused.
+    It is told by its type: the name was past_key_values until transformers 5.23, and is cache now.
+    What only behaves like a cache is found too, so that it can be refused.
     """
     for value in values:
         if isinstance(value, Cache) or hasattr(value, "get_seq_length"):
@@ -169,7 +169,10 @@ def read_decoder_call(decoder, args: tuple, kwargs: dict) -> tuple:
 
 
 def read_layer_call(layer, args: tuple, kwargs: dict) -> tuple:
-    """What a decoder layer is called with: hidden (rows, N, D), its mask, rotary (cos, sin), KV cache."""
+    """What a layer is called with: hidden (rows, N, D), its mask, rotary (cos, sin), the KV cache.
+
+    Raises: TypeError for a name that is missing; ValueError where only the position tells arguments.
+    """
     call = dict(zip(LAYER_ARGUMENTS, args[:1])) | kwargs  # the hidden states come by position
     where = f"the call of a {type(layer).__name__}"
     require(len(args) <= 1, f"{where} must name all but its first argument ({tested()})")
@@ -178,7 +181,7 @@ def read_layer_call(layer, args: tuple, kwargs: dict) -> tuple:
     return hidden, mask, rotary, find_cache(call.values())
 
 
-def change_layer_call(kwargs: dict, hidden: Tensor, mask: Tensor | None, rotary) -> tuple[tuple, dict]:
+def change_layer_call(kwargs: dict, hidden: Tensor, mask: Tensor | None, rotary) -> tuple:
     """args and kwargs of the same call with these three in place of what came."""
     changed = kwargs | dict(zip(LAYER_ARGUMENTS, (hidden, mask, rotary)))
     hidden = changed.pop(LAYER_ARGUMENTS[0])

@@ -1,11 +1,14 @@
-"""Tests run offline, from a checkout without installing, on a fixed number of threads; names of the libraries first."""
+"""Tests run offline, from a checkout without installing; those of the libraries' names come first."""
+
 import os
 import sys
 from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: no test may reach a network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before huggingface_hub is imported: no test may reach a network
+)
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 NAMES = "test_library_names.py"

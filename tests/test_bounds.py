@@ -1,4 +1,5 @@
 """The versions of the libraries that pyproject.toml allows, and what is said of them elsewhere."""
+
 import re
 from pathlib import Path
 
@@ -14,4 +15,6 @@ def test_the_versions_that_stage_3_names_are_the_bounds_of_pyproject():
 
 def test_every_library_that_we_reach_into_is_bounded_on_both_sides_with_a_reason():
     for library in ("torch", "transformers", "open_clip_torch", "timm"):
-        assert re.search(rf'^    "{library}>=[\d.]+,<[\d.]+",  # \S+', PYPROJECT, re.M), f"{library} in pyproject.toml"
+        assert re.search(rf'^    "{library}>=[\d.]+,<[\d.]+",  # \S+', PYPROJECT, re.M), (
+            f"{library} in pyproject.toml"
+        )

@@ -1,9 +1,11 @@
 """Every name inside transformers, open_clip, timm and huggingface_hub that we rely on, a test each.
 
-A release may rename any of them. These tests run before all others (conftest.py), on the libraries alone:
-where one fails, it says in a sentence which name is gone and who needs it, and the rest is skipped.
-The bounds in pyproject.toml are the versions that all tests passed on; README says how to raise one.
+A release may rename any of them. These tests run before all others (conftest.py), on the
+libraries alone: where one fails, it says in a sentence which name is gone and who needs it, and
+the rest is skipped. The bounds in pyproject.toml are the versions that the tests passed on; README
+says how to raise one.
 """
+
 import ast
 import functools
 import importlib
@@ -16,7 +18,9 @@ import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).parents[1]  # our files are read, not imported: an import may be what a release has broken
+ROOT = Path(__file__).parents[
+    1
+]  # our files are read, not imported: an import may be what a release has broken
 LIBRARIES = ("transformers", "open_clip", "timm", "huggingface_hub")
 DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3"]
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -26,11 +30,16 @@ def missing(where: str, name: str, user: str):
     """The one way in which these tests fail."""
     library = re.match(r"\w+", where).group()
     version = importlib.metadata.version({"open_clip": "open_clip_torch"}.get(library, library))
-    pytest.fail(f"{where} has no {name!r} in {library} {version}, and {user} needs it", pytrace=False)
+    pytest.fail(
+        f"{where} has no {name!r} in {library} {version}, and {user} needs it", pytrace=False
+    )
 
 
 def check_path(thing, path: str, user: str):
-    """Follow a dotted path; fail if its last name is missing, skip if an earlier one is: that has its own test."""
+    """Follow a dotted path; fail if its last name is missing.
+
+    Skip if an earlier one is: that has a test of its own.
+    """
     *parents, last = path.split(".")
     for name in parents:
         if not hasattr(thing, name):
@@ -48,7 +57,7 @@ def class_of(module: str, name: str):
 
 
 def constant(file: str, name: str):
-    """What a file of ours assigns to a name at its top level: the tuple, or of a dictionary its keys."""
+    """What a file of ours assigns to a name at its top level: a tuple, or the keys of a dictionary."""
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             keys = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
@@ -58,6 +67,7 @@ def constant(file: str, name: str):
 
 # --------------------------------------------------------------------------------- what we import
 
+
 @functools.cache
 def imports() -> list[tuple[str, str, str]]:
     """(file, module, name) of every `from module import name` of ours, of these libraries."""
@@ -65,7 +75,9 @@ def imports() -> list[tuple[str, str, str]]:
     for path in sorted([*ROOT.glob("*.py"), *ROOT.glob("meteor_mini/**/*.py")]):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in LIBRARIES:
-                found += [(str(path.relative_to(ROOT)), node.module, alias.name) for alias in node.names]
+                found += [
+                    (str(path.relative_to(ROOT)), node.module, alias.name) for alias in node.names
+                ]
     return found
 
 
@@ -82,27 +94,53 @@ def test_imports(module, name):
         missing(module, name, users)
 
 
-# ------------------------------------------------------------------- what stage 3 finds in a decoder
+# ------------------------------------------------------------ what stage 3 finds in a decoder
+
 
 @functools.cache
 def decoder(family: str):
-    config = getattr(transformers, family + "Config")(**TINY, num_key_value_heads=2, intermediate_size=32, vocab_size=8)
+    config = getattr(transformers, family + "Config")(
+        **TINY, num_key_value_heads=2, intermediate_size=32, vocab_size=8
+    )
     return getattr(transformers, family + "Model")(config).eval()
 
 
-@pytest.mark.parametrize("path", [
-    "config.hidden_size", "config.num_hidden_layers", "config.num_attention_heads", "config._attn_implementation", "device", "dtype",
-    "rotary_emb", "layers", "layers.0.input_layernorm", "layers.0.self_attn", "layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj",
-    "layers.0.self_attn.v_proj", "layers.0.self_attn.o_proj", "layers.0.self_attn.head_dim", "layers.0.self_attn.scaling"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "config.hidden_size",
+        "config.num_hidden_layers",
+        "config.num_attention_heads",
+        "config._attn_implementation",
+        "device",
+        "dtype",
+        "rotary_emb",
+        "layers",
+        "layers.0.input_layernorm",
+        "layers.0.self_attn",
+        "layers.0.self_attn.q_proj",
+        "layers.0.self_attn.k_proj",
+        "layers.0.self_attn.v_proj",
+        "layers.0.self_attn.o_proj",
+        "layers.0.self_attn.head_dim",
+        "layers.0.self_attn.scaling",
+    ],
+)
 def test_decoders_have(path):
     for family in DECODERS:
         check_path(decoder(family), path, "stage3_decode.py")
 
 
-@pytest.mark.parametrize("family, path", [
-    ("Qwen3", "layers.0.self_attn.q_norm"), ("Qwen3", "layers.0.self_attn.k_norm"), ("Mistral", "config.sliding_window")])
+@pytest.mark.parametrize(
+    "family, path",
+    [
+        ("Qwen3", "layers.0.self_attn.q_norm"),
+        ("Qwen3", "layers.0.self_attn.k_norm"),
+        ("Mistral", "config.sliding_window"),
+    ],
+)
 def test_one_family_has(family, path):
-    """Without one of these names stage 3 would assume that no decoder has such a thing, and raise no error."""
+    """Without one of these stage 3 would assume that no decoder has such a thing, and not object."""
     check_path(decoder(family), path, "stage3_decode.py")
 
 
@@ -121,13 +159,16 @@ def test_apply_rotary_pos_emb():
 
 # --------------------------------------------------------------------- what it finds in a call
 
+
 @functools.cache
 def recorded(family: str) -> tuple:
-    """args and kwargs of the first layer's call, and the decoder's output, for a prompt of 5 tokens."""
+    """args and kwargs of the first layer's call, and the decoder's output, of a prompt of 5 tokens."""
     model, calls = decoder(family), []
     if not hasattr(model, "layers"):
         pytest.skip("'layers' is missing, which has a test of its own")
-    handle = model.layers[0].register_forward_pre_hook(lambda _, *call: calls.append(call), with_kwargs=True)
+    handle = model.layers[0].register_forward_pre_hook(
+        lambda _, *call: calls.append(call), with_kwargs=True
+    )
     with torch.no_grad():
         output = model(torch.arange(5)[None], use_cache=True)
     handle.remove()
@@ -146,7 +187,7 @@ def test_layers_and_attention_are_called_with(name):
     for family in DECODERS:
         args, kwargs, _ = recorded(family)
         layer = decoder(family).layers[0]
-        by_position = [*inspect.signature(layer.forward).parameters][:len(args)]
+        by_position = [*inspect.signature(layer.forward).parameters][: len(args)]
         if name not in [*by_position, *kwargs]:
             missing(f"transformers: {family}Model's call of a layer", name, "stage3_decode.py")
         if not hasattr(layer, "self_attn"):
@@ -157,17 +198,24 @@ def test_layers_and_attention_are_called_with(name):
 
 def test_the_hidden_states_alone_come_by_position():
     for family in DECODERS:
-        assert len(recorded(family)[0]) == 1, f"{family}Model calls its layers with more than hidden_states by position"
+        assert len(recorded(family)[0]) == 1, (
+            f"{family}Model calls its layers with more than hidden_states by position"
+        )
 
 
 def test_the_cache_of_a_call_is_a_dynamic_cache_of_known_length():
     """By type alone, whatever it is called."""
-    Cache, DynamicCache = class_of("transformers", "Cache"), class_of("transformers", "DynamicCache")
+    Cache, DynamicCache = (
+        class_of("transformers", "Cache"),
+        class_of("transformers", "DynamicCache"),
+    )
     for family in DECODERS:
         _, kwargs, output = recorded(family)
         for values in (kwargs.values(), output.values()):
             caches = [value for value in values if isinstance(value, Cache)]
-            assert len(caches) == 1 and isinstance(caches[0], DynamicCache), f"{family}: {len(caches)} KV caches in a call"
+            assert len(caches) == 1 and isinstance(caches[0], DynamicCache), (
+                f"{family}: {len(caches)} KV caches in a call"
+            )
             assert caches[0].get_seq_length(0) == 5
             check_path(caches[0].layers[0], "keys", "meteor_mini/bench.py")
             check_path(caches[0].layers[0], "values", "meteor_mini/bench.py")
@@ -176,11 +224,15 @@ def test_the_cache_of_a_call_is_a_dynamic_cache_of_known_length():
 def test_last_hidden_state():
     for family in DECODERS:
         if not hasattr(recorded(family)[2], "last_hidden_state"):
-            missing(f"transformers: the output of {family}Model", "last_hidden_state", "stage3_decode.py")
+            missing(
+                f"transformers: the output of {family}Model",
+                "last_hidden_state",
+                "stage3_decode.py",
+            )
 
 
 def test_create_causal_mask_takes_config_states_padding_and_cache_and_is_sized_by_one_layer():
-    """By its effect: one token after 3 in layer 1's cache, and 5 in layer 0's; the first of layer 1 is padding."""
+    """By its effect: one token after 3 in layer 1's cache, the first of them padding; layer 0 has 5."""
     create_causal_mask = class_of("transformers.masking_utils", "create_causal_mask")
     cache, model = class_of("transformers", "DynamicCache")(), decoder("Llama")
     for layer, length in enumerate((5, 3)):
@@ -191,6 +243,7 @@ def test_create_causal_mask_takes_config_states_padding_and_cache_and_is_sized_b
 
 
 # ------------------------------------------------------------------- what stage 1 finds in encoders
+
 
 @pytest.mark.parametrize("path", constant("stage1_encode.py", "FAMILIES"))
 def test_the_class_of_a_family(path):
@@ -205,15 +258,23 @@ def encoder(family: str):
     vit = dict(img_size=16, patch_size=8, embed_dim=32, depth=3, num_heads=4, num_classes=0)
     if family == "CLIP":
         build = class_of("open_clip.transformer", "VisionTransformer")
-        return build(image_size=16, patch_size=8, width=32, layers=3, heads=4, mlp_ratio=1.0, output_dim=8)
+        return build(
+            image_size=16, patch_size=8, width=32, layers=3, heads=4, mlp_ratio=1.0, output_dim=8
+        )
     if family == "ViT":
         return class_of("timm.models.vision_transformer", "VisionTransformer")(**vit)
     if family == "EVA fused":
-        return class_of("timm.models.eva", "Eva")(use_rot_pos_emb=True, ref_feat_shape=(2, 2), **vit)
+        return class_of("timm.models.eva", "Eva")(
+            use_rot_pos_emb=True, ref_feat_shape=(2, 2), **vit
+        )
     if family == "EVA":
-        return class_of("timm.models.eva", "Eva")(use_rot_pos_emb=True, ref_feat_shape=(2, 2), qkv_fused=False, **vit)
+        return class_of("timm.models.eva", "Eva")(
+            use_rot_pos_emb=True, ref_feat_shape=(2, 2), qkv_fused=False, **vit
+        )
     if family == "ConvNeXt":
-        return class_of("timm.models.convnext", "ConvNeXt")(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=0)
+        return class_of("timm.models.convnext", "ConvNeXt")(
+            depths=(1, 1, 1, 1), dims=(8, 8, 8, 8), num_classes=0
+        )
     if family == "Pix2Struct":
         config = transformers.Pix2StructVisionConfig(**TINY, d_kv=8, d_ff=32, seq_len=4)
         return class_of("transformers", "Pix2StructVisionModel")(config)
@@ -221,51 +282,148 @@ def encoder(family: str):
         config = transformers.Dinov2Config(**TINY, image_size=16, patch_size=8)
         return class_of("transformers", "Dinov2Model")(config)
     if family == "CLIP of transformers":
-        config = transformers.CLIPVisionConfig(**TINY, intermediate_size=32, image_size=16, patch_size=8)
+        config = transformers.CLIPVisionConfig(
+            **TINY, intermediate_size=32, image_size=16, patch_size=8
+        )
         return transformers.CLIPVisionModel(config)
     text = transformers.LlamaConfig(**TINY, intermediate_size=32, vocab_size=8)
-    return transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
-        vision_config=encoder("CLIP of transformers").config, text_config=text, image_token_id=3))
+    return transformers.LlavaForConditionalGeneration(
+        transformers.LlavaConfig(
+            vision_config=encoder("CLIP of transformers").config, text_config=text, image_token_id=3
+        )
+    )
 
 
-TIMM = ["_pos_embed", "patch_embed", "patch_embed.grid_size", "patch_embed.img_size", "norm_pre", "blocks", "norm", "embed_dim",
-        "num_prefix_tokens", "cls_token", "blocks.0.norm1", "blocks.0.attn", "blocks.0.attn.qkv", "blocks.0.attn.q_norm",
-        "blocks.0.attn.k_norm", "blocks.0.attn.head_dim", "blocks.0.attn.scale"]
+TIMM = [
+    "_pos_embed",
+    "patch_embed",
+    "patch_embed.grid_size",
+    "patch_embed.img_size",
+    "norm_pre",
+    "blocks",
+    "norm",
+    "embed_dim",
+    "num_prefix_tokens",
+    "cls_token",
+    "blocks.0.norm1",
+    "blocks.0.attn",
+    "blocks.0.attn.qkv",
+    "blocks.0.attn.q_norm",
+    "blocks.0.attn.k_norm",
+    "blocks.0.attn.head_dim",
+    "blocks.0.attn.scale",
+]
 ENCODER_PATHS = {
-    "CLIP": ["_embeds", "transformer", "transformer.resblocks", "ln_post", "attn_pool", "final_ln_after_pool", "conv1", "grid_size",
-             "image_size", "transformer.resblocks.0.ln_1", "transformer.resblocks.0.attn", "transformer.resblocks.0.attn.in_proj_weight",
-             "transformer.resblocks.0.attn.in_proj_bias", "transformer.resblocks.0.attn.head_dim"],
-    "ViT": [*TIMM, "patch_drop", "blocks.0.ls1", "blocks.0.ls2", "blocks.0.norm2", "blocks.0.mlp", "blocks.0.attn.proj",
-            "blocks.0.attn.num_heads"],  # from ls1 on: ToMe's, in meteor_mini/baselines.py
+    "CLIP": [
+        "_embeds",
+        "transformer",
+        "transformer.resblocks",
+        "ln_post",
+        "attn_pool",
+        "final_ln_after_pool",
+        "conv1",
+        "grid_size",
+        "image_size",
+        "transformer.resblocks.0.ln_1",
+        "transformer.resblocks.0.attn",
+        "transformer.resblocks.0.attn.in_proj_weight",
+        "transformer.resblocks.0.attn.in_proj_bias",
+        "transformer.resblocks.0.attn.head_dim",
+    ],
+    "ViT": [
+        *TIMM,
+        "patch_drop",
+        "blocks.0.ls1",
+        "blocks.0.ls2",
+        "blocks.0.norm2",
+        "blocks.0.mlp",
+        "blocks.0.attn.proj",
+        "blocks.0.attn.num_heads",
+    ],  # from ls1 on: ToMe's, in meteor_mini/baselines.py
     "EVA fused": [*TIMM, "rope_mixed", "blocks.0.attn.q_bias", "blocks.0.attn.rotate_half"],
     "EVA": ["blocks.0.attn.q_proj", "blocks.0.attn.k_proj"],
     "ConvNeXt": ["forward_features", "feature_info", "num_features"],
-    "Pix2Struct": ["config.patch_embed_hidden_size", "config.seq_len", "config.hidden_size", "embeddings", "encoder", "encoder.layer", "layernorm",
-                   "encoder.layer.0.pre_attention_layer_norm", "encoder.layer.0.attention", "encoder.layer.0.attention.query",
-                   "encoder.layer.0.attention.key", "encoder.layer.0.attention.key_value_proj_dim", "encoder.layer.0.attention.scaling"],
-    "DINOv2": ["config.hidden_size", "embeddings", "embeddings.patch_embeddings", "embeddings.patch_embeddings.image_size",
-               "embeddings.patch_embeddings.patch_size", "encoder", "encoder.layer", "layernorm", "encoder.layer.0.norm1",
-               "encoder.layer.0.attention", "encoder.layer.0.attention.q_proj", "encoder.layer.0.attention.k_proj",
-               "encoder.layer.0.attention.head_dim", "encoder.layer.0.attention.scaling"],
-    "CLIP of transformers": ["config.image_size", "config.patch_size", "config.num_hidden_layers", "config.hidden_size", "embeddings", "pre_layrnorm", "encoder", "encoder.layers", "encoder.layers.0.layer_norm1",
-                             "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn.k_proj",
-                             "encoder.layers.0.self_attn.head_dim", "encoder.layers.0.self_attn.scale"],
-    "LLaVA": ["model", "model.vision_tower", "model.multi_modal_projector", "config.vision_feature_layer",
-              "config.vision_feature_select_strategy", "config.image_token_id"],
+    "Pix2Struct": [
+        "config.patch_embed_hidden_size",
+        "config.seq_len",
+        "config.hidden_size",
+        "embeddings",
+        "encoder",
+        "encoder.layer",
+        "layernorm",
+        "encoder.layer.0.pre_attention_layer_norm",
+        "encoder.layer.0.attention",
+        "encoder.layer.0.attention.query",
+        "encoder.layer.0.attention.key",
+        "encoder.layer.0.attention.key_value_proj_dim",
+        "encoder.layer.0.attention.scaling",
+    ],
+    "DINOv2": [
+        "config.hidden_size",
+        "embeddings",
+        "embeddings.patch_embeddings",
+        "embeddings.patch_embeddings.image_size",
+        "embeddings.patch_embeddings.patch_size",
+        "encoder",
+        "encoder.layer",
+        "layernorm",
+        "encoder.layer.0.norm1",
+        "encoder.layer.0.attention",
+        "encoder.layer.0.attention.q_proj",
+        "encoder.layer.0.attention.k_proj",
+        "encoder.layer.0.attention.head_dim",
+        "encoder.layer.0.attention.scaling",
+    ],
+    "CLIP of transformers": [
+        "config.image_size",
+        "config.patch_size",
+        "config.num_hidden_layers",
+        "config.hidden_size",
+        "embeddings",
+        "pre_layrnorm",
+        "encoder",
+        "encoder.layers",
+        "encoder.layers.0.layer_norm1",
+        "encoder.layers.0.self_attn",
+        "encoder.layers.0.self_attn.q_proj",
+        "encoder.layers.0.self_attn.k_proj",
+        "encoder.layers.0.self_attn.head_dim",
+        "encoder.layers.0.self_attn.scale",
+    ],
+    "LLaVA": [
+        "model",
+        "model.vision_tower",
+        "model.multi_modal_projector",
+        "config.vision_feature_layer",
+        "config.vision_feature_select_strategy",
+        "config.image_token_id",
+    ],
 }
 
 
-@pytest.mark.parametrize("family, path", [(family, path) for family, paths in ENCODER_PATHS.items() for path in paths])
+@pytest.mark.parametrize(
+    "family, path", [(family, path) for family, paths in ENCODER_PATHS.items() for path in paths]
+)
 def test_encoders_have(family, path):
-    user = "meteor_mini/vlm.py" if family in ("CLIP of transformers", "LLaVA") else "stage1_encode.py"
+    user = (
+        "meteor_mini/vlm.py" if family in ("CLIP of transformers", "LLaVA") else "stage1_encode.py"
+    )
     check_path(encoder(family), path, user)
 
 
-@pytest.mark.parametrize("family, kind", [
-    ("CLIP", "ResidualAttentionBlock.MultiheadAttention"), ("ViT", "Block.Attention"), ("EVA", "EvaBlock.EvaAttention")])
+@pytest.mark.parametrize(
+    "family, kind",
+    [
+        ("CLIP", "ResidualAttentionBlock.MultiheadAttention"),
+        ("ViT", "Block.Attention"),
+        ("EVA", "EvaBlock.EvaAttention"),
+    ],
+)
 def test_the_classes_of_a_block_and_of_its_attention(family, kind):
     """Stage 1 refuses blocks of classes that it does not know."""
-    block = encoder(family).transformer.resblocks[0] if family == "CLIP" else encoder(family).blocks[0]
+    block = (
+        encoder(family).transformer.resblocks[0] if family == "CLIP" else encoder(family).blocks[0]
+    )
     if kind != (found := f"{type(block).__name__}.{type(block.attn).__name__}"):
         missing(f"{type(block).__module__}, where it is {found},", kind, "stage1_encode.py")
 
@@ -274,6 +432,7 @@ def test_what_open_clip_wraps_around_a_tower():
     """Without preprocess_cfg stage 1 would silently normalise with the statistics of CLIP."""
     import open_clip
     from open_clip.timm_model import TimmModel
+
     model = open_clip.create_model("ViT-S-32-alt")
     check_path(model, "visual", "stage1_encode.py")
     check_path(model, "visual.preprocess_cfg", "stage1_encode.py")
@@ -283,6 +442,7 @@ def test_what_open_clip_wraps_around_a_tower():
 
 def test_what_timm_notes_of_a_model():
     import timm
+
     model = timm.create_model("test_vit", num_classes=0)
     check_path(model, "pretrained_cfg", "stage1_encode.py")
     assert {"mean", "std", "input_size"} <= model.pretrained_cfg.keys()
@@ -292,7 +452,9 @@ def test_the_encoder_of_a_whole_pix2struct():
     text = dict(hidden_size=8, d_kv=8, d_ff=8, num_heads=1, num_layers=1, vocab_size=8)
     vision = dict(**TINY, d_kv=8, d_ff=32, seq_len=4)
     config = transformers.Pix2StructConfig(text_config=text, vision_config=vision)
-    check_path(transformers.Pix2StructForConditionalGeneration(config), "encoder", "stage1_encode.py")
+    check_path(
+        transformers.Pix2StructForConditionalGeneration(config), "encoder", "stage1_encode.py"
+    )
 
 
 def test_rotary_table_of_a_block():
@@ -302,6 +464,7 @@ def test_rotary_table_of_a_block():
 
 def test_rotary_embedding_by_halves():
     from timm import layers
+
     if not hasattr(layers, "apply_rot_embed_cat"):
         missing("timm.layers", "apply_rot_embed_cat", "stage1_encode.py")
     if "half" not in inspect.signature(layers.apply_rot_embed_cat).parameters:
@@ -312,18 +475,33 @@ def test_rotary_embedding_by_halves():
 
 FUNCTIONS = {
     "meteor_mini/pretrained.py": [
-        "open_clip.create_model", "open_clip.list_models", "open_clip.get_pretrained_cfg", "open_clip.get_model_config",
-        "open_clip.download_pretrained", "open_clip.list_pretrained_tags_by_model"],
+        "open_clip.create_model",
+        "open_clip.list_models",
+        "open_clip.get_pretrained_cfg",
+        "open_clip.get_model_config",
+        "open_clip.download_pretrained",
+        "open_clip.list_pretrained_tags_by_model",
+    ],
     "meteor_mini/presets.py": ["open_clip.CLIP"],
-    "meteor_mini/model.py": ["huggingface_hub.constants.ENDPOINT", "huggingface_hub.constants.HF_HUB_OFFLINE",
-                             "huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT"],
-    "meteor_mini/model.py, of its own hooks,": ["huggingface_hub.PyTorchModelHubMixin._save_pretrained"],
-    "meteor_mini/finetune.py, of its own hooks,": ["transformers.Trainer._save", "transformers.PreTrainedModel._keys_to_ignore_on_save"],
+    "meteor_mini/model.py": [
+        "huggingface_hub.constants.ENDPOINT",
+        "huggingface_hub.constants.HF_HUB_OFFLINE",
+        "huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT",
+    ],
+    "meteor_mini/model.py, of its own hooks,": [
+        "huggingface_hub.PyTorchModelHubMixin._save_pretrained"
+    ],
+    "meteor_mini/finetune.py, of its own hooks,": [
+        "transformers.Trainer._save",
+        "transformers.PreTrainedModel._keys_to_ignore_on_save",
+    ],
     "meteor_mini/baselines.py": ["transformers.PreTrainedModel.set_attn_implementation"],
 }
 
 
-@pytest.mark.parametrize("user, path", [(user, path) for user, paths in FUNCTIONS.items() for path in paths])
+@pytest.mark.parametrize(
+    "user, path", [(user, path) for user, paths in FUNCTIONS.items() for path in paths]
+)
 def test_functions(user, path):
     where, _, name = path.rpartition(".")
     try:
@@ -335,11 +513,19 @@ def test_functions(user, path):
         missing(where, name, user)
 
 
-@pytest.mark.parametrize("function, keyword, user", [
-    ("open_clip.create_model", "pretrained", "meteor_mini/pretrained.py"),
-    ("open_clip.create_model", "force_quick_gelu", "meteor_mini/pretrained.py"),
-    ("open_clip.create_model", "force_preprocess_cfg", "meteor_mini/pretrained.py"),
-    ("transformers.LlavaForConditionalGeneration.forward", "logits_to_keep", "meteor_mini/vlm.py")])
+@pytest.mark.parametrize(
+    "function, keyword, user",
+    [
+        ("open_clip.create_model", "pretrained", "meteor_mini/pretrained.py"),
+        ("open_clip.create_model", "force_quick_gelu", "meteor_mini/pretrained.py"),
+        ("open_clip.create_model", "force_preprocess_cfg", "meteor_mini/pretrained.py"),
+        (
+            "transformers.LlavaForConditionalGeneration.forward",
+            "logits_to_keep",
+            "meteor_mini/vlm.py",
+        ),
+    ],
+)
 def test_keywords(function, keyword, user):
     library, *names = function.split(".")
     found = importlib.import_module(library)
@@ -349,8 +535,19 @@ def test_keywords(function, keyword, user):
         missing(function, keyword, user)
 
 
-@pytest.mark.parametrize("path", ["lm_head", "model", "model.norm", "generation_config", "get_input_embeddings",
-                                  "config.tie_word_embeddings", "config.num_key_value_heads", "config.intermediate_size"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "lm_head",
+        "model",
+        "model.norm",
+        "generation_config",
+        "get_input_embeddings",
+        "config.tie_word_embeddings",
+        "config.num_key_value_heads",
+        "config.intermediate_size",
+    ],
+)
 def test_a_llama_has(path):
     """For training, which asks for no logits of the prompt, for saving, and for counting FLOPs."""
     config = transformers.LlamaConfig(**TINY, intermediate_size=32, vocab_size=8)
