@@ -1,4 +1,4 @@
-"""Tests run offline, from a checkout without installing; those of the libraries' names come first."""
+"""Tests run offline, from a checkout without installing; the libraries' names come first."""
 
 import os
 import sys

@@ -57,7 +57,7 @@ def class_of(module: str, name: str):
 
 
 def constant(file: str, name: str):
-    """What a file of ours assigns to a name at its top level: a tuple, or the keys of a dictionary."""
+    """What a file of ours assigns to a name: a tuple, or the keys of a dictionary."""
     for node in ast.parse((ROOT / file).read_text()).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == name:
             keys = node.value.keys if isinstance(node.value, ast.Dict) else node.value.elts
@@ -140,7 +140,7 @@ def test_decoders_have(path):
     ],
 )
 def test_one_family_has(family, path):
-    """Without one of these stage 3 would assume that no decoder has such a thing, and not object."""
+    """Without one of these stage 3 would assume that no decoder has it, and not object."""
     check_path(decoder(family), path, "stage3_decode.py")
 
 
@@ -162,7 +162,7 @@ def test_apply_rotary_pos_emb():
 
 @functools.cache
 def recorded(family: str) -> tuple:
-    """args and kwargs of the first layer's call, and the decoder's output, of a prompt of 5 tokens."""
+    """args and kwargs of the first layer's call, and the output, of a prompt of 5 tokens."""
     model, calls = decoder(family), []
     if not hasattr(model, "layers"):
         pytest.skip("'layers' is missing, which has a test of its own")
@@ -232,7 +232,7 @@ def test_last_hidden_state():
 
 
 def test_create_causal_mask_takes_config_states_padding_and_cache_and_is_sized_by_one_layer():
-    """By its effect: one token after 3 in layer 1's cache, the first of them padding; layer 0 has 5."""
+    """By its effect: a token after 3 in layer 1, the first of them padding; layer 0 has 5."""
     create_causal_mask = class_of("transformers.masking_utils", "create_causal_mask")
     cache, model = class_of("transformers", "DynamicCache")(), decoder("Llama")
     for layer, length in enumerate((5, 3)):
