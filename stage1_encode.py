@@ -15,6 +15,7 @@ Not from the paper: rank = singular values above RTOL times the largest; largest
 there are; k_0, k_1 fall geometrically unless given; which criterion serves which part; without CLS, the mean
 attention from all tokens; a ConvNet, which needs its dense grid, is pruned at its output, by similarity.
 """
+
 import math
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -25,7 +26,11 @@ from torch import Tensor, nn
 
 RTOL = 1e-2  # at 1e-3 float features are all but full rank; at 1e-1 ranks vary by a third between pictures
 CRITERIA = ("similarity", "attention", "attention")  # of parts 0, 1, 2
-STRATEGIES = {"rank": lambda r: r, "average": lambda r: 1, "rank_reverse": lambda r: 1 / r}  # of rank r
+STRATEGIES = {
+    "rank": lambda r: r,
+    "average": lambda r: 1,
+    "rank_reverse": lambda r: 1 / r,
+}  # of rank r
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 
@@ -36,8 +41,10 @@ def require(condition, message: str, error: type = ValueError) -> None:
 
 def singular_values(tokens: Tensor) -> Tensor:
     """Roots of the eigenvalues of the smaller Gram matrix. (B, N, D) -> (B, min(N, D)) float64, ascending."""
-    require(tokens.dim() == 3 and tokens.isfinite().all(),
-            f"tokens must be finite, of shape (B, N, D), got shape {tuple(tokens.shape)}")
+    require(
+        tokens.dim() == 3 and tokens.isfinite().all(),
+        f"tokens must be finite, of shape (B, N, D), got shape {tuple(tokens.shape)}",
+    )
     A = tokens.double()
     gram = A @ A.mT if A.shape[1] <= A.shape[2] else A.mT @ A
     return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # rounding leaves zeros just below 0
@@ -45,7 +52,9 @@ def singular_values(tokens: Tensor) -> Tensor:
 
 def feature_rank(tokens: Tensor, rtol: float = RTOL) -> Tensor:
     """#{j: sigma_j > rtol sigma_max}. (B, N, D) -> (B,) int64.  Source: [paper; our choice of rtol]"""
-    require(1e-6 <= rtol < 1, f"rtol must be at least 1e-6 and below 1, got {rtol}")  # a Gram matrix's limit
+    require(
+        1e-6 <= rtol < 1, f"rtol must be at least 1e-6 and below 1, got {rtol}"
+    )  # a Gram matrix's limit
     sigma = singular_values(tokens)
     return (sigma > rtol * sigma[:, -1:]).sum(dim=1)
 
@@ -61,19 +70,25 @@ def mean_similarity(tokens: Tensor) -> Tensor:
     return F.cosine_similarity(x, x.mean(dim=1, keepdim=True), dim=-1)
 
 
-def received_attention(q: Tensor, k: Tensor, scale: float, from_cls: bool, chunk: int = 256) -> Tensor:
+def received_attention(
+    q: Tensor, k: Tensor, scale: float, from_cls: bool, chunk: int = 256
+) -> Tensor:
     r"""s_i = 1/H \sum_h softmax(scale q^h K^h)_i; q of token 0 if from_cls, else the mean over all queries.
     q, k (B, H, N, d) -> score (B, N) float32 of row sum 1; by `chunk` queries, to hold no N x N matrix.
     Source: [paper, Finding 2]; without CLS [our choice]
     """
     q, k = (q[:, :, :1] if from_cls else q).float(), k.float()
     with torch.autocast(q.device.type, enabled=False):
-        parts = [(scale * rows @ k.mT).softmax(-1).mean(dim=1).sum(dim=1) for rows in q.split(chunk, dim=2)]
+        parts = [
+            (scale * rows @ k.mT).softmax(-1).mean(dim=1).sum(dim=1)
+            for rows in q.split(chunk, dim=2)
+        ]
     return sum(parts) / q.shape[2]
 
 
-def allocate_budget(total: int, ranks: Sequence[float], available: Sequence[int],
-                    strategy: str = "rank") -> list[int]:
+def allocate_budget(
+    total: int, ranks: Sequence[float], available: Sequence[int], strategy: str = "rank"
+) -> list[int]:
     r"""k^l = k r^l / \sum_m r^m in whole tokens, 1 <= k^l <= available[l], their sum exactly `total`.
 
     A share that meets a bound is held there, and the others divide the rest by the same rule, in fractions;
@@ -82,11 +97,15 @@ def allocate_budget(total: int, ranks: Sequence[float], available: Sequence[int]
     Source: [paper, Eq. of k_b^l; supplement Table 1]; bounds and rounding [our choice]
     """
     C, ranks = len(available), [float(r) for r in ranks]
-    require(strategy in STRATEGIES, f"strategy must be one of {*STRATEGIES,}, got {strategy!r}")
-    require(isinstance(total, int) and C <= total <= sum(available) and min(available) >= 1,
-            f"total must be an int from {C}, one each, to all of {[*available]}, got {total}")
-    require(len(ranks) == C and all(0 < r < math.inf for r in ranks),
-            f"ranks must be {C} positive numbers, one for each encoder, got {ranks}")
+    require(strategy in STRATEGIES, f"strategy must be one of {(*STRATEGIES,)}, got {strategy!r}")
+    require(
+        isinstance(total, int) and C <= total <= sum(available) and min(available) >= 1,
+        f"total must be an int from {C}, one each, to all of {[*available]}, got {total}",
+    )
+    require(
+        len(ranks) == C and all(0 < r < math.inf for r in ranks),
+        f"ranks must be {C} positive numbers, one for each encoder, got {ranks}",
+    )
     # A share is t w, held to 1..available: the sum of all rises with t, in straight lines from bend to bend.
     weights = [Fraction(STRATEGIES[strategy](Fraction(r))) for r in ranks]
     held = lambda t: [min(max(t * w, 1), n) for w, n in zip(weights, available)]
@@ -95,13 +114,20 @@ def allocate_budget(total: int, ranks: Sequence[float], available: Sequence[int]
     slope = sum(w for w, n in zip(weights, available) if 1 <= t * w < n) or 1
     shares = held(t + Fraction(total - sum(held(t))) / slope)
     counts = [math.floor(s) for s in shares]
-    for l in sorted(range(C), key=lambda l: counts[l] - shares[l])[: total - sum(counts)]:  # a stable sort
+    for l in sorted(range(C), key=lambda l: counts[l] - shares[l])[
+        : total - sum(counts)
+    ]:  # a stable sort
         counts[l] += 1
     return counts
 
 
-def plan_budgets(totals: int | Sequence[int] | None, ranks: Tensor | Sequence[Sequence[float]] | None,
-                 available: Sequence[int], inside: Sequence[bool], strategy: str = "rank") -> list[tuple]:
+def plan_budgets(
+    totals: int | Sequence[int] | None,
+    ranks: Tensor | Sequence[Sequence[float]] | None,
+    available: Sequence[int],
+    inside: Sequence[bool],
+    strategy: str = "rank",
+) -> list[tuple]:
     """Tokens left to each encoder at the points 0, 1, 2: C triples, never rising; the last entries make k_2.
     totals: k_2, or (k_0, k_1, k_2), or None to keep all; ranks: (3, C), or None with "average". Those pruned
     `inside` (C bool) share k_0 and k_1, which fall geometrically to their part of k_2 unless given.
@@ -111,12 +137,19 @@ def plan_budgets(totals: int | Sequence[int] | None, ranks: Tensor | Sequence[Se
     if totals is None:
         return [(n, n, n) for n in available]
     ranks = [[1.0] * C] * 3 if ranks is None and strategy == "average" else ranks
-    require(ranks is not None and len(ranks) == 3 and all(len(row) == C for row in ranks),
-            f"ranks must be (3, {C}), points by encoders, as expected_ranks gives, got {ranks}")
-    require(isinstance(totals, int) or len(totals) == 3 and part,
-            f"totals must be an int, or 3 where an encoder is pruned inside, got {totals}")
+    require(
+        ranks is not None and len(ranks) == 3 and all(len(row) == C for row in ranks),
+        f"ranks must be (3, {C}), points by encoders, as expected_ranks gives, got {ranks}",
+    )
+    require(
+        isinstance(totals, int) or len(totals) == 3 and part,
+        f"totals must be an int, or 3 where an encoder is pruned inside, got {totals}",
+    )
     if isinstance(totals, int):
-        last, n = allocate_budget(totals, ranks[2], available, strategy), sum(available[l] for l in part)
+        last, n = (
+            allocate_budget(totals, ranks[2], available, strategy),
+            sum(available[l] for l in part),
+        )
         fall = sum(last[l] for l in part) / max(n, 1)
         totals = [round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), totals]
     left, plan = list(available), []
@@ -128,8 +161,12 @@ def plan_budgets(totals: int | Sequence[int] | None, ranks: Tensor | Sequence[Se
     return list(zip(*plan))
 
 
-def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (None, None, None),
-           part_criteria: Sequence[str] = CRITERIA) -> tuple[Tensor, Tensor]:
+def encode(
+    encoder: nn.Module,
+    images: Tensor,
+    keep: Sequence[int | None] = (None, None, None),
+    part_criteria: Sequence[str] = CRITERIA,
+) -> tuple[Tensor, Tensor]:
     """Run an encoder, pruning at the points 0, 1, 2; with nothing pruned, the library's own tokens.
 
     Args: images (B, 3, H, W) float in [0, 1], any size; keep: tokens left at each point, never rising, None
@@ -138,19 +175,25 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
     Raises: ValueError for arguments not as above or features that are not finite; TypeError: see `adapter`.
     """
     a = adapter(encoder)
-    require(len(keep) == len(part_criteria) == 3 and {*part_criteria} <= {*CRITERIA},
-            "keep and part_criteria ('similarity' or 'attention') must have 3 entries, one a part, "
-            f"got {keep} and {part_criteria}")
+    require(
+        len(keep) == len(part_criteria) == 3 and {*part_criteria} <= {*CRITERIA},
+        "keep and part_criteria ('similarity' or 'attention') must have 3 entries, one a part, "
+        f"got {keep} and {part_criteria}",
+    )
     x, rope = a.embed(images)  # (B, P + N, D); (B, N, 2 d), or None
     P, keep_idx = a.prefix, torch.arange(a.num_tokens, device=x.device).expand(len(x), -1)  # (B, N)
     for b, (part, K, criterion) in enumerate(zip(a.parts, keep, part_criteria)):
         for i in part:
             x_in, x = x, a.block(i, x, rope)
-        require(x.sum(dtype=torch.float32).isfinite(),  # one NaN or inf spoils the sum
-                f"features of {type(encoder).__name__} must be finite, got NaN or inf")
+        require(
+            x.sum(dtype=torch.float32).isfinite(),  # one NaN or inf spoils the sum
+            f"features of {type(encoder).__name__} must be finite, got NaN or inf",
+        )
         N, least = x.shape[1] - P, 1 if a.prunable_inside or b == 2 else a.num_tokens
-        require(K is None or isinstance(K, int) and least <= K <= N,
-                f"keep[{b}] must be None or an int, {least} to {N} here, got {K}")
+        require(
+            K is None or isinstance(K, int) and least <= K <= N,
+            f"keep[{b}] must be None or an int, {least} to {N} here, got {K}",
+        )
         if K in (None, N):
             continue
         with torch.no_grad():
@@ -158,7 +201,9 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
                 score = -mean_similarity(x[:, P:])
             else:  # attention in the block that has just run, from its own q and k
                 score = received_attention(*a.attention(i, x_in, rope), a.from_cls)[:, P:]
-            stay = score.argsort(dim=1, descending=True, stable=True)[:, :K].sort(dim=1).values  # (B, K)
+            stay = (
+                score.argsort(dim=1, descending=True, stable=True)[:, :K].sort(dim=1).values
+            )  # (B, K)
         rows = torch.arange(len(x), device=x.device)[:, None]
         x = torch.cat([x[:, :P], x[:, P:][rows, stay]], dim=1)  # (B, P + K, D)
         rope = rope if rope is None else rope[rows, stay]
@@ -166,9 +211,14 @@ def encode(encoder: nn.Module, images: Tensor, keep: Sequence[int | None] = (Non
     return a.norm(x)[:, P:], keep_idx
 
 
-def encode_all(encoders: Sequence[nn.Module], images: Tensor, total: int | Sequence[int] | None,
-               ranks: Tensor | Sequence[Sequence[float]] | None = None, strategy: str = "rank",
-               part_criteria: Sequence[str] = CRITERIA) -> tuple[list[Tensor], list[Tensor]]:
+def encode_all(
+    encoders: Sequence[nn.Module],
+    images: Tensor,
+    total: int | Sequence[int] | None,
+    ranks: Tensor | Sequence[Sequence[float]] | None = None,
+    strategy: str = "rank",
+    part_criteria: Sequence[str] = CRITERIA,
+) -> tuple[list[Tensor], list[Tensor]]:
     """`plan_budgets`, then `encode` with each encoder: C x tokens (B, n_l, D_l), C x keep_idx (B, n_l)."""
     adapters = [adapter(e) for e in encoders]
     sizes, inside = [a.num_tokens for a in adapters], [a.prunable_inside for a in adapters]
@@ -178,7 +228,9 @@ def encode_all(encoders: Sequence[nn.Module], images: Tensor, total: int | Seque
 
 
 @torch.no_grad()
-def expected_ranks(encoders: Sequence[nn.Module], batches: Iterable[Tensor], rtol: float = RTOL) -> Tensor:
+def expected_ranks(
+    encoders: Sequence[nn.Module], batches: Iterable[Tensor], rtol: float = RTOL
+) -> Tensor:
     """r_b^l: mean rank over all pictures of the patch tokens at each point, unpruned. -> (3, C) float64.
     Models in eval mode, 64 pictures or more; a ConvNet's three are its output's.  Source: [supplement B.1]
     """
@@ -191,7 +243,7 @@ def expected_ranks(encoders: Sequence[nn.Module], batches: Iterable[Tensor], rto
             for b, part in enumerate(a.parts):
                 for i in part:
                     x = a.block(i, x, rope)
-                ranks[b, l] += feature_rank(x[:, a.prefix:], rtol).sum().item()
+                ranks[b, l] += feature_rank(x[:, a.prefix :], rtol).sum().item()
     require(pictures, "batches must hold at least one picture, got none")
     return ranks / pictures
 
@@ -202,6 +254,7 @@ class Adapter:
     patchify(pixels) -> x (B, P + N, D), rotary table (N, 2 d) or None; attention(i, x, rope) -> q, k
     (B, H, P + N, d), scale, as block i computes them from x; q of the CLS alone if from_cls.
     """
+
     prunable_inside, mode = True, "bicubic"
     kinds = ()  # "block.attention" classes that `attention` is written for
 
@@ -209,26 +262,43 @@ class Adapter:
         self.model, self.blocks, self.norm, self.dim, L = model, blocks, norm, dim, len(blocks)
         self.grid, self.num_tokens, self.size = tuple(grid), grid[0] * grid[1], tuple(size)
         self.num_blocks, self.prefix, self.from_cls = L, prefix, from_cls
-        self.parts = [range(L * b // 3, L * (b + 1) // 3) for b in range(3)]  # of 24: they end at 7, 15, 23
-        self.cfg = getattr(outer, "preprocess_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
+        self.parts = [
+            range(L * b // 3, L * (b + 1) // 3) for b in range(3)
+        ]  # of 24: they end at 7, 15, 23
+        self.cfg = (
+            getattr(outer, "preprocess_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
+        )
         found = {block_kind(block) for block in blocks}
-        require(not self.kinds or found <= {*self.kinds},
-                f"blocks of {type(model).__name__} must be {self.kinds}, got {sorted(found)}", TypeError)
+        require(
+            not self.kinds or found <= {*self.kinds},
+            f"blocks of {type(model).__name__} must be {self.kinds}, got {sorted(found)}",
+            TypeError,
+        )
         require(L >= 3 or not self.prunable_inside, f"encoder must have at least 3 blocks, got {L}")
 
     def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         """Resize, normalise and embed images: x (B, P + N, D) and rope (B, N, 2 d) or None."""
-        require(images.dim() == 4 and images.shape[1] == 3 and images.is_floating_point(),
-                f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}")
-        require(((images >= 0) & (images <= 1)).all(), "images must be in [0, 1]: divide bytes by 255")
+        require(
+            images.dim() == 4 and images.shape[1] == 3 and images.is_floating_point(),
+            f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}",
+        )
+        require(
+            ((images >= 0) & (images <= 1)).all(), "images must be in [0, 1]: divide bytes by 255"
+        )
         mean, std = self.statistics(images)
         if images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode=self.mode, antialias=True).clamp(0, 1)  # overshoot
-        dtype = max(self.model.parameters(), key=Tensor.dim).dtype  # of a weight, not of a norm or a bias
+            images = F.interpolate(images, self.size, mode=self.mode, antialias=True).clamp(
+                0, 1
+            )  # overshoot
+        dtype = max(
+            self.model.parameters(), key=Tensor.dim
+        ).dtype  # of a weight, not of a norm or a bias
         x, rope = self.patchify(((images - mean) / std).to(dtype))
         N = x.shape[1] - self.prefix
-        require(N == self.num_tokens,
-                f"encoder must embed {self.num_tokens} patches, got {N}: switch patch dropout off")
+        require(
+            N == self.num_tokens,
+            f"encoder must embed {self.num_tokens} patches, got {N}: switch patch dropout off",
+        )
         return x, rope if rope is None else rope.expand(len(x), -1, -1)
 
     def statistics(self, images):
@@ -254,12 +324,22 @@ def heads(t: Tensor, d: int) -> Tensor:
 
 class ClipViT(Adapter):
     """open_clip's VisionTransformer."""
+
     kinds = ("ResidualAttentionBlock.MultiheadAttention",)
 
     def __init__(self, v, outer):
         norm = v.ln_post if v.attn_pool is None and not v.final_ln_after_pool else nn.Identity()
-        super().__init__(v, outer, v.transformer.resblocks, norm, v.conv1.out_channels, v.grid_size,
-                         v.image_size, prefix=1, from_cls=True)
+        super().__init__(
+            v,
+            outer,
+            v.transformer.resblocks,
+            norm,
+            v.conv1.out_channels,
+            v.grid_size,
+            v.image_size,
+            prefix=1,
+            from_cls=True,
+        )
 
     def patchify(self, pixels):
         return self.model._embeds(pixels), None
@@ -273,12 +353,26 @@ class ClipViT(Adapter):
 
 class TimmViT(Adapter):
     """timm's VisionTransformer (SigLIP: no CLS) and Eva (EVA-02: rotary positions go with their tokens)."""
+
     kinds = ("Block.Attention", "EvaBlock.EvaAttention", "EvaBlock.AttentionRope")
 
     def __init__(self, v, outer):
-        require(not getattr(v, "rope_mixed", False), "Eva must have one rotary table, got 'mixed'", TypeError)
-        super().__init__(v, outer, v.blocks, v.norm, v.embed_dim, v.patch_embed.grid_size,
-                         v.patch_embed.img_size, v.num_prefix_tokens, v.cls_token is not None)
+        require(
+            not getattr(v, "rope_mixed", False),
+            "Eva must have one rotary table, got 'mixed'",
+            TypeError,
+        )
+        super().__init__(
+            v,
+            outer,
+            v.blocks,
+            v.norm,
+            v.embed_dim,
+            v.patch_embed.grid_size,
+            v.patch_embed.img_size,
+            v.num_prefix_tokens,
+            v.cls_token is not None,
+        )
 
     def patchify(self, pixels):
         v = self.model
@@ -298,43 +392,74 @@ class TimmViT(Adapter):
         q, k = attn.q_norm(heads(q, attn.head_dim)), attn.k_norm(heads(k, attn.head_dim))
         if rope is not None:
             from timm.layers import apply_rot_embed_cat
-            turn = lambda t: torch.cat([t[:, :, :P], apply_rot_embed_cat(
-                t[:, :, P:], rope[:, None], half=attn.rotate_half)], dim=2)
+
+            turn = lambda t: torch.cat(
+                [
+                    t[:, :, :P],
+                    apply_rot_embed_cat(t[:, :, P:], rope[:, None], half=attn.rotate_half),
+                ],
+                dim=2,
+            )
             q, k = q if self.from_cls else turn(q), turn(k)
         return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), attn.scale
 
 
 class ConvNeXt(Adapter):
     """timm's ConvNeXt: a dense map, no blocks to stop at."""
+
     prunable_inside = False
 
     def __init__(self, v, outer):
-        size = getattr(outer, "image_size", None) or getattr(v, "pretrained_cfg", {}).get("input_size")
-        require(size, "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}")
+        size = getattr(outer, "image_size", None) or getattr(v, "pretrained_cfg", {}).get(
+            "input_size"
+        )
+        require(
+            size, "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}"
+        )
         grid = [s // v.feature_info[-1]["reduction"] for s in size[-2:]]
         super().__init__(v, outer, (), nn.Identity(), v.num_features, grid, size[-2:])
 
     def patchify(self, pixels):
-        return self.model.forward_features(pixels).flatten(2).mT, None  # (B, D, h, w) -> (B, h w, D)
+        return self.model.forward_features(pixels).flatten(
+            2
+        ).mT, None  # (B, D, h, w) -> (B, h w, D)
 
 
 class Pix2Struct(Adapter):
     """transformers' Pix2StructVisionModel: config.meteor_grid = (h, w) patches, or the largest square."""
+
     mode = "bilinear"
 
     def __init__(self, v, outer):
-        c, p, side = v.config, math.isqrt(v.config.patch_embed_hidden_size // 3), math.isqrt(v.config.seq_len)
+        c, p, side = (
+            v.config,
+            math.isqrt(v.config.patch_embed_hidden_size // 3),
+            math.isqrt(v.config.seq_len),
+        )
         self.p, grid = p, getattr(c, "meteor_grid", (side, side))
-        super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, [s * p for s in grid])
+        super().__init__(
+            v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, [s * p for s in grid]
+        )
 
     def statistics(self, images):  # each picture's own
         std = images.flatten(1).std(dim=1).clamp(min=images[0].numel() ** -0.5)
         return images.mean(dim=(1, 2, 3), keepdim=True), std.view(-1, 1, 1, 1)
 
-    def patchify(self, pixels):  # a patch: its row and column, from 1, then its pixels, channels last
-        cells = torch.cartesian_prod(*(torch.arange(1, s + 1) for s in self.grid)).to(pixels)  # (N, 2)
-        patches = F.unfold(pixels, self.p, stride=self.p).unflatten(1, (3, -1)).permute(0, 3, 2, 1).flatten(2)
-        return self.model.embeddings(torch.cat([cells.expand(len(pixels), -1, -1), patches], dim=-1)), None
+    def patchify(
+        self, pixels
+    ):  # a patch: its row and column, from 1, then its pixels, channels last
+        cells = torch.cartesian_prod(*(torch.arange(1, s + 1) for s in self.grid)).to(
+            pixels
+        )  # (N, 2)
+        patches = (
+            F.unfold(pixels, self.p, stride=self.p)
+            .unflatten(1, (3, -1))
+            .permute(0, 3, 2, 1)
+            .flatten(2)
+        )
+        return self.model.embeddings(
+            torch.cat([cells.expand(len(pixels), -1, -1), patches], dim=-1)
+        ), None
 
     def attention(self, i, x, rope):
         attn, h = self.blocks[i].attention, self.blocks[i].pre_attention_layer_norm(x)
@@ -347,7 +472,9 @@ class Dinov2(Adapter):
 
     def __init__(self, v, outer):
         c, embed = v.config, v.embeddings.patch_embeddings
-        grid = getattr(c, "meteor_grid", [s // p for s, p in zip(embed.image_size, embed.patch_size)])
+        grid = getattr(
+            c, "meteor_grid", [s // p for s, p in zip(embed.image_size, embed.patch_size)]
+        )
         size = [n * p for n, p in zip(grid, embed.patch_size)]
         super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, size, 1, True)
         self.cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
@@ -357,7 +484,11 @@ class Dinov2(Adapter):
 
     def attention(self, i, x, rope):
         attn, h = self.blocks[i].attention, self.blocks[i].norm1(x)
-        return heads(attn.q_proj(h[:, :1]), attn.head_dim), heads(attn.k_proj(h), attn.head_dim), attn.scaling
+        return (
+            heads(attn.q_proj(h[:, :1]), attn.head_dim),
+            heads(attn.k_proj(h), attn.head_dim),
+            attn.scaling,
+        )
 
 
 FAMILIES = {  # by name: only the libraries of your encoders are needed
@@ -377,8 +508,10 @@ def adapter(encoder: nn.Module) -> Adapter:
         for cls in type(model).__mro__:
             if (name := f"{cls.__module__}.{cls.__qualname__}") in FAMILIES:
                 return FAMILIES[name](model, visual)
-    raise TypeError(f"encoder must be or hold one of {', '.join(FAMILIES)}, got {type(model).__name__}: for "
-                    "another, list an Adapter that embeds, runs a block and gives its q and k")
+    raise TypeError(
+        f"encoder must be or hold one of {', '.join(FAMILIES)}, got {type(model).__name__}: for "
+        "another, list an Adapter that embeds, runs a block and gives its q and k"
+    )
 
 
 def main() -> None:
@@ -386,16 +519,22 @@ def main() -> None:
     import timm
     from open_clip.transformer import VisionTransformer
     from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
+
     torch.manual_seed(0)
     config = Pix2StructVisionConfig(num_hidden_layers=3, seq_len=144, initializer_range=0.02)
-    encoders = [VisionTransformer(96, 8, 96, 3, 6, 2.0), Pix2StructVisionModel(config),
-                timm.create_model("eva02_tiny_patch14_224", img_size=168),
-                timm.create_model("vit_base_patch16_siglip_224", img_size=192, depth=3),
-                timm.create_model("convnext_atto", pretrained_cfg_overlay={"input_size": (3, 384, 384)})]
+    encoders = [
+        VisionTransformer(96, 8, 96, 3, 6, 2.0),
+        Pix2StructVisionModel(config),
+        timm.create_model("eva02_tiny_patch14_224", img_size=168),
+        timm.create_model("vit_base_patch16_siglip_224", img_size=192, depth=3),
+        timm.create_model("convnext_atto", pretrained_cfg_overlay={"input_size": (3, 384, 384)}),
+    ]
     images = F.interpolate(torch.rand(4, 3, 7, 7), 80)
     ranks = expected_ranks([e.eval() for e in encoders], [images])
     for encoder, r in zip(encoders, ranks.T.tolist()):
-        print(f"{type(encoder).__name__:>21}: {adapter(encoder).num_tokens} tokens, expected ranks {r}")
+        print(
+            f"{type(encoder).__name__:>21}: {adapter(encoder).num_tokens} tokens, expected ranks {r}"
+        )
     for strategy in STRATEGIES:
         tokens, _ = encode_all(encoders, images, 300, ranks, strategy)
         print(f"{strategy:>21}: {[x.shape[1] for x in tokens]}")

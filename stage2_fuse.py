@@ -23,6 +23,7 @@ ties go to the lower index; a zero vector has cosine 0 to everything.
 
 Needs torch only. `python stage2_fuse.py` runs it on random features.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -86,13 +87,17 @@ def greedy_order(tokens: list[torch.Tensor], drop: int) -> torch.Tensor:
     """
     sizes = [z.shape[1] for z in tokens]
     u = F.normalize(torch.cat(tokens, dim=1).float(), dim=-1)  # (B, N, D)
-    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(u.device)  # (N,)
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes)).to(
+        u.device
+    )  # (N,)
     R = torch.cat(mutual_redundancy(tokens), dim=1)  # (B, N)
     batch = torch.arange(len(u), device=u.device)
     for _ in range(drop):
         worst = R.argmax(dim=1)  # (B,); the first of equals
         cos = torch.einsum("bnd,bd->bn", u, u[batch, worst])  # (B, N)
-        R = R - cos * (owner != owner[worst, None])  # only tokens of the other encoders had it in their sum
+        R = R - cos * (
+            owner != owner[worst, None]
+        )  # only tokens of the other encoders had it in their sum
         R[batch, worst] = -torch.inf  # gone: never the maximum again
     return R != -torch.inf
 
@@ -102,8 +107,12 @@ def lowest(values: torch.Tensor, K: int) -> torch.Tensor:
     return values.argsort(dim=1, stable=True)[:, :K].sort(dim=1).values
 
 
-def fuse(tokens: list[torch.Tensor], budget: int | None, strategy: str = "collaborative",
-         generator: torch.Generator | None = None) -> Fused:
+def fuse(
+    tokens: list[torch.Tensor],
+    budget: int | None,
+    strategy: str = "collaborative",
+    generator: torch.Generator | None = None,
+) -> Fused:
     r"""Concatenate the encoders' tokens along the sequence and keep `budget` of them per sample.
 
     Args:
@@ -133,7 +142,9 @@ def fuse(tokens: list[torch.Tensor], budget: int | None, strategy: str = "collab
     if budget is None or budget == N:
         keep_idx = torch.arange(N, device=device).expand(B, N)
     elif len(tokens) < 2:
-        raise ValueError("tokens must hold at least 2 encoders to prune: one alone has no mutual redundancy")
+        raise ValueError(
+            "tokens must hold at least 2 encoders to prune: one alone has no mutual redundancy"
+        )
     else:
         with torch.no_grad():
             keep_idx = _choose(tokens, sizes, budget, strategy, generator)
@@ -167,7 +178,9 @@ def proportional(K: int, sizes: list[int]) -> list[int]:
 
     Needs len(sizes) <= K <= sum(sizes); the parts sum to K exactly and none exceeds its size.
     """
-    share = [1 + (K - len(sizes)) * (n - 1) / max(1, sum(sizes) - len(sizes)) for n in sizes]  # 1 each, then the rest
+    share = [
+        1 + (K - len(sizes)) * (n - 1) / max(1, sum(sizes) - len(sizes)) for n in sizes
+    ]  # 1 each, then the rest
     counts = [int(s + 1e-9) for s in share]
     by_remainder = sorted(range(len(sizes)), key=lambda l: (counts[l] - share[l], l))
     for l in by_remainder[: K - sum(counts)]:
@@ -177,12 +190,18 @@ def proportional(K: int, sizes: list[int]) -> list[int]:
 
 def _check(tokens: list[torch.Tensor]) -> None:
     """One sentence for each way in which the list of features can be wrong."""
-    if not isinstance(tokens, (list, tuple)) or not all(torch.is_tensor(z) and z.is_floating_point() for z in tokens):
+    if not isinstance(tokens, (list, tuple)) or not all(
+        torch.is_tensor(z) and z.is_floating_point() for z in tokens
+    ):
         raise TypeError("tokens must be a list of float tensors (B, N_l, D), one for each encoder")
     if not tokens or any(z.dim() != 3 or 0 in z.shape for z in tokens):
-        raise ValueError(f"tokens must be non-empty tensors (B, N_l, D), got shapes {[tuple(z.shape) for z in tokens]}")
+        raise ValueError(
+            f"tokens must be non-empty tensors (B, N_l, D), got shapes {[tuple(z.shape) for z in tokens]}"
+        )
     if len({(z.shape[0], z.shape[2]) for z in tokens}) > 1:
-        raise ValueError(f"tokens must share B and D, got shapes {[tuple(z.shape) for z in tokens]}: project them first")
+        raise ValueError(
+            f"tokens must share B and D, got shapes {[tuple(z.shape) for z in tokens]}: project them first"
+        )
     for l, z in enumerate(tokens):
         if not z.isfinite().all():
             raise ValueError(f"tokens[{l}] must be finite, but holds NaN or infinity")
@@ -191,14 +210,21 @@ def _check(tokens: list[torch.Tensor]) -> None:
 def main() -> None:
     """Four encoders of different N and width, random features: tokens in, tokens out, survivors by encoder."""
     torch.manual_seed(0)
-    shapes = {"CLIP": (576, 1024), "ConvNeXt": (1024, 3072), "EVA-02": (576, 1024), "Pix2Struct": (1024, 1536)}
+    shapes = {
+        "CLIP": (576, 1024),
+        "ConvNeXt": (1024, 3072),
+        "EVA-02": (576, 1024),
+        "Pix2Struct": (1024, 1536),
+    }
     D = 256
     tokens = [Projector(D_l, D)(torch.randn(2, N_l, D_l)) for N_l, D_l in shapes.values()]
     print("in: " + ", ".join(f"{name} {N_l} x {D_l}" for name, (N_l, D_l) in shapes.items()))
     for strategy in STRATEGIES:
         fused = fuse(tokens, 576, strategy)
-        print(f"{strategy:>13}: {sum(z.shape[1] for z in tokens)} -> {fused.tokens.shape[1]} tokens, "
-              f"by encoder {fused.survivors(len(tokens)).tolist()}")
+        print(
+            f"{strategy:>13}: {sum(z.shape[1] for z in tokens)} -> {fused.tokens.shape[1]} tokens, "
+            f"by encoder {fused.survivors(len(tokens)).tolist()}"
+        )
 
 
 if __name__ == "__main__":

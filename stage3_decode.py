@@ -21,6 +21,7 @@ Change here: `text_relevance` (who is kept), `adaptive_count` (how many), `visua
 Not from the paper: layers L/8, 3L/8, 5L/8 at other depths; halves round up; ties go to the lower index;
 \lambda solved from a wanted average; zeros where a token is gone. `python stage3_decode.py` is a tiny demo.
 """
+
 import inspect
 import math
 import weakref
@@ -36,8 +37,15 @@ from transformers.masking_utils import create_causal_mask
 CHECKED = weakref.WeakSet()  # decoders whose layers passed `check_decoder`, which takes a while
 
 
-def visual_attention(q: Tensor, k: Tensor, scale: float, query_idx: Tensor, query_valid: Tensor,
-                     visual_mask: Tensor, valid: Tensor) -> Tensor:
+def visual_attention(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    query_idx: Tensor,
+    query_valid: Tensor,
+    visual_mask: Tensor,
+    valid: Tensor,
+) -> Tensor:
     r"""a_i^h = mean_t softmax_s(scale q_t^h . k_s^h)_i over the text queries t; s: all tokens that t may see.
 
     Args: q (B, H, T, d) float: queries of the text; k (B, H_kv, S, d) float: keys of all; H_kv divides H.
@@ -46,11 +54,17 @@ def visual_attention(q: Tensor, k: Tensor, scale: float, query_idx: Tensor, quer
     Returns: (B, H, S) float32, 0 outside the visual tokens. Memory: B H T S floats.  Source: [paper]
     """
     (B, H, T, d), S = q.shape, k.shape[2]
-    scores = scale * (q.reshape(B, k.shape[1], -1, d).float() @ k.float().mT).view(B, H, T, S)  # H_kv groups
-    sees = valid[:, None] & (torch.arange(S, device=q.device) <= query_idx[..., None])  # causal: (B, T, S)
+    scores = scale * (q.reshape(B, k.shape[1], -1, d).float() @ k.float().mT).view(
+        B, H, T, S
+    )  # H_kv groups
+    sees = valid[:, None] & (
+        torch.arange(S, device=q.device) <= query_idx[..., None]
+    )  # causal: (B, T, S)
     weights = scores.masked_fill(~sees[:, None], torch.finfo(torch.float32).min).softmax(dim=-1)
     weights = weights.masked_fill(~query_valid[:, None, :, None], 0)  # (B, H, T, S)
-    return weights.sum(dim=2) / query_valid.sum(dim=1)[:, None, None] * visual_mask[:, None]  # (B, H, S)
+    return (
+        weights.sum(dim=2) / query_valid.sum(dim=1)[:, None, None] * visual_mask[:, None]
+    )  # (B, H, S)
 
 
 def head_vav(attention: Tensor) -> Tensor:
@@ -60,7 +74,9 @@ def head_vav(attention: Tensor) -> Tensor:
 
 def text_relevance(attention: Tensor, k: int) -> Tensor:
     r"""score_i = \sum_{h in I} a_i^h; of equal VAVs the lower head. (B, H, S) -> (B, S).  Source: [paper]"""
-    heads = head_vav(attention).argsort(dim=1, descending=True, stable=True)[:, :k, None]  # I: (B, k, 1)
+    heads = head_vav(attention).argsort(dim=1, descending=True, stable=True)[
+        :, :k, None
+    ]  # I: (B, k, 1)
     return attention.take_along_dim(heads, dim=1).sum(dim=1)
 
 
@@ -79,10 +95,14 @@ def adaptive_count(vav: Tensor, lam: float, k: int, available: Tensor) -> Tensor
 def select(score: Tensor, count: Tensor, visual_mask: Tensor) -> Tensor:
     """The count[b] visual tokens of highest score; ties: lower index. (B, S), (B,), (B, S) -> (B, S) bool."""
     order = score.masked_fill(~visual_mask, -torch.inf).argsort(dim=1, descending=True, stable=True)
-    return (order.argsort(dim=1) < count[:, None]) & visual_mask  # argsort of the order: place of each token
+    return (
+        order.argsort(dim=1) < count[:, None]
+    ) & visual_mask  # argsort of the order: place of each token
 
 
-def average_tokens(tokens_in: float | Tensor, counts: list, layers: list, num_layers: int) -> float | Tensor:
+def average_tokens(
+    tokens_in: float | Tensor, counts: list, layers: list, num_layers: int
+) -> float | Tensor:
     """Mean over the LLM's layers of the visual tokens present: "# Tok." with a star in the paper.
 
     Args: tokens_in and counts[j], there from layers[j] (0-indexed) on: numbers, or (B,) tensors.
@@ -92,15 +112,19 @@ def average_tokens(tokens_in: float | Tensor, counts: list, layers: list, num_la
     return (tokens_in * layers[0] + sum(K * span for K, span in zip(counts, spans))) / num_layers
 
 
-def solve_lambda(target_average: float, measure: Callable[[float], float], tolerance: float = 0.5) -> float:
+def solve_lambda(
+    target_average: float, measure: Callable[[float], float], tolerance: float = 0.5
+) -> float:
     r"""The \lambda that keeps target_average tokens, by bisection of \lambda = x / (1 - x), 0 < x < 1.
 
     Args: measure: \lambda -> mean `average_tokens` of a calibration set, not falling; tolerance: in tokens.
     Raises: ValueError where target_average is not in measure(0)..measure(infinity).  Source: [our choice]
     """
     low, high, least, most = 0.0, 1.0, measure(0.0), measure(math.inf)
-    require(least <= target_average <= most,
-            f"target_average must be {least:.2f} to {most:.2f} here, got {target_average}")
+    require(
+        least <= target_average <= most,
+        f"target_average must be {least:.2f} to {most:.2f} here, got {target_average}",
+    )
     for _ in range(40):
         x = (low + high) / 2
         if abs((average := measure(x / (1 - x))) - target_average) <= tolerance:
@@ -113,7 +137,9 @@ def compact(stays: Tensor) -> tuple[Tensor, Tensor]:
     """(B, S) bool -> idx (B, N) int64: places of the True entries in order, right-aligned; real (B, N) bool:
     False where a shorter row is filled up in front, by places of False entries, none twice."""
     N = int(stays.sum(dim=1).max())
-    idx = stays.int().argsort(dim=1, stable=True)[:, stays.shape[1] - N:]  # False, then True, each in order
+    idx = stays.int().argsort(dim=1, stable=True)[
+        :, stays.shape[1] - N :
+    ]  # False, then True, each in order
     return idx, stays.gather(1, idx)
 
 
@@ -194,15 +220,22 @@ def on_sdpa_or_eager(decoder) -> bool:
 
 # ------------------------------------------------------------------------------- inside a decoder
 
-def queries_and_keys(layer, hidden: Tensor, rotary: list[Tensor], query_idx: Tensor) -> tuple[Tensor, Tensor]:
+
+def queries_and_keys(
+    layer, hidden: Tensor, rotary: list[Tensor], query_idx: Tensor
+) -> tuple[Tensor, Tensor]:
     """The layer's rotated q (B, H, T, d) at query_idx (B, T) and k (B, H_kv, S, d), of hidden (B, S, D)."""
     attn, x, rows = layer.self_attn, layer.input_layernorm(hidden), query_idx[..., None]
-    heads = lambda y: y.unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)  # (B, S, H d) -> (B, H, S, d)
+    heads = lambda y: y.unflatten(-1, (-1, attn.head_dim)).transpose(
+        1, 2
+    )  # (B, S, H d) -> (B, H, S, d)
     q, k = heads(attn.q_proj(x.take_along_dim(rows, dim=1))), heads(attn.k_proj(x))
     if hasattr(attn, "q_norm"):  # Qwen3
         q, k = attn.q_norm(q), attn.k_norm(k)
     rotate = inspect.getmodule(type(attn)).apply_rotary_pos_emb  # of the architecture's own file
-    return rotate(q, q, *(table.take_along_dim(rows, dim=1) for table in rotary))[0], rotate(k, k, *rotary)[0]
+    return rotate(q, q, *(table.take_along_dim(rows, dim=1) for table in rotary))[0], rotate(
+        k, k, *rotary
+    )[0]
 
 
 @torch.no_grad()
@@ -211,7 +244,9 @@ def check_decoder(decoder) -> None:
     modes = [(module, module.training) for module in getattr(decoder, "modules", list)()]
     try:
         require(on_sdpa_or_eager(decoder), "it is not on sdpa or eager")
-        require_names(DECODER_ARGUMENTS, inspect.signature(decoder.forward).parameters, "its forward")
+        require_names(
+            DECODER_ARGUMENTS, inspect.signature(decoder.forward).parameters, "its forward"
+        )
         decoder.eval()  # no dropout, and so no random numbers
         position, D = torch.arange(3, device=decoder.device)[None], decoder.config.hidden_size
         x = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
@@ -220,16 +255,24 @@ def check_decoder(decoder) -> None:
             attn, normed = layer.self_attn, layer.input_layernorm(x)
             for module in (layer, attn):
                 known = inspect.signature(module.forward).parameters
-                if any(name in known for name in LAYER_ARGUMENTS):  # a wrapper may name none of them
+                if any(
+                    name in known for name in LAYER_ARGUMENTS
+                ):  # a wrapper may name none of them
                     require_names(LAYER_ARGUMENTS, known, f"{type(module).__name__}.forward")
             args, kwargs = change_layer_call({}, normed, None, rotary)
             theirs = attn(*args, **kwargs)[0][0, 2]
             q, k = queries_and_keys(layer, x, rotary, last)
-            a = visual_attention(q, k, attn.scaling, last, last > 0, every, every)  # of the last: (1, H, 3)
+            a = visual_attention(
+                q, k, attn.scaling, last, last > 0, every, every
+            )  # of the last: (1, H, 3)
             v = attn.v_proj(normed).view(3, k.shape[1], -1)  # (3, H_kv, d)
-            ours = torch.einsum("hgs,shd->hgd", a.view(k.shape[1], -1, 3).to(v.dtype), v)  # (H_kv, H/H_kv, d)
+            ours = torch.einsum(
+                "hgs,shd->hgd", a.view(k.shape[1], -1, 3).to(v.dtype), v
+            )  # (H_kv, H/H_kv, d)
             off = (attn.o_proj(ours.flatten()) - theirs).abs().max() / theirs.abs().max()
-            require(off <= max(torch.finfo(x.dtype).eps, 1e-7) ** 0.5, "its attention is not Llama's")
+            require(
+                off <= max(torch.finfo(x.dtype).eps, 1e-7) ** 0.5, "its attention is not Llama's"
+            )
         CHECKED.add(decoder)
     except Exception as e:  # whatever another architecture answers
         name, reason = type(decoder).__name__, str(e)
@@ -256,78 +299,148 @@ class AdaptivePruner:
     Raises: TypeError for an unsupported decoder, at its first pruner; ValueError for what cannot be pruned.
     """
 
-    def __init__(self, decoder, visual_mask: Tensor, layers: list | None = None, lam: float | None = None,
-                 k: int | None = 5, query_mask: Tensor | None = None, counts: dict | None = None):
+    def __init__(
+        self,
+        decoder,
+        visual_mask: Tensor,
+        layers: list | None = None,
+        lam: float | None = None,
+        k: int | None = 5,
+        query_mask: Tensor | None = None,
+        counts: dict | None = None,
+    ):
         self.decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
         if self.decoder not in CHECKED or not on_sdpa_or_eager(self.decoder):
             check_decoder(self.decoder)
         L, H = self.decoder.config.num_hidden_layers, self.decoder.config.num_attention_heads
         require((lam is None) != (counts is None), "lam or counts must be given, and not both")
         require(lam is None or lam >= 0, f"lam must be 0 to infinity, got {lam}")
-        require(counts is None or layers is None, "layers must be None beside counts, whose keys they are")
-        require(k is None or k in range(1, H + 1), f"k must be 1 to {H}, the heads, or None for all, got {k}")
+        require(
+            counts is None or layers is None,
+            "layers must be None beside counts, whose keys they are",
+        )
+        require(
+            k is None or k in range(1, H + 1),
+            f"k must be 1 to {H}, the heads, or None for all, got {k}",
+        )
         layers = [L // 8, 3 * L // 8, 5 * L // 8] if layers is None else list(layers)
         layers = layers if counts is None else sorted(counts)
-        require(layers and layers == sorted(set(layers) & set(range(1, L))),
-                f"layers must be ascending numbers, 1 to {L - 1} for this decoder, got {layers}")
+        require(
+            layers and layers == sorted(set(layers) & set(range(1, L))),
+            f"layers must be ascending numbers, 1 to {L - 1} for this decoder, got {layers}",
+        )
         for name, m in (("visual_mask", visual_mask), ("query_mask", query_mask)):
-            require(m is None or (m.dtype, m.dim(), m.shape) == (torch.bool, 2, visual_mask.shape),
-                    f"{name} must be bool of shape (B, S), got {m is not None and (m.dtype, tuple(m.shape))}")
-        asks = visual_mask.flip(1).cumsum(1).flip(1) == 0 if query_mask is None else query_mask & ~visual_mask
-        self.visual_mask, self.asks = (m.to(self.decoder.device) for m in (visual_mask, asks))  # (B, S)
-        self.fixed = {i: torch.as_tensor(K).expand(len(visual_mask)) for i, K in (counts or {}).items()}
+            require(
+                m is None or (m.dtype, m.dim(), m.shape) == (torch.bool, 2, visual_mask.shape),
+                f"{name} must be bool of shape (B, S), got {m is not None and (m.dtype, tuple(m.shape))}",
+            )
+        asks = (
+            visual_mask.flip(1).cumsum(1).flip(1) == 0
+            if query_mask is None
+            else query_mask & ~visual_mask
+        )
+        self.visual_mask, self.asks = (
+            m.to(self.decoder.device) for m in (visual_mask, asks)
+        )  # (B, S)
+        self.fixed = {
+            i: torch.as_tensor(K).expand(len(visual_mask)) for i, K in (counts or {}).items()
+        }
         self.layers, self.num_layers, self.lam, self.k, self._handles = layers, L, lam, k or H, []
 
     def average_tokens(self) -> Tensor:
         """(B,) float: visual tokens there in the last prompt, mean over the decoder's layers."""
-        return average_tokens(self.visual_mask.sum(1), [*self.counts.values()], self.layers, self.num_layers)
+        return average_tokens(
+            self.visual_mask.sum(1), [*self.counts.values()], self.layers, self.num_layers
+        )
 
     def __enter__(self) -> "AdaptivePruner":
         require(not self._handles, "this AdaptivePruner must not be entered twice at a time")
-        self.kept, self.counts, self.vav, self.attention, self._stages, self._cache = {}, {}, {}, {}, {}, None
-        self._handles = [self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
-                         self.decoder.register_forward_hook(self._after_decoder)]
-        self._handles += [layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
-                          for i, layer in enumerate(self.decoder.layers) if i >= self.layers[0]]
+        self.kept, self.counts, self.vav, self.attention, self._stages, self._cache = (
+            {},
+            {},
+            {},
+            {},
+            {},
+            None,
+        )
+        self._handles = [
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.register_forward_hook(self._after_decoder),
+        ]
+        self._handles += [
+            layer.register_forward_pre_hook(partial(self._before_layer, i), with_kwargs=True)
+            for i, layer in enumerate(self.decoder.layers)
+            if i >= self.layers[0]
+        ]
         return self
 
     def __exit__(self, kind, *_) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles, self._stages, self._cache = [], {}, None
-        require(kind or list(self.kept) == self.layers, "the decoder did not run, or was compiled before")
+        require(
+            kind or list(self.kept) == self.layers,
+            "the decoder did not run, or was compiled before",
+        )
 
     def _before_decoder(self, decoder, args, kwargs) -> None:
         """Reads the call: a prompt or its continuation, what is padding; refuses what cannot be pruned."""
         x, mask, position, cache = read_decoder_call(decoder, args, kwargs)
-        past, (B, S), (rows, T) = cache.get_seq_length() if cache else 0, self.visual_mask.shape, x.shape[:2]
-        require(not cache or isinstance(cache, DynamicCache) and past == 0 or cache is self._cache,
-                "the KV cache must be None, or a DynamicCache that is empty or was filled in this block")
-        require(mask is not None or position is None or (position.diff() == 1).all(),
-                "position_ids must count up by 1 where there is no attention_mask: packing is not supported")
+        past, (B, S), (rows, T) = (
+            cache.get_seq_length() if cache else 0,
+            self.visual_mask.shape,
+            x.shape[:2],
+        )
+        require(
+            not cache or isinstance(cache, DynamicCache) and past == 0 or cache is self._cache,
+            "the KV cache must be None, or a DynamicCache that is empty or was filled in this block",
+        )
+        require(
+            mask is not None or position is None or (position.diff() == 1).all(),
+            "position_ids must count up by 1 where there is no attention_mask: packing is not supported",
+        )
         mask = torch.ones(rows, past + T, device=x.device) if mask is None else mask
         hint = ""
         if cache is None and self.kept and T < S:
             hint = f"; if this call continues the prompt, its KV cache was not found ({tested()})"
-        require(getattr(mask, "shape", 0) == (rows, past + T),
-                f"attention_mask must be (B, tokens so far){hint}")
-        require(past + T <= (getattr(decoder.config, "sliding_window", None) or math.inf),
-                f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens")
+        require(
+            getattr(mask, "shape", 0) == (rows, past + T),
+            f"attention_mask must be (B, tokens so far){hint}",
+        )
+        require(
+            past + T <= (getattr(decoder.config, "sliding_window", None) or math.inf),
+            f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens",
+        )
         self._past, self._changed = past, None
-        self._tail = mask.bool()[:, self._visual.shape[1] if past else T:]  # (rows, tokens since the prompt)
+        self._tail = mask.bool()[
+            :, self._visual.shape[1] if past else T :
+        ]  # (rows, tokens since the prompt)
         if past:
             return
-        require(T == S or T > S and self.kept,
-                f"the prompt must be visual_mask's {S} tokens, got {T}{hint}")
-        c = self._copies = max(1, rows // B)  # generate puts copies of a sample side by side, e.g. for beams
-        require(rows == B * c and (c == 1 or x[:, :S].equal(x[::c, :S].repeat_interleave(c, dim=0))),
-                f"the batch must be visual_mask's {B} samples, or copies of each side by side, got {rows}")
-        self._visual, self._asks = (torch.nn.functional.pad(m, (0, T - S)).repeat_interleave(c, dim=0)
-                                    for m in (self.visual_mask, self.asks))  # (rows, T)
+        require(
+            T == S or T > S and self.kept,
+            f"the prompt must be visual_mask's {S} tokens, got {T}{hint}",
+        )
+        c = self._copies = max(
+            1, rows // B
+        )  # generate puts copies of a sample side by side, e.g. for beams
+        require(
+            rows == B * c and (c == 1 or x[:, :S].equal(x[::c, :S].repeat_interleave(c, dim=0))),
+            f"the batch must be visual_mask's {B} samples, or copies of each side by side, got {rows}",
+        )
+        self._visual, self._asks = (
+            torch.nn.functional.pad(m, (0, T - S)).repeat_interleave(c, dim=0)
+            for m in (self.visual_mask, self.asks)
+        )  # (rows, T)
         self._index, self._valid = torch.arange(T, device=x.device).expand(rows, T), mask.bool()
-        require((self._visual <= self._valid).all(), "visual_mask must be False where attention_mask is 0")
-        require((self._asks & self._valid).any(dim=1).all(),
-                "visual_mask must be followed by text, or query_mask mark some, in every sample")
+        require(
+            (self._visual <= self._valid).all(),
+            "visual_mask must be False where attention_mask is 0",
+        )
+        require(
+            (self._asks & self._valid).any(dim=1).all(),
+            "visual_mask must be followed by text, or query_mask mark some, in every sample",
+        )
 
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
         """A pruned layer selects; it and those up to the next pruned layer are called with what is left."""
@@ -337,9 +450,17 @@ class AdaptivePruner:
         if i in self.layers:
             if not self._past:
                 idx, self._valid = compact(self._stays(i, layer, hidden, rotary))  # (rows, N)
-                hidden, *rotary = (x.take_along_dim(idx[..., None], dim=1) for x in (hidden, *rotary))
-                self._index, self._stages[i], self._cache = self._index.gather(1, idx), self._valid, cache
-            valid = torch.cat([self._stages[i], self._tail], dim=1)  # (rows, N + tokens since the prompt)
+                hidden, *rotary = (
+                    x.take_along_dim(idx[..., None], dim=1) for x in (hidden, *rotary)
+                )
+                self._index, self._stages[i], self._cache = (
+                    self._index.gather(1, idx),
+                    self._valid,
+                    cache,
+                )
+            valid = torch.cat(
+                [self._stages[i], self._tail], dim=1
+            )  # (rows, N + tokens since the prompt)
             mask = create_causal_mask(self.decoder.config, hidden, valid, cache, layer_idx=i)
             self._changed = mask, rotary
         return change_layer_call(kwargs, hidden, mask, rotary)
@@ -351,14 +472,21 @@ class AdaptivePruner:
         visual, asks = (m.gather(1, index) & valid for m in (self._visual, self._asks))  # (rows, N)
         query_idx, query_valid = compact(asks)
         q, k = queries_and_keys(layer, hidden, rotary, query_idx)
-        a = visual_attention(q, k, layer.self_attn.scaling, query_idx, query_valid, visual, valid)[::c]
+        a = visual_attention(q, k, layer.self_attn.scaling, query_idx, query_valid, visual, valid)[
+            ::c
+        ]
         vav, there = head_vav(a), visual[::c].sum(dim=1)
-        require(vav.isfinite().all(), f"hidden states at layer {i} must be finite, but hold NaN or infinity")
+        require(
+            vav.isfinite().all(),
+            f"hidden states at layer {i} must be finite, but hold NaN or infinity",
+        )
         K = self.fixed[i].to(there) if self.fixed else adaptive_count(vav, self.lam, self.k, there)
         keep = select(text_relevance(a, self.k), K, visual[::c])  # (B, N)
         full, place = a.new_zeros(*a.shape[:2], self._visual.shape[1]), index[::c, None]
-        self.kept[i] = full[:, 0].bool().scatter(1, place[:, 0], keep)[:, :self.visual_mask.shape[1]]
-        self.attention[i] = full.scatter(2, place.expand_as(a), a)[..., :self.visual_mask.shape[1]]
+        self.kept[i] = (
+            full[:, 0].bool().scatter(1, place[:, 0], keep)[:, : self.visual_mask.shape[1]]
+        )
+        self.attention[i] = full.scatter(2, place.expand_as(a), a)[..., : self.visual_mask.shape[1]]
         self.counts[i], self.vav[i] = K.minimum(there), vav
         return valid & ~visual | keep.repeat_interleave(c, dim=0)
 
@@ -369,24 +497,37 @@ class AdaptivePruner:
             require(not isinstance(output, tuple), "return_dict must be True, or not given")
             require_names(["last_hidden_state"], dir(output), f"the output of {name}")
             cache = find_cache(output.values())
-            same = cache is self._cache or cache is None or cache.get_seq_length() == 0  # 0: not used
-            require(same or not self.kept,  # if nothing was kept, no layer's hook ran: __exit__ says so
-                    f"{name} must hand its KV cache to the layers as it is ({tested()})")
-            hidden = output.last_hidden_state.masked_fill(~self._valid[..., None], 0)  # (rows, N, D)
+            same = (
+                cache is self._cache or cache is None or cache.get_seq_length() == 0
+            )  # 0: not used
+            require(
+                same or not self.kept,  # if nothing was kept, no layer's hook ran: __exit__ says so
+                f"{name} must hand its KV cache to the layers as it is ({tested()})",
+            )
+            hidden = output.last_hidden_state.masked_fill(
+                ~self._valid[..., None], 0
+            )  # (rows, N, D)
             full = hidden.new_zeros(*self._visual.shape, hidden.shape[2])
-            output.last_hidden_state = full.scatter(1, self._index[..., None].expand_as(hidden), hidden)
+            output.last_hidden_state = full.scatter(
+                1, self._index[..., None].expand_as(hidden), hidden
+            )
 
 
 def main() -> None:
     """A random Llama of 8 layers, prompts of 48 visual tokens: what each lambda keeps, and the KV caches."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(hidden_size=64, num_hidden_layers=8, num_attention_heads=8)).eval()
+    model = LlamaForCausalLM(
+        LlamaConfig(hidden_size=64, num_hidden_layers=8, num_attention_heads=8)
+    ).eval()
     embeds, visual_mask = torch.randn(2, 64, 64), (torch.arange(64) < 48).expand(2, 64)
     for lam in (math.inf, 10, 5):
         with AdaptivePruner(model, visual_mask, lam=lam) as pruner, torch.no_grad():
             cache = find_cache(model(inputs_embeds=embeds).values())
         kept = [K.tolist() for K in pruner.counts.values()]
-        print(f"lambda {lam}: 48 -> {kept} visual tokens; KV cache", [*map(cache.get_seq_length, range(8))])
+        print(
+            f"lambda {lam}: 48 -> {kept} visual tokens; KV cache",
+            [*map(cache.get_seq_length, range(8))],
+        )
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 The method is in three files at the top level, each of which stands alone: `stage1_encode`, `stage2_fuse` and
 `stage3_decode`; here they are composed, trained, measured and shown.
 """
+
 import stage1_encode
 import stage2_fuse
 import stage3_decode
@@ -10,8 +11,18 @@ import stage3_decode
 from .calibration import calibrate
 from .model import CHECKPOINTS, Answer, Budget, Encoded, Meteor
 
-__all__ = ["CHECKPOINTS", "Answer", "Budget", "Encoded", "Meteor", "calibrate", "load", "stage1_encode", "stage2_fuse",
-           "stage3_decode"]
+__all__ = [
+    "CHECKPOINTS",
+    "Answer",
+    "Budget",
+    "Encoded",
+    "Meteor",
+    "calibrate",
+    "load",
+    "stage1_encode",
+    "stage2_fuse",
+    "stage3_decode",
+]
 __version__ = "0.1.0"
 
 

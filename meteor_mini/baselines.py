@@ -4,6 +4,7 @@ Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_dr
 encoders' outputs: `prumerge`. In place of stage 2: `LEARNED`, which `train_baselines.py` trains. Each is named after the paper whose idea it
 follows; what differs from that paper's own code is said.
 """
+
 import copy
 import hashlib
 from collections.abc import Callable
@@ -45,7 +46,9 @@ def fastv(keep: int, layer: int, eager: bool = False) -> Pruner:
     Otherwise the layer's own q and k of the last token are multiplied before it runs.  Source: [arXiv 2403.06764]
     """
     kind = EagerFastV if eager else AdaptivePruner
-    return lambda decoder, visual_mask: kind(decoder, visual_mask, counts={layer: keep}, k=None, query_mask=last_token(visual_mask))
+    return lambda decoder, visual_mask: kind(
+        decoder, visual_mask, counts={layer: keep}, k=None, query_mask=last_token(visual_mask)
+    )
 
 
 def pyramid_drop(keep: list[int], num_layers: int) -> Pruner:
@@ -57,8 +60,9 @@ def pyramid_drop(keep: list[int], num_layers: int) -> Pruner:
     Source: [arXiv 2410.17247]
     """
     counts = {num_layers * quarter // 4: K for quarter, K in zip((1, 2, 3), keep)}
-    return lambda decoder, visual_mask: AdaptivePruner(decoder, visual_mask, counts=counts, k=None,
-                                                       query_mask=last_token(visual_mask))
+    return lambda decoder, visual_mask: AdaptivePruner(
+        decoder, visual_mask, counts=counts, k=None, query_mask=last_token(visual_mask)
+    )
 
 
 class EagerFastV(AdaptivePruner):
@@ -69,7 +73,10 @@ class EagerFastV(AdaptivePruner):
         super().__enter__()
         self._implementation = self.decoder.config._attn_implementation
         self.decoder.set_attn_implementation("eager")
-        self._handles += [self.decoder.layers[i - 1].self_attn.register_forward_hook(self._read) for i in self.layers]
+        self._handles += [
+            self.decoder.layers[i - 1].self_attn.register_forward_hook(self._read)
+            for i in self.layers
+        ]
         return self
 
     def __exit__(self, *error) -> None:
@@ -83,7 +90,9 @@ class EagerFastV(AdaptivePruner):
     @torch.no_grad()
     def _stays(self, i: int, layer, hidden: Tensor, rotary: tuple) -> Tensor:
         if self._visual.shape != self.visual_mask.shape:
-            raise ValueError("eager FastV must be used without beams or several sequences for a prompt")
+            raise ValueError(
+                "eager FastV must be used without beams or several sequences for a prompt"
+            )
         visual = self._visual.gather(1, self._index) & self._valid  # (B, N)
         there = visual.sum(dim=1)
         self.counts[i] = self.fixed[i].to(there).minimum(there)
@@ -93,6 +102,7 @@ class EagerFastV(AdaptivePruner):
 
 
 # ------------------------------------------------------------------ inside and behind the encoders
+
 
 def tome(encoder: nn.Module, images: Tensor, r: int, eager: bool = False) -> Tensor:
     """ToMe (ICLR 2023) on a ViT of timm: between attention and MLP of each block the r patches that are most like another
@@ -108,11 +118,16 @@ def tome(encoder: nn.Module, images: Tensor, r: int, eager: bool = False) -> Ten
     a = adapter(encoder)
     x, rope = a.embed(images)  # (B, P + N, D)
     if rope is not None or not hasattr(a.blocks[0], "ls1"):
-        raise TypeError(f"encoder must be a VisionTransformer of timm without rotary positions, got {type(a.model).__name__}")
+        raise TypeError(
+            f"encoder must be a VisionTransformer of timm without rotary positions, got {type(a.model).__name__}"
+        )
     size = x.new_ones(*x.shape[:2], 1)  # patches in each token: (B, P + N, 1)
     for block in a.blocks:
         attn = block.attn
-        q, k, v = (t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2) for t in attn.qkv(block.norm1(x)).chunk(3, dim=-1))
+        q, k, v = (
+            t.unflatten(-1, (attn.num_heads, -1)).transpose(1, 2)
+            for t in attn.qkv(block.norm1(x)).chunk(3, dim=-1)
+        )
         q, k = attn.q_norm(q), attn.k_norm(k)  # (B, H, n, d)
         often = size.log()[:, None, None, :, 0]  # (B, 1, 1, n)
         if eager:
@@ -122,24 +137,34 @@ def tome(encoder: nn.Module, images: Tensor, r: int, eager: bool = False) -> Ten
         x = x + block.ls1(attn.proj(mixed.transpose(1, 2).flatten(2)))
         x, size = merge_pairs(x, size, k.mean(dim=1), r, a.prefix)
         x = x + block.ls2(block.mlp(block.norm2(x)))
-    return a.norm(x)[:, a.prefix:]
+    return a.norm(x)[:, a.prefix :]
 
 
-def merge_pairs(x: Tensor, size: Tensor, keys: Tensor, r: int, prefix: int) -> tuple[Tensor, Tensor]:
+def merge_pairs(
+    x: Tensor, size: Tensor, keys: Tensor, r: int, prefix: int
+) -> tuple[Tensor, Tensor]:
     """The r givers of highest cosine to their best taker join it, the mean weighted by size; tokens keep their order.
 
     Args: x (B, n, D), size (B, n, 1), keys (B, n, d); the first `prefix` tokens stay. Returns: x (B, n - r, D), size.
     """
     unit, n = F.normalize(keys, dim=-1)[:, prefix:], x.shape[1]
     if not 0 <= r <= unit.shape[1] // 2:
-        raise ValueError(f"r must be 0 to {unit.shape[1] // 2}, half of the patches there are, got {r}")
+        raise ValueError(
+            f"r must be 0 to {unit.shape[1] // 2}, half of the patches there are, got {r}"
+        )
     best, taker = (unit[:, ::2] @ unit[:, 1::2].mT).max(dim=-1)  # (B, givers)
     giver = best.argsort(dim=1, descending=True, stable=True)[:, :r]  # (B, r)
     source, target = prefix + 2 * giver, prefix + 2 * taker.gather(1, giver) + 1  # places in x
-    total = (x * size).scatter_add(1, target[..., None].expand(-1, -1, x.shape[2]), (x * size).take_along_dim(source[..., None], 1))
+    total = (x * size).scatter_add(
+        1,
+        target[..., None].expand(-1, -1, x.shape[2]),
+        (x * size).take_along_dim(source[..., None], 1),
+    )
     size = size.scatter_add(1, target[..., None], size.take_along_dim(source[..., None], dim=1))
     gone = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device).scatter(1, source, True)
-    stay = gone.int().argsort(dim=1, stable=True)[:, :n - r, None]  # places that are not gone, in order
+    stay = gone.int().argsort(dim=1, stable=True)[
+        :, : n - r, None
+    ]  # places that are not gone, in order
     return (total / size).take_along_dim(stay, dim=1), size.take_along_dim(stay, dim=1)
 
 
@@ -150,7 +175,9 @@ def merge(tokens: Tensor, keep_idx: Tensor) -> Tensor:
     """
     kept = tokens.take_along_dim(keep_idx[..., None], dim=1)  # (B, K, D)
     group = (F.normalize(tokens, dim=-1) @ F.normalize(kept, dim=-1).mT).argmax(dim=-1)  # (B, N)
-    group = group.scatter(1, keep_idx, torch.arange(keep_idx.shape[1], device=group.device).expand_as(keep_idx))
+    group = group.scatter(
+        1, keep_idx, torch.arange(keep_idx.shape[1], device=group.device).expand_as(keep_idx)
+    )
     member = F.one_hot(group, keep_idx.shape[1]).to(tokens.dtype)  # (B, N, K)
     return member.mT @ tokens / member.sum(dim=1)[..., None]
 
@@ -163,7 +190,9 @@ def prumerge(model: Meteor, images: Tensor, names: list[str], budget: int) -> En
     Source: [arXiv 2403.15388]
     """
     encoders, images = [model.encoders[n] for n in names], images.to(model.device)
-    counts = allocate_budget(budget, [1.0] * len(names), [adapter(e).num_tokens for e in encoders], "average")
+    counts = allocate_budget(
+        budget, [1.0] * len(names), [adapter(e).num_tokens for e in encoders], "average"
+    )
     kept = [encode(e, images, (None, None, K))[1] for e, K in zip(encoders, counts)]
     merged = [merge(encode(e, images)[0], keep_idx) for e, keep_idx in zip(encoders, kept)]
     return only(model, names, merged, kept)
@@ -174,10 +203,18 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     tokens = fuse([model.projectors[n](x) for n, x in zip(names, features)], None)
     index = [list(model.encoders).index(n) for n in names]
     all_kept = [kept[names.index(n)] if n in names else kept[0][:, :0] for n in model.encoders]
-    return Encoded(Fused(tokens.tokens, torch.tensor(index, device=model.device)[tokens.encoder_id], tokens.keep_idx), all_kept)
+    return Encoded(
+        Fused(
+            tokens.tokens,
+            torch.tensor(index, device=model.device)[tokens.encoder_id],
+            tokens.keep_idx,
+        ),
+        all_kept,
+    )
 
 
 # ------------------------------------------------------------------ learned fusions: (C x (B, N, D_l)) -> (B, K, D)
+
 
 class ChannelFusion(nn.Module):
     """EAGLE's pre-projection fusion: the encoders' channels side by side, one projector, a token per grid cell.
@@ -201,14 +238,18 @@ class Resampler(nn.Module):
         super().__init__()
         self.projectors = nn.ModuleList(Projector(w, width) for w in widths)
         self.query = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], width))
-        self.place = nn.Parameter(0.02 * torch.randn(len(widths), grid[0] * grid[1], width))  # which patch of which encoder
+        self.place = nn.Parameter(
+            0.02 * torch.randn(len(widths), grid[0] * grid[1], width)
+        )  # which patch of which encoder
         self.attention = nn.MultiheadAttention(width, 8, batch_first=True)
         self.norm = nn.LayerNorm(width)
 
     def forward(self, features: list[Tensor]) -> Tensor:
         values = torch.cat([p(x) for p, x in zip(self.projectors, features)], dim=1)  # (B, C N, D)
         keys = self.norm(values) + self.place.flatten(0, 1)
-        return self.attention(self.query.expand(len(values), -1, -1), keys, values, need_weights=False)[0]  # (B, N, D)
+        return self.attention(
+            self.query.expand(len(values), -1, -1), keys, values, need_weights=False
+        )[0]  # (B, N, D)
 
 
 class PixShuffle(nn.Module):
@@ -242,13 +283,20 @@ class TokenMLP(nn.Module):
         return torch.cat(parts, dim=1)  # (B, C N / 4, D)
 
 
-LEARNED = {"EAGLE-style": ChannelFusion, "Resampler": Resampler, "MLP": TokenMLP, "PixShuffle": PixShuffle}
+LEARNED = {
+    "EAGLE-style": ChannelFusion,
+    "Resampler": Resampler,
+    "MLP": TokenMLP,
+    "PixShuffle": PixShuffle,
+}
 
 
 def new_fusions(model: Meteor) -> nn.ModuleDict:
     """All learned fusions, untrained; those with a projector for each encoder start from the model's own."""
     widths, width = [a.dim for a in model.adapters], model.decoder.config.hidden_size
-    fusions = nn.ModuleDict({name: build(widths, model.adapters[0].grid, width) for name, build in LEARNED.items()})
+    fusions = nn.ModuleDict(
+        {name: build(widths, model.adapters[0].grid, width) for name, build in LEARNED.items()}
+    )
     for name in ("Resampler", "MLP"):
         for mine, theirs in zip(fusions[name].projectors, model.projectors.values()):
             mine.load_state_dict(theirs.state_dict())
@@ -264,6 +312,7 @@ class Learned(NamedTuple):
 
 def learned(model: Meteor, fusion: nn.Module) -> Learned:
     """A learned fusion behind the model's encoders, all unpruned, and before the model's Llama."""
+
     @torch.no_grad()
     def encode(_, images: Tensor) -> Tensor:
         return fusion(encode_all(list(model.encoders.values()), images.to(model.device), None)[0])
@@ -271,8 +320,12 @@ def learned(model: Meteor, fusion: nn.Module) -> Learned:
     def answer(_, images: Tensor, questions: list[str]) -> list[Answer]:
         tokens = encode(_, images)
         place = torch.arange(tokens.shape[1], device=tokens.device).expand(len(tokens), -1)
-        none = [place[:, :0]] * len(model.encoders)  # its tokens are no patches: the books of patches stay empty
-        return model.answer(Encoded(Fused(tokens, torch.zeros_like(place), place), none), questions, Budget.none())
+        none = [place[:, :0]] * len(
+            model.encoders
+        )  # its tokens are no patches: the books of patches stay empty
+        return model.answer(
+            Encoded(Fused(tokens, torch.zeros_like(place), place), none), questions, Budget.none()
+        )
 
     return Learned(answer, encode)
 
@@ -290,7 +343,11 @@ def save_learned(model: Meteor, fusions: nn.ModuleDict, file: Path) -> None:
     tied = "lm_head.weight"  # the word embeddings, stored once
     arrays = {f"fusions.{k}": v for k, v in fusions.state_dict().items()}
     arrays |= {f"decoder.{k}": v for k, v in model.decoder.state_dict().items() if k != tied}
-    save_file({k: v.half().cpu().contiguous() for k, v in arrays.items()}, file, metadata={"encoders": fingerprint(model)})
+    save_file(
+        {k: v.half().cpu().contiguous() for k, v in arrays.items()},
+        file,
+        metadata={"encoders": fingerprint(model)},
+    )
 
 
 def load_learned(model: Meteor, file: Path) -> dict[str, Learned]:
@@ -300,11 +357,16 @@ def load_learned(model: Meteor, file: Path) -> dict[str, Learned]:
     """
     try:
         with safe_open(file, "pt") as f:
-            trained_on, weights = (f.metadata() or {}).get("encoders"), {k: f.get_tensor(k).float() for k in f.keys()}
+            trained_on, weights = (
+                (f.metadata() or {}).get("encoders"),
+                {k: f.get_tensor(k).float() for k in f.keys()},
+            )
     except SafetensorError as error:
         raise ValueError(f"{file} is not a safetensors file, or is cut short: {error}") from error
     if trained_on != fingerprint(model):
-        raise ValueError(f"{file} was trained on other encoders than the model's: run `python -m meteor_mini.train_baselines`")
+        raise ValueError(
+            f"{file} was trained on other encoders than the model's: run `python -m meteor_mini.train_baselines`"
+        )
     twin = copy.deepcopy(model)
     both = nn.ModuleDict({"fusions": new_fusions(twin), "decoder": twin.decoder})
     missing = set(both.state_dict()) ^ set(weights)

@@ -1,4 +1,5 @@
 """Stage 3's lambda from a wanted average of tokens: a table measured once, then inverted."""
+
 from dataclasses import replace
 
 import torch
@@ -16,16 +17,28 @@ def lambda_from_table(table: dict | None, K: int, target: float) -> float:
         at this K.
     """
     if not table:
-        raise ValueError("stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first")
+        raise ValueError(
+            "stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first"
+        )
     Ks, lams, rows = read_table(table)
     if not Ks[0] <= K <= Ks[-1]:
-        raise ValueError(f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, got {K}")
-    above = int(torch.searchsorted(Ks, torch.tensor(float(K), dtype=torch.float64)).clamp(1, len(Ks) - 1))
+        raise ValueError(
+            f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, got {K}"
+        )
+    above = int(
+        torch.searchsorted(Ks, torch.tensor(float(K), dtype=torch.float64)).clamp(1, len(Ks) - 1)
+    )
     mix = (K - Ks[above - 1]) / (Ks[above] - Ks[above - 1])
     curve = ((1 - mix) * rows[above - 1] + mix * rows[above]).cummax(0).values  # (lams,)
     if not curve[0] <= target <= curve[-1]:
-        raise ValueError(f"stage3 must be {curve[0]:.1f} to {curve[-1]:.1f} tokens when stage2 leaves {K}, got {target}")
-    i = int(torch.searchsorted(curve, torch.tensor(float(target), dtype=torch.float64)).clamp(1, len(curve) - 1))
+        raise ValueError(
+            f"stage3 must be {curve[0]:.1f} to {curve[-1]:.1f} tokens when stage2 leaves {K}, got {target}"
+        )
+    i = int(
+        torch.searchsorted(curve, torch.tensor(float(target), dtype=torch.float64)).clamp(
+            1, len(curve) - 1
+        )
+    )
     step = (curve[i] - curve[i - 1]).clamp(min=1e-9)
     return float(lams[i - 1] + (target - curve[i - 1]) / step * (lams[i] - lams[i - 1]))
 
@@ -40,7 +53,9 @@ def read_table(table: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         "len(lam) numbers for each K: measure it again with meteor_mini.calibrate"
     )
     try:
-        Ks, lams, rows = (torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average"))
+        Ks, lams, rows = (
+            torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average")
+        )
     except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise wrong from error
     for ascending in (Ks, lams):
@@ -53,7 +68,9 @@ def read_table(table: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 @torch.no_grad()
-def calibrate(model, images: torch.Tensor, questions: list[str], Ks: list[int], lams: list[float]) -> dict:
+def calibrate(
+    model, images: torch.Tensor, questions: list[str], Ks: list[int], lams: list[float]
+) -> dict:
     """Measure stage 3's average tokens for each K entering the LLM and each lambda: the table of `lambda_from_table`.
 
     Args: model: a `Meteor`; images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks, lams ascending. Stage 1
@@ -67,7 +84,9 @@ def calibrate(model, images: torch.Tensor, questions: list[str], Ks: list[int], 
         embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
         row = []
         for lam in lams:
-            with stage3_decode.AdaptivePruner(model.decoder, visual_mask, budget.layers, lam=lam, k=budget.k) as pruner:
+            with stage3_decode.AdaptivePruner(
+                model.decoder, visual_mask, budget.layers, lam=lam, k=budget.k
+            ) as pruner:
                 model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
             row.append(round(float(pruner.average_tokens().mean()), 3))
         rows.append(row)
@@ -82,10 +101,16 @@ def calibrate_model(model, images: list[torch.Tensor], questions: list[str]) -> 
     Raises: ValueError where questions and pictures differ in number.
     """
     if len(questions) != sum(map(len, images)):
-        raise ValueError(f"questions must be one for each of the {sum(map(len, images))} pictures, got {len(questions)}")
+        raise ValueError(
+            f"questions must be one for each of the {sum(map(len, images))} pictures, got {len(questions)}"
+        )
     images = [part.to(model.device) for part in images]
-    model.config["ranks"] = stage1_encode.expected_ranks(list(model.encoders.values()), images).tolist()
+    model.config["ranks"] = stage1_encode.expected_ranks(
+        list(model.encoders.values()), images
+    ).tolist()
     total = sum(a.num_tokens for a in model.adapters)
     Ks = sorted({max(8, round(share * total)) for share in (0.02, 0.05, 0.1, 0.2, 0.4)})
     some = [x for part in images for x in part][:16]
-    model.config["lambda_table"] = calibrate(model, torch.stack(some), questions[:16], Ks, [0.0, *(2.0**i for i in range(10))])
+    model.config["lambda_table"] = calibrate(
+        model, torch.stack(some), questions[:16], Ks, [0.0, *(2.0**i for i in range(10))]
+    )

@@ -9,6 +9,7 @@
 
 Wrong input: one sentence on stderr, exit code 2, nothing written.
 """
+
 import argparse
 import dataclasses
 import importlib.util
@@ -45,49 +46,111 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
-    parser = Parser(prog="meteor-mini", description=__doc__,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--version", action="version", version=f"meteor-mini {__version__}, torch {torch.__version__}, "
-                        f"transformers {transformers.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | ask | eval | bench | calibrate | train")
-    demo = commands.add_parser("demo", help="generated pictures, each answered unpruned and with METEOR")
+    parser = Parser(
+        prog="meteor-mini",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--version",
+        action="version",
+        version=f"meteor-mini {__version__}, torch {torch.__version__}, "
+        f"transformers {transformers.__version__}",
+    )
+    commands = parser.add_subparsers(
+        dest="command", required=True, metavar="demo | ask | eval | bench | calibrate | train"
+    )
+    demo = commands.add_parser(
+        "demo", help="generated pictures, each answered unpruned and with METEOR"
+    )
     ask = commands.add_parser("ask", help="ask about a picture of your own")
     score = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
-    bench = commands.add_parser("bench", help="what pruning buys, at real sizes with random weights, beside its peers")
+    bench = commands.add_parser(
+        "bench", help="what pruning buys, at real sizes with random weights, beside its peers"
+    )
     measure = commands.add_parser("calibrate", help="measure ranks and lambda on your pictures")
-    train = commands.add_parser("train", help="train a model of pretrained parts on your pictures and dialogues")
+    train = commands.add_parser(
+        "train", help="train a model of pretrained parts on your pictures and dialogues"
+    )
     for sub in (demo, ask, score, measure, train):
-        sub.add_argument("--model", default="glyph", metavar="NAME_OR_DIR",
-                         help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, or a hub id")
-    demo.add_argument("--out", type=Path, default=Path("demo"), metavar="DIR",
-                      help="where the figures go (./demo), and the bare pictures, in DIR/pictures")
+        sub.add_argument(
+            "--model",
+            default="glyph",
+            metavar="NAME_OR_DIR",
+            help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, or a hub id",
+        )
+    demo.add_argument(
+        "--out",
+        type=Path,
+        default=Path("demo"),
+        metavar="DIR",
+        help="where the figures go (./demo), and the bare pictures, in DIR/pictures",
+    )
     ask.add_argument("image", type=Path, metavar="IMAGE")
     ask.add_argument("question", metavar="QUESTION")
     amount = ask.add_mutually_exclusive_group()
-    amount.add_argument("--tokens", type=number, metavar="N", help="wanted mean visual tokens per LLM layer")
+    amount.add_argument(
+        "--tokens", type=number, metavar="N", help="wanted mean visual tokens per LLM layer"
+    )
     amount.add_argument("--keep-all", action="store_true", help="no pruning")
-    ask.add_argument("--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage")
+    ask.add_argument(
+        "--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage"
+    )
     ask.add_argument("--json", action="store_true", help="print JSON")
-    score.add_argument("--samples", type=count, metavar="N", help=f"questions (1000; {TABLE_SAMPLES} with --table)")
-    score.add_argument("--table", choices=[*report.TITLES, "all"], metavar="NAME",
-                       help=f"a table of the paper: {', '.join(report.TITLES)}; all: every one, into results/")
+    score.add_argument(
+        "--samples", type=count, metavar="N", help=f"questions (1000; {TABLE_SAMPLES} with --table)"
+    )
+    score.add_argument(
+        "--table",
+        choices=[*report.TITLES, "all"],
+        metavar="NAME",
+        help=f"a table of the paper: {', '.join(report.TITLES)}; all: every one, into results/",
+    )
     score.add_argument("--split", choices=["test", "val"], default="test")
     score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    bench.add_argument("--quick", action="store_true", help="the smallest sizes, in under 3 minutes; nothing is written")
-    bench.add_argument("--size", default="small", metavar="NAME", help="small (4 x 86 M, SmolLM2-135M), large (1B Llama), large-7b")
+    bench.add_argument(
+        "--quick",
+        action="store_true",
+        help="the smallest sizes, in under 3 minutes; nothing is written",
+    )
+    bench.add_argument(
+        "--size",
+        default="small",
+        metavar="NAME",
+        help="small (4 x 86 M, SmolLM2-135M), large (1B Llama), large-7b",
+    )
     bench.add_argument("--device", default="cpu", metavar="NAME", help="cpu, or cuda")
-    bench.add_argument("--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16")
+    bench.add_argument(
+        "--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16"
+    )
     bench.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     measure.add_argument("pictures", type=Path, metavar="DIR", help="64 pictures or more")
-    measure.add_argument("--question", default="Describe the picture.", help="what is typically asked")
+    measure.add_argument(
+        "--question", default="Describe the picture.", help="what is typically asked"
+    )
     for sub in (measure, train):
-        sub.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the model goes")
+        sub.add_argument(
+            "--out", type=Path, required=True, metavar="DIR", help="where the model goes"
+        )
     train.add_argument("--preset", dest="model", metavar="NAME", help="the same as --model")
-    train.add_argument("--data", type=Path, required=True, metavar="FILE",
-                       help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk of datasets")
+    train.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        metavar="FILE",
+        help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk of datasets",
+    )
     train.add_argument("--phase", choices=["projectors", "all"], default="projectors")
-    train.add_argument("--resume", action="store_true", help="from the last checkpoint in DIR/checkpoints")
-    train.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="of transformers' TrainingArguments")
+    train.add_argument(
+        "--resume", action="store_true", help="from the last checkpoint in DIR/checkpoints"
+    )
+    train.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of transformers' TrainingArguments",
+    )
     return parser
 
 
@@ -95,10 +158,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """`build_parser().parse_args`, with a word of its own about quotes that were forgotten."""
     args, more = build_parser().parse_known_args(argv)
     if more and args.command == "ask" and not any(word.startswith("-") for word in more):
-        raise ValueError(f'the question must stand in quotes, as one argument: "{args.question} {" ".join(more)}"; so must a file name '
-                         "with spaces")
+        raise ValueError(
+            f'the question must stand in quotes, as one argument: "{args.question} {" ".join(more)}"; so must a file name '
+            "with spaces"
+        )
     if more:
-        raise ValueError(f"unrecognized arguments: {' '.join(more)} (see meteor-mini {args.command} --help)")
+        raise ValueError(
+            f"unrecognized arguments: {' '.join(more)} (see meteor-mini {args.command} --help)"
+        )
     return args
 
 
@@ -127,10 +194,18 @@ def load_model(name: str) -> Meteor:
     """`Meteor.from_pretrained`; what can be no model is refused before the hub is asked."""
     folder = CHECKPOINTS.get(name, Path(name))
     if name in CHECKPOINTS and not folder.is_dir():
-        raise ValueError(f"model {name!r} is not in {folder}: `python -m meteor_mini.train` makes it")
-    if not folder.is_dir() and name not in PRETRAINED and (folder.exists() or not HUB_ID.fullmatch(name)):
+        raise ValueError(
+            f"model {name!r} is not in {folder}: `python -m meteor_mini.train` makes it"
+        )
+    if (
+        not folder.is_dir()
+        and name not in PRETRAINED
+        and (folder.exists() or not HUB_ID.fullmatch(name))
+    ):
         presets = ", ".join([*CHECKPOINTS, *PRETRAINED])
-        raise ValueError(f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)")
+        raise ValueError(
+            f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)"
+        )
     try:
         return Meteor.from_pretrained(name)
     except OSError as error:
@@ -139,14 +214,19 @@ def load_model(name: str) -> Meteor:
 
 # ------------------------------------------------------------------ demo
 
+
 def run_demo(args: argparse.Namespace) -> None:
     check_output(args.out, directory=True)
     model = load_model(args.model)
     budgets = {"unpruned": Budget.none(), "METEOR": model.budget}
-    print(f"{len(model.encoders)} encoders: {', '.join(model.encoders)}\n"
-          "tokens: from the encoders -> after stage 1 -> after stage 2 -> mean per LLM layer\n"
-          "ms: from the picture to the first new token (prefill) and to the answer's end")
-    results = [demo_question(model, budgets, *item, args.out) for item in enumerate(glyphworld.FAMILIES)]
+    print(
+        f"{len(model.encoders)} encoders: {', '.join(model.encoders)}\n"
+        "tokens: from the encoders -> after stage 1 -> after stage 2 -> mean per LLM layer\n"
+        "ms: from the picture to the first new token (prefill) and to the answer's end"
+    )
+    results = [
+        demo_question(model, budgets, *item, args.out) for item in enumerate(glyphworld.FAMILIES)
+    ]
     total = lambda name, key: sum(result[name][key] for result in results)
     right = ", ".join(f"{name} {total(name, 'right')} of {len(results)}" for name in budgets)
     print(f"\n{len(results)} figures in {args.out}; right answers: {right}")
@@ -154,25 +234,35 @@ def run_demo(args: argparse.Namespace) -> None:
     print(f"tokens {change('tokens'):+.0f} %, prefill time {change('prefill'):+.0f} %")
 
 
-def demo_question(model: Meteor, budgets: dict[str, Budget], index: int, family: str, out: Path) -> dict:
+def demo_question(
+    model: Meteor, budgets: dict[str, Budget], index: int, family: str, out: Path
+) -> dict:
     """Answer one question under each budget, print it and draw it.
 
     Returns: {budget name: {"tokens": mean per LLM layer, "right": bool, "prefill": ms, "answer": ms}}.
     """
     picture, question, truth = glyphworld.example(index, "test", family)
     images = evaluate.to_images([picture.image])
-    answers = {name: model.answer(images, [question], budget)[0] for name, budget in budgets.items()}
+    answers = {
+        name: model.answer(images, [question], budget)[0] for name, budget in budgets.items()
+    }
     times = timings(model, images, question, budgets)  # the answers were the warm-up
     print(f"\n{family}: {question}  (true answer: {truth})")
     for name, answer in answers.items():
-        print(f"  {name:8}  {said(answer):8}  tokens {token_line(answer):26}  "
-              f"prefill {times[name]['prefill']:4.0f} ms, answer {times[name]['answer']:4.0f} ms")
+        print(
+            f"  {name:8}  {said(answer):8}  tokens {token_line(answer):26}  "
+            f"prefill {times[name]['prefill']:4.0f} ms, answer {times[name]['answer']:4.0f} ms"
+        )
     print("\n".join("    " + line for line in survivor_lines(answers["METEOR"])), flush=True)
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     Image.fromarray(picture.image).save(out / "pictures" / f"{family}.png")
-    figure(images, {"question": question, "true answer": truth}, answers).save(out / f"{family}.png")
-    return {name: {"tokens": answer.tokens["stage3"], "right": answer.text == truth} | times[name]
-            for name, answer in answers.items()}
+    figure(images, {"question": question, "true answer": truth}, answers).save(
+        out / f"{family}.png"
+    )
+    return {
+        name: {"tokens": answer.tokens["stage3"], "right": answer.text == truth} | times[name]
+        for name, answer in answers.items()
+    }
 
 
 def timings(model: Meteor, images: torch.Tensor, question: str, budgets: dict[str, Budget]) -> dict:
@@ -187,7 +277,9 @@ def timings(model: Meteor, images: torch.Tensor, question: str, budgets: dict[st
                 start = time.perf_counter()
                 model.generate(model.encode_no_grad(images, budget), [question], budget, **extra)
                 runs.setdefault((name, what), []).append(1000 * (time.perf_counter() - start))
-    return {name: {what: statistics.median(runs[name, what]) for what in options} for name in budgets}
+    return {
+        name: {what: statistics.median(runs[name, what]) for what in options} for name in budgets
+    }
 
 
 def said(answer: Answer) -> str:
@@ -200,24 +292,35 @@ def short(count: float) -> str:
 
 def token_line(answer: Answer) -> str:
     """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, per LLM layer on average."""
-    return " -> ".join(short(answer.tokens[key]) for key in ("encoders", "stage1", "stage2", "stage3"))
+    return " -> ".join(
+        short(answer.tokens[key]) for key in ("encoders", "stage1", "stage2", "stage3")
+    )
 
 
 def survivor_lines(answer: Answer) -> list[str]:
     """A line a stage, as `after stage 1: clip 39, convnext 32, eva 45, pix2struct 52`."""
-    when = {"stage1": "after stage 1", "stage2": "after stage 2", "stage3": "stage 3, in the last LLM layer"}
-    return [f"{when[stage]}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
-            for stage, counts in answer.survivors.items()]
+    when = {
+        "stage1": "after stage 1",
+        "stage2": "after stage 2",
+        "stage3": "stage 3, in the last LLM layer",
+    }
+    return [
+        f"{when[stage]}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
+        for stage, counts in answer.survivors.items()
+    ]
 
 
 def figure(images: torch.Tensor, texts: dict[str, str], answers: dict[str, Answer]) -> Image.Image:
     """The figure of the last of `answers`, with what all of them said and how many tokens that took."""
     heading = "{}, {} tokens per LLM layer".format
-    texts = texts | {heading(name, short(a.tokens["stage3"])): said(a) for name, a in answers.items()}
+    texts = texts | {
+        heading(name, short(a.tokens["stage3"])): said(a) for name, a in answers.items()
+    }
     return survivor_figure(images[0], texts, list(answers.values())[-1].kept)
 
 
 # ------------------------------------------------------------------ ask, eval
+
 
 def run_ask(args: argparse.Namespace) -> None:
     if args.plot is not None:
@@ -238,11 +341,21 @@ def run_ask(args: argparse.Namespace) -> None:
     if args.plot is not None:
         figure(images, {"question": args.question}, {"answer": answer}).save(args.plot)
     if args.json:
-        print(json.dumps({"question": args.question, "answer": answer.text, "tokens": answer.tokens,
-                          "survivors": answer.survivors}))
+        print(
+            json.dumps(
+                {
+                    "question": args.question,
+                    "answer": answer.text,
+                    "tokens": answer.tokens,
+                    "survivors": answer.survivors,
+                }
+            )
+        )
     else:
         print(said(answer))
-        print(f"  tokens {token_line(answer)} (encoders -> stage 1 -> stage 2 -> mean per LLM layer)")
+        print(
+            f"  tokens {token_line(answer)} (encoders -> stage 1 -> stage 2 -> mean per LLM layer)"
+        )
         print("\n".join("  " + line for line in survivor_lines(answer)))
 
 
@@ -267,7 +380,9 @@ def ask_vlm(args: argparse.Namespace, images: torch.Tensor) -> None:
         print(json.dumps({"question": args.question} | result))
     else:
         print(result["answer"] or "(nothing)")
-        print(f"  tokens {result['visual_tokens']} -> {short(result['average_tokens'])} (visual tokens in -> mean per LLM layer)")
+        print(
+            f"  tokens {result['visual_tokens']} -> {short(result['average_tokens'])} (visual tokens in -> mean per LLM layer)"
+        )
 
 
 def run_eval(args: argparse.Namespace) -> None:
@@ -276,10 +391,16 @@ def run_eval(args: argparse.Namespace) -> None:
     if args.table == "all":
         check_output(Path("results"), directory=True)
     if args.table is not None and args.split != "test":
-        raise ValueError("--split must be test beside --table, whose rows are of the held-out questions")
+        raise ValueError(
+            "--split must be test beside --table, whose rows are of the held-out questions"
+        )
     model = load_model(args.model)
-    picture, question, _ = glyphworld.example(0, "val", "number")  # where a stage cannot run, it says so here
-    model.answer(evaluate.to_images([picture.image]), [question])  # and not after a minute of unpruned questions
+    picture, question, _ = glyphworld.example(
+        0, "val", "number"
+    )  # where a stage cannot run, it says so here
+    model.answer(
+        evaluate.to_images([picture.image]), [question]
+    )  # and not after a minute of unpruned questions
     if args.table is not None:
         names = list(report.TITLES) if args.table == "all" else [args.table]
         folder = Path("results") if args.table == "all" else None
@@ -290,71 +411,109 @@ def run_eval(args: argparse.Namespace) -> None:
     rows, samples = [], args.samples or 1000
     for method, budget in {"unpruned": Budget.none(), "meteor": model.budget}.items():
         result = evaluate.accuracy(model, budget, args.split, samples)
-        rows.append({"method": method, "average_tokens": float(result["average_tokens"]),
-                     "grid_cells": max(adapter.num_tokens for adapter in model.adapters),
-                     "accuracy": float(result["accuracy"]),
-                     "families": {family: float(value) for family, value in result["families"].items()}})
+        rows.append(
+            {
+                "method": method,
+                "average_tokens": float(result["average_tokens"]),
+                "grid_cells": max(adapter.num_tokens for adapter in model.adapters),
+                "accuracy": float(result["accuracy"]),
+                "families": {family: float(value) for family, value in result["families"].items()},
+            }
+        )
     print(f"{'family':16}" + "".join(f"{row['method']:>10}" for row in rows))
     for family in rows[0]["families"]:
         print(f"{family:16}" + "".join(f"{row['families'][family]:10.1f}" for row in rows))
     for key in ("accuracy", "average_tokens"):
         print(f"{key.replace('_', ' '):16}" + "".join(f"{row[key]:10.1f}" for row in rows))
-    print(f"{samples} questions of split {args.split}; accuracy in percent; visual tokens per LLM layer "
-          f"(one encoder's grid: {rows[0]['grid_cells']})")
+    print(
+        f"{samples} questions of split {args.split}; accuracy in percent; visual tokens per LLM layer "
+        f"(one encoder's grid: {rows[0]['grid_cells']})"
+    )
     if args.json is not None:
         args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 # ------------------------------------------------------------------ models of pretrained parts
 
+
 def check_model_folder(path: Path) -> None:
     """Raise ValueError for a folder with something in it that is no model or training of ours."""
-    if path.is_dir() and any(path.iterdir()) and not ((path / "model.safetensors").exists() or (path / "checkpoints").is_dir()):
+    if (
+        path.is_dir()
+        and any(path.iterdir())
+        and not ((path / "model.safetensors").exists() or (path / "checkpoints").is_dir())
+    ):
         raise ValueError(f"cannot write {path}: it holds something else than a model")
 
 
 def run_bench(args: argparse.Namespace) -> None:
     from . import bench
+
     if args.json is not None:
         check_output(args.json)
     if not args.quick:
         check_output(Path("results"), directory=True)
-    if args.device.split(":")[0] not in ("cpu", "cuda") or args.device != "cpu" and not torch.cuda.is_available():
-        raise ValueError(f"--device must be cpu, or cuda where torch finds a GPU, got {args.device}")
-    dtype, start = args.dtype or ("float32" if args.device == "cpu" else "bfloat16"), time.perf_counter()
+    if (
+        args.device.split(":")[0] not in ("cpu", "cuda")
+        or args.device != "cpu"
+        and not torch.cuda.is_available()
+    ):
+        raise ValueError(
+            f"--device must be cpu, or cuda where torch finds a GPU, got {args.device}"
+        )
+    dtype, start = (
+        args.dtype or ("float32" if args.device == "cpu" else "bfloat16"),
+        time.perf_counter(),
+    )
 
     def done(tables: dict) -> None:
         if args.json is not None:
             args.json.write_text(json.dumps(tables, indent=1) + "\n")
         if not args.quick:
             command = f"meteor-mini bench --size {args.size} --device {args.device} --dtype {dtype}"
-            bench.write(tables, Path("results"), command, (time.perf_counter() - start) / 60, args.device)
+            bench.write(
+                tables, Path("results"), command, (time.perf_counter() - start) / 60, args.device
+            )
 
     bench.bench(args.size, args.device, getattr(torch, dtype), args.quick, done)
 
 
 def run_calibrate(args: argparse.Namespace) -> None:
     from .finetune import side_of  # the Trainer behind it takes a second to import
+
     check_output(args.out, directory=True)
     check_model_folder(args.out)
-    files = sorted(f for f in args.pictures.iterdir() if f.is_file()) if args.pictures.is_dir() else []
+    files = (
+        sorted(f for f in args.pictures.iterdir() if f.is_file()) if args.pictures.is_dir() else []
+    )
     if not files:
         raise ValueError(f"{args.pictures} must be a directory with pictures")
     model = load_model(args.model)
     side = side_of(model)
-    images = [F.interpolate(load_picture(f), (side, side), mode="bicubic", antialias=True).clamp(0, 1) for f in files]
+    images = [
+        F.interpolate(load_picture(f), (side, side), mode="bicubic", antialias=True).clamp(0, 1)
+        for f in files
+    ]
     calibration.calibrate_model(model, images, [args.question] * len(images))
     model.save_pretrained(args.out)
-    print(f"expected ranks of {', '.join(model.encoders)} on {len(images)} pictures, at the three pruning points:")
+    print(
+        f"expected ranks of {', '.join(model.encoders)} on {len(images)} pictures, at the three pruning points:"
+    )
     for row in model.config["ranks"]:
         print("  " + "  ".join(f"{r:.1f}" for r in row))
     if len(images) < 64:
-        print(f"note: ranks of {len(images)} pictures are uncertain, 64 or more are better", file=sys.stderr)
-    print(f"lambda measured for {', '.join(map(str, model.config['lambda_table']['K']))} tokens after stage 2: {args.out}")
+        print(
+            f"note: ranks of {len(images)} pictures are uncertain, 64 or more are better",
+            file=sys.stderr,
+        )
+    print(
+        f"lambda measured for {', '.join(map(str, model.config['lambda_table']['K']))} tokens after stage 2: {args.out}"
+    )
 
 
 def run_train(args: argparse.Namespace) -> None:
     from . import finetune
+
     check_output(args.out, directory=True)
     check_model_folder(args.out)
     if importlib.util.find_spec("accelerate") is None:
@@ -362,10 +521,16 @@ def run_train(args: argparse.Namespace) -> None:
     try:
         options = {k: json.loads(v) for k, v in (item.partition("=")[::2] for item in args.set)}
     except json.JSONDecodeError as error:
-        raise ValueError("--set must be KEY=VALUE, the value a number, true, false or a text in double quotes, got "
-                         f"{' '.join(args.set)}") from error
-    if unknown := options.keys() - {field.name for field in dataclasses.fields(transformers.TrainingArguments)}:
-        raise ValueError(f"--set: transformers' TrainingArguments has no option {', '.join(sorted(unknown))}")
+        raise ValueError(
+            "--set must be KEY=VALUE, the value a number, true, false or a text in double quotes, got "
+            f"{' '.join(args.set)}"
+        ) from error
+    if unknown := options.keys() - {
+        field.name for field in dataclasses.fields(transformers.TrainingArguments)
+    }:
+        raise ValueError(
+            f"--set: transformers' TrainingArguments has no option {', '.join(sorted(unknown))}"
+        )
     rows = finetune.read_rows(args.data)  # before a model is fetched for it
     model = load_model(args.model)
     data = finetune.Dialogues(rows, finetune.side_of(model), args.data.parent)
@@ -379,8 +544,14 @@ def main(argv: list[str] | None = None) -> int:
     hub_logging.set_verbosity_error()
     try:
         args = parse(argv)
-        {"demo": run_demo, "ask": run_ask, "eval": run_eval, "bench": run_bench, "calibrate": run_calibrate,
-         "train": run_train}[args.command](args)
+        {
+            "demo": run_demo,
+            "ask": run_ask,
+            "eval": run_eval,
+            "bench": run_bench,
+            "calibrate": run_calibrate,
+            "train": run_train,
+        }[args.command](args)
     except BrokenPipeError:  # `| head`: nobody reads on, and that is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, ImportError) as error:

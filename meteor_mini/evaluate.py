@@ -1,4 +1,5 @@
 """Accuracy by question family, average tokens, and which patches survive: what `meteor-mini eval` prints."""
+
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -21,10 +22,18 @@ def batches(split: str, samples: int, batch: int = 50, first: int = 0) -> Iterat
     names = list(FAMILIES)
     for start in range(0, samples, batch):
         rows = range(first + start, first + min(start + batch, samples))
-        yield [(names[i % len(names)], *glyphworld.example(i // len(names), split, names[i % len(names)])) for i in rows]
+        yield [
+            (
+                names[i % len(names)],
+                *glyphworld.example(i // len(names), split, names[i % len(names)]),
+            )
+            for i in rows
+        ]
 
 
-Method = Budget | Callable[[Meteor, torch.Tensor, list[str]], list[Answer]]  # what is measured: (model, images, questions)
+Method = (
+    Budget | Callable[[Meteor, torch.Tensor, list[str]], list[Answer]]
+)  # what is measured: (model, images, questions)
 
 
 @torch.no_grad()
@@ -40,21 +49,42 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     for examples in batches(split, samples):
         images = to_images([picture.image for _, picture, _, _ in examples])
         questions = [question for *_, question, _ in examples]
-        answers = model.answer(images, questions, method) if isinstance(method, Budget) else method(model, images, questions)
+        answers = (
+            model.answer(images, questions, method)
+            if isinstance(method, Budget)
+            else method(model, images, questions)
+        )
         right += [answer.text == truth for answer, (*_, truth) in zip(answers, examples)]
         tokens += [answer.tokens["stage3"] for answer in answers]
         family += [name for name, *_ in examples]
-        flops += [prefill_flops(model.decoder.config, answer.layers, len(ids) + 1)
-                  for answer, ids in zip(answers, model.tokenize(questions))]
+        flops += [
+            prefill_flops(model.decoder.config, answer.layers, len(ids) + 1)
+            for answer, ids in zip(answers, model.tokenize(questions))
+        ]
         survivors += [answer.survivors for answer in answers]
     right, tokens, family = np.array(right), np.array(tokens), np.array(family)
     present = [f for f in FAMILIES if (family == f).any()]
-    mean = {stage: {name: {f: float(np.mean([s[stage][name] for s, g in zip(survivors, family) if g == f])) for f in present}
-                    for name in counts} for stage, counts in survivors[0].items()}
-    return {"accuracy": 100 * right.mean(), "average_tokens": tokens.mean(),
-            "families": {f: 100 * right[family == f].mean() for f in present},
-            "family_tokens": {f: tokens[family == f].mean() for f in present},
-            "right": right, "tokens": tokens, "family": family, "llm_flops": float(np.mean(flops)), "survivors": mean}
+    mean = {
+        stage: {
+            name: {
+                f: float(np.mean([s[stage][name] for s, g in zip(survivors, family) if g == f]))
+                for f in present
+            }
+            for name in counts
+        }
+        for stage, counts in survivors[0].items()
+    }
+    return {
+        "accuracy": 100 * right.mean(),
+        "average_tokens": tokens.mean(),
+        "families": {f: 100 * right[family == f].mean() for f in present},
+        "family_tokens": {f: tokens[family == f].mean() for f in present},
+        "right": right,
+        "tokens": tokens,
+        "family": family,
+        "llm_flops": float(np.mean(flops)),
+        "survivors": mean,
+    }
 
 
 def prefill_flops(config, visual: list[float], text: int) -> float:
@@ -64,8 +94,15 @@ def prefill_flops(config, visual: list[float], text: int) -> float:
     d: width, of which grouped keys and values take their part; m: width of the gated MLP. What torch.utils.flop_counter
     counts; a pruner's own q and k are not in it.
     """
-    d, m, grouped = config.hidden_size, config.intermediate_size, config.num_key_value_heads / config.num_attention_heads
-    return sum(2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m) for n in (v + text for v in visual))
+    d, m, grouped = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_key_value_heads / config.num_attention_heads,
+    )
+    return sum(
+        2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m)
+        for n in (v + text for v in visual)
+    )
 
 
 @torch.no_grad()
@@ -73,7 +110,9 @@ def encoding_flops(model: Meteor, encode: Callable[[Meteor, torch.Tensor], objec
     """FLOPs of encode(model, images) for one picture, encoders, stages 1 and 2, projectors: counted while they run."""
     image = to_images([glyphworld.make_picture(0, "val").image])
     fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)  # CLIP's: the counter does not know that operator, and counts nothing
+    torch.backends.mha.set_fastpath_enabled(
+        False
+    )  # CLIP's: the counter does not know that operator, and counts nothing
     try:
         # Plain attention is counted by its products; torch before 2.15 has no count for the CPU's fused one.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
@@ -107,7 +146,13 @@ def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[st
     return {e: (everyone - accuracies[frozenset(names) - {e}]) / everyone for e in names}
 
 
-PATCHES = {"background": [], "shape": glyphworld.SHAPES, "glyph": ["number", "cell"], "header": ["header"], "bar": ["bar"]}
+PATCHES = {
+    "background": [],
+    "shape": glyphworld.SHAPES,
+    "glyph": ["number", "cell"],
+    "header": ["header"],
+    "bar": ["bar"],
+}
 
 
 @torch.no_grad()
@@ -121,18 +166,26 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
     what = list(glyphworld.SLOTS).index("what")
     for examples in batches(split, samples):
         images = to_images([picture.image for _, picture, _, _ in examples])
-        for answer, (_, picture, *_) in zip(model.answer(images, [e[2] for e in examples], budget), examples):
+        for answer, (_, picture, *_) in zip(
+            model.answer(images, [e[2] for e in examples], budget), examples
+        ):
             word = torch.from_numpy(picture.patch_words[:, what])
             for group, words in PATCHES.items():
                 members = [glyphworld.SLOTS["what"].index(w) + 1 for w in words] or [0]
                 patches = torch.isin(word, torch.tensor(members))
                 total[group] = total.get(group, 0) + int(patches.sum())
                 for stage, maps in answer.kept.items():
-                    for name, grid in [*maps.items(), ("any", torch.stack([*maps.values()]).any(dim=0))]:
+                    for name, grid in [
+                        *maps.items(),
+                        ("any", torch.stack([*maps.values()]).any(dim=0)),
+                    ]:
                         key = (stage, name, group)
                         alive[key] = alive.get(key, 0) + int((grid.flatten() & patches).sum())
     stages, names = ["stage1", "stage2", "stage3"], [*model.encoders, "any"]
-    return {s: {n: {g: 100 * alive[s, n, g] / max(1, total[g]) for g in PATCHES} for n in names} for s in stages}
+    return {
+        s: {n: {g: 100 * alive[s, n, g] / max(1, total[g]) for g in PATCHES} for n in names}
+        for s in stages
+    }
 
 
 def print_recall(table: dict) -> None:

@@ -7,6 +7,7 @@ Stages 1 and 2 are active at the model's own budget while it trains, stage 3 is 
 accumulation, logging and resuming are the Trainer's: `accelerate launch -m meteor_mini train ...`, more options in `Trainer`'s
 own words with --set, as `--set bf16=true --set gradient_accumulation_steps=4`.
 """
+
 import json
 from pathlib import Path
 
@@ -45,8 +46,14 @@ class Dialogues(Dataset):
     def __getitem__(self, i: int) -> dict:
         row = self.rows[i]
         image = row["image"]
-        image = load_picture(self.folder / image) if isinstance(image, (str, Path)) else to_square(image.convert("RGB"))
-        image = F.interpolate(image, (self.side, self.side), mode="bicubic", antialias=True).clamp(0, 1)[0]
+        image = (
+            load_picture(self.folder / image)
+            if isinstance(image, (str, Path))
+            else to_square(image.convert("RGB"))
+        )
+        image = F.interpolate(image, (self.side, self.side), mode="bicubic", antialias=True).clamp(
+            0, 1
+        )[0]
         return {"images": image, "dialogues": pairs(row)}
 
 
@@ -62,8 +69,10 @@ def pairs(row: dict) -> list[tuple[str, str]]:
             return list(zip(said[::2], said[1::2]))
     elif {"image", "question", "answer"} <= set(row):
         return [(row["question"], row["answer"])]
-    raise ValueError("data must hold rows of image and conversations (human and gpt in turns), or of image, question and "
-                     f"answer, got {json.dumps(row, default=str)[:150]}")
+    raise ValueError(
+        "data must hold rows of image and conversations (human and gpt in turns), or of image, question and "
+        f"answer, got {json.dumps(row, default=str)[:150]}"
+    )
 
 
 def read_rows(file: str | Path):
@@ -86,19 +95,26 @@ def read_rows(file: str | Path):
     for number, row in enumerate(rows):
         pairs(row)
         if not (file.parent / str(row.get("image"))).is_file():
-            raise ValueError(f"data {file}, row {number}: picture {row.get('image')} does not exist in {file.parent}")
+            raise ValueError(
+                f"data {file}, row {number}: picture {row.get('image')} does not exist in {file.parent}"
+            )
     return rows
 
 
 def read_dataset(folder: Path):
     try:
         from datasets import load_from_disk  # nothing else here needs it
+
         pairs((rows := load_from_disk(str(folder)))[0])  # columns are the same in all rows
         return rows
     except ImportError as error:
-        raise ValueError(f"data {folder} is a directory: reading one of save_to_disk needs `pip install datasets`") from error
+        raise ValueError(
+            f"data {folder} is a directory: reading one of save_to_disk needs `pip install datasets`"
+        ) from error
     except (OSError, LookupError) as error:  # of another kind; several datasets; no row
-        raise ValueError(f"data {folder} must hold one dataset with a row or more, from save_to_disk of datasets: {error}") from error
+        raise ValueError(
+            f"data {folder} must hold one dataset with a row or more, from save_to_disk of datasets: {error}"
+        ) from error
 
 
 def load_data(file: str | Path, side: int) -> Dialogues:
@@ -107,13 +123,18 @@ def load_data(file: str | Path, side: int) -> Dialogues:
 
 
 def collate(items: list[dict]) -> dict:
-    return {"images": torch.stack([item["images"] for item in items]), "dialogues": [item["dialogues"] for item in items]}
+    return {
+        "images": torch.stack([item["images"] for item in items]),
+        "dialogues": [item["dialogues"] for item in items],
+    }
 
 
 class Loss(nn.Module):
     """What the Trainer trains. It would take a `Meteor`'s own config for one of transformers'."""
 
-    _keys_to_ignore_on_save = None  # asked for where a checkpoint lacks a key: tied word embeddings stand in it once
+    _keys_to_ignore_on_save = (
+        None  # asked for where a checkpoint lacks a key: tied word embeddings stand in it once
+    )
 
     def __init__(self, meteor: Meteor):
         super().__init__()
@@ -138,8 +159,14 @@ def side_of(model: Meteor) -> int:
     return max(max(adapter.size) for adapter in model.adapters)
 
 
-def finetune(model: Meteor, data: Dialogues, out: str | Path, phase: str = "projectors", resume: bool = False,
-             **options) -> Trainer:
+def finetune(
+    model: Meteor,
+    data: Dialogues,
+    out: str | Path,
+    phase: str = "projectors",
+    resume: bool = False,
+    **options,
+) -> Trainer:
     """Train; a model that lacks ranks is calibrated first, lambda is measured again afterwards; the result goes into `out`.
 
     Args: phase: of `PHASES`; resume: from the last checkpoint in out/checkpoints; options: of `TrainingArguments`.
@@ -148,23 +175,43 @@ def finetune(model: Meteor, data: Dialogues, out: str | Path, phase: str = "proj
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
     out = Path(out)
     if resume and not list((out / "checkpoints").glob("checkpoint-*")):
-        raise ValueError(f"resume finds no checkpoint in {out / 'checkpoints'}: run once without it")
-    for number in range(len(data)) if model.config["words"] else ():  # a tokenizer that does not know every word
+        raise ValueError(
+            f"resume finds no checkpoint in {out / 'checkpoints'}: run once without it"
+        )
+    for number in (
+        range(len(data)) if model.config["words"] else ()
+    ):  # a tokenizer that does not know every word
         try:
             model.tokenize([text for pair in pairs(data.rows[number]) for text in pair])
         except ValueError as error:
             raise ValueError(f"data, row {number}: {error}") from error
     first = [data[i] for i in range(min(CALIBRATION, len(data)))]
-    batches = [torch.stack([item["images"] for item in first[i:i + 8]]) for i in range(0, len(first), 8)]
+    batches = [
+        torch.stack([item["images"] for item in first[i : i + 8]]) for i in range(0, len(first), 8)
+    ]
     questions = [item["dialogues"][0][0] for item in first]
     if model.config["ranks"] is None:
         calibrate_model(model, batches, questions)
     model.requires_grad_(False)
     for part in PHASES[phase]:
         getattr(model, part).requires_grad_(True)
-    defaults = dict(output_dir=str(out / "checkpoints"), learning_rate=RATES[phase], lr_scheduler_type="cosine", warmup_steps=20,
-                    per_device_train_batch_size=8, num_train_epochs=1, remove_unused_columns=False, report_to="none", seed=0)
-    trainer = MeteorTrainer(Loss(model), TrainingArguments(**defaults | options), data_collator=collate, train_dataset=data)
+    defaults = dict(
+        output_dir=str(out / "checkpoints"),
+        learning_rate=RATES[phase],
+        lr_scheduler_type="cosine",
+        warmup_steps=20,
+        per_device_train_batch_size=8,
+        num_train_epochs=1,
+        remove_unused_columns=False,
+        report_to="none",
+        seed=0,
+    )
+    trainer = MeteorTrainer(
+        Loss(model),
+        TrainingArguments(**defaults | options),
+        data_collator=collate,
+        train_dataset=data,
+    )
     trainer.train(resume_from_checkpoint=resume or None)
     model.eval().requires_grad_(False)
     calibrate_model(model, batches, questions)

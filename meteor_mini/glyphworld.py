@@ -13,6 +13,7 @@ Three kinds of picture, eight families of question in the paper's two groups:
 Splits have disjoint seeds. `HELD_OUT_PAIRS` and `held_out_number` never occur in "train" and "val"; in "test" the
 pairs occur like any other and *every* printed number is a held-out one, so reading cannot be recall.
 """
+
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -21,10 +22,19 @@ from PIL import Image, ImageDraw, ImageFont
 SIZE, GRID = 96, 12  # pixels per side, patches per side
 PATCH = SIZE // GRID
 
-COLORS = {"red": (214, 40, 40), "green": (46, 160, 67), "blue": (38, 84, 214), "yellow": (240, 200, 30),
-          "purple": (140, 50, 170), "cyan": (40, 190, 210)}
+COLORS = {
+    "red": (214, 40, 40),
+    "green": (46, 160, 67),
+    "blue": (38, 84, 214),
+    "yellow": (240, 200, 30),
+    "purple": (140, 50, 170),
+    "cyan": (40, 190, 210),
+}
 SHAPES = ["circle", "square", "triangle", "star", "cross"]
-ROWS, COLUMNS = ["top", "middle", "bottom"], ["left", "center", "right"]  # where a shape stands, thirds
+ROWS, COLUMNS = (
+    ["top", "middle", "bottom"],
+    ["left", "center", "right"],
+)  # where a shape stands, thirds
 TABLE_ROWS, TABLE_COLUMNS = ["a", "b", "c"], ["x", "y", "z"]
 ORDINALS = ["first", "second", "third", "fourth"]  # which digit of a printed number
 DIGITS = list("0123456789")
@@ -40,15 +50,33 @@ SLOTS = {
     "column": COLUMNS + TABLE_COLUMNS + ORDINALS,
     "extreme": ["tallest", "shortest"],
 }
-FAMILIES = {"presence": "General", "color": "General", "count": "General", "relation": "General",
-            "number": "OCR & Chart", "cell": "OCR & Chart", "tallest": "OCR & Chart", "value": "OCR & Chart"}
-KIND_OF_FAMILY = {"presence": "scene", "color": "scene", "count": "scene", "relation": "scene", "number": "scene",
-                  "cell": "table", "tallest": "chart", "value": "chart"}
+FAMILIES = {
+    "presence": "General",
+    "color": "General",
+    "count": "General",
+    "relation": "General",
+    "number": "OCR & Chart",
+    "cell": "OCR & Chart",
+    "tallest": "OCR & Chart",
+    "value": "OCR & Chart",
+}
+KIND_OF_FAMILY = {
+    "presence": "scene",
+    "color": "scene",
+    "count": "scene",
+    "relation": "scene",
+    "number": "scene",
+    "cell": "table",
+    "tallest": "chart",
+    "value": "chart",
+}
 HELD_OUT_PAIRS = {("purple", "star"), ("green", "triangle"), ("yellow", "cross")}
 SPLIT_SEED = {"train": 0, "val": 1, "test": 2}
 
-_QUESTION_WORDS = ("is there a what color the how many are left right of above below number in row column cell read "
-                   "which bar tallest shortest value describe where picture yes no shapes digit , ? .").split()
+_QUESTION_WORDS = (
+    "is there a what color the how many are left right of above below number in row column cell read "
+    "which bar tallest shortest value describe where picture yes no shapes digit , ? ."
+).split()
 WORDS = sorted({w for slot in SLOTS.values() for w in slot} | set(_QUESTION_WORDS))
 
 
@@ -95,7 +123,11 @@ class _Canvas:
         draw = ImageDraw.Draw(self.image)
         for _ in range(rng.integers(0, 4)):  # faint scratches, so that an edge alone means nothing
             shade = tuple(int(np.clip(base + rng.uniform(-30, 30), 0, 255)) for _ in range(3))
-            draw.line([tuple(rng.integers(0, SIZE, 2)), tuple(rng.integers(0, SIZE, 2))], fill=shade, width=1)
+            draw.line(
+                [tuple(rng.integers(0, SIZE, 2)), tuple(rng.integers(0, SIZE, 2))],
+                fill=shade,
+                width=1,
+            )
         self.draw, self.id_draw = ImageDraw.Draw(self.image), ImageDraw.Draw(self.ids)
 
     def object(self, **words) -> int:
@@ -103,21 +135,41 @@ class _Canvas:
         self.words.append(words)
         return len(self.words) - 1
 
-    def glyph(self, text: str, left: int, top: int, box: tuple[int, int], size: int, **words) -> None:
+    def glyph(
+        self, text: str, left: int, top: int, box: tuple[int, int], size: int, **words
+    ) -> None:
         """Print one character in the middle of a box (width, height) up to a pixel, and label what it covers."""
         font = ImageFont.load_default(size)
-        x, y = left + box[0] / 2 + self.rng.uniform(-1, 1), top + box[1] / 2 + self.rng.uniform(-1, 1)
+        x, y = (
+            left + box[0] / 2 + self.rng.uniform(-1, 1),
+            top + box[1] / 2 + self.rng.uniform(-1, 1),
+        )
         self.draw.text((x, y), text, font=font, fill=self.ink, anchor="mm")
         covered = self.draw.textbbox((x, y), text, font=font, anchor="mm")
         self.id_draw.rectangle(covered, fill=self.object(**words))
 
     def patch_words(self) -> np.ndarray:
         """Per patch the words of the object that covers most of it, where that is at least 15 % of its pixels."""
-        ids = np.asarray(self.ids).reshape(GRID, PATCH, GRID, PATCH).transpose(0, 2, 1, 3).reshape(GRID * GRID, -1)
-        cover = (ids[:, :, None] == np.arange(1, max(len(self.words), 2))).mean(axis=1)  # (144, objects)
+        ids = (
+            np.asarray(self.ids)
+            .reshape(GRID, PATCH, GRID, PATCH)
+            .transpose(0, 2, 1, 3)
+            .reshape(GRID * GRID, -1)
+        )
+        cover = (ids[:, :, None] == np.arange(1, max(len(self.words), 2))).mean(
+            axis=1
+        )  # (144, objects)
         owner = np.where(cover.max(axis=1) >= 0.15, cover.argmax(axis=1) + 1, 0)
-        table = np.array([[1 + vocabulary.index(w[slot]) if slot in w else 0 for slot, vocabulary in SLOTS.items()]
-                          for w in self.words], dtype=np.int64)
+        table = np.array(
+            [
+                [
+                    1 + vocabulary.index(w[slot]) if slot in w else 0
+                    for slot, vocabulary in SLOTS.items()
+                ]
+                for w in self.words
+            ],
+            dtype=np.int64,
+        )
         return table[owner]
 
     def finish(self, kind: str, facts: dict) -> Picture:
@@ -150,12 +202,27 @@ def _scene(rng: np.random.Generator, split: str) -> Picture:
         row, column = int(rng.integers(3)), int(rng.integers(2))
         cells.remove((row, column)), cells.remove((row, column + 1))
         size = int(rng.integers(21, 25))
-        left, top = column * 32 + PATCH * int(rng.integers(0, 9 - 2 * len(number))), row * 32 + PATCH * int(rng.integers(2))
+        left, top = (
+            column * 32 + PATCH * int(rng.integers(0, 9 - 2 * len(number))),
+            row * 32 + PATCH * int(rng.integers(2)),
+        )
         for place, (digit, ordinal) in enumerate(zip(number, ORDINALS)):
-            canvas.glyph(str(digit), left + 2 * PATCH * place, top, (2 * PATCH, 3 * PATCH), size, what="number",
-                         digit=str(digit), column=ordinal)
-    pairs = [(color, shape) for color in COLORS for shape in SHAPES
-             if split == "test" or (color, shape) not in HELD_OUT_PAIRS]
+            canvas.glyph(
+                str(digit),
+                left + 2 * PATCH * place,
+                top,
+                (2 * PATCH, 3 * PATCH),
+                size,
+                what="number",
+                digit=str(digit),
+                column=ordinal,
+            )
+    pairs = [
+        (color, shape)
+        for color in COLORS
+        for shape in SHAPES
+        if split == "test" or (color, shape) not in HELD_OUT_PAIRS
+    ]
     chosen = [pairs[i] for i in rng.integers(len(pairs), size=rng.integers(2, 6))]
     if rng.random() < 0.5:  # repeat one kind, so that there is something to count
         extra = [p for p in pairs if p[1] == chosen[0][1]]
@@ -166,8 +233,9 @@ def _scene(rng: np.random.Generator, split: str) -> Picture:
     for color, shape, row, column in objects:
         radius = rng.uniform(10, 13)
         x, y = column * 32 + 16 + rng.uniform(-2, 2), row * 32 + 16 + rng.uniform(-2, 2)
-        number_on_ids = canvas.object(what=shape, color=color, count=str(counts[shape]), row=ROWS[row],
-                                      column=COLUMNS[column])
+        number_on_ids = canvas.object(
+            what=shape, color=color, count=str(counts[shape]), row=ROWS[row], column=COLUMNS[column]
+        )
         jitter = tuple(int(np.clip(v + rng.uniform(-18, 18), 0, 255)) for v in COLORS[color])
         _shape(canvas.draw, shape, x, y, radius, jitter)
         _shape(canvas.id_draw, shape, x, y, radius, number_on_ids)
@@ -194,7 +262,9 @@ def _shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, 
     else:
         angles = np.pi / 5 * np.arange(10) - np.pi / 2
         radii = np.where(np.arange(10) % 2 == 0, 1.1 * r, 0.45 * r)
-        draw.polygon([(x + s * np.cos(a), y + s * np.sin(a)) for a, s in zip(angles, radii)], fill=fill)
+        draw.polygon(
+            [(x + s * np.cos(a), y + s * np.sin(a)) for a, s in zip(angles, radii)], fill=fill
+        )
 
 
 def _table(rng: np.random.Generator, split: str) -> Picture:
@@ -202,14 +272,20 @@ def _table(rng: np.random.Generator, split: str) -> Picture:
     canvas = _Canvas(rng)
     rows, columns = int(rng.integers(2, 4)), int(rng.integers(2, 4))
     cells = rng.integers(0, 10, size=(rows, columns)).tolist()
-    step = 3 * PATCH  # a cell is 3 x 3 patches: small encoders read best where glyphs keep to their grid
+    step = (
+        3 * PATCH
+    )  # a cell is 3 x 3 patches: small encoders read best where glyphs keep to their grid
     left, top = (PATCH * int(rng.integers(0, GRID - 3 * n - 2)) for n in (columns, rows))
     size = int(rng.integers(18, 22))
     faint = tuple((np.array(canvas.ink) * 0.4 + 75).astype(int).tolist())
     for r in range(rows + 2):
-        canvas.draw.line([(left, top + r * step), (left + step * (columns + 1), top + r * step)], fill=faint)
+        canvas.draw.line(
+            [(left, top + r * step), (left + step * (columns + 1), top + r * step)], fill=faint
+        )
     for c in range(columns + 2):
-        canvas.draw.line([(left + c * step, top), (left + c * step, top + step * (rows + 1))], fill=faint)
+        canvas.draw.line(
+            [(left + c * step, top), (left + c * step, top + step * (rows + 1))], fill=faint
+        )
 
     def cell(text, r, c, **words):
         canvas.glyph(text, left + c * step, top + r * step, (step, step), size, **words)
@@ -220,8 +296,15 @@ def _table(rng: np.random.Generator, split: str) -> Picture:
         cell(TABLE_COLUMNS[c], 0, c + 1, what="header", column=TABLE_COLUMNS[c])
     for r in range(rows):
         for c in range(columns):
-            cell(str(cells[r][c]), r + 1, c + 1, what="cell", digit=str(cells[r][c]), row=TABLE_ROWS[r],
-                 column=TABLE_COLUMNS[c])
+            cell(
+                str(cells[r][c]),
+                r + 1,
+                c + 1,
+                what="cell",
+                digit=str(cells[r][c]),
+                row=TABLE_ROWS[r],
+                column=TABLE_COLUMNS[c],
+            )
     return canvas.finish("table", {"cells": cells})
 
 
@@ -236,12 +319,17 @@ def _chart(rng: np.random.Generator, split: str) -> Picture:
     width = step * rng.uniform(0.55, 0.8)
     faint = tuple((np.array(canvas.ink) * 0.25 + 96).astype(int).tolist())
     for unit in range(0, 10):
-        canvas.draw.line([(left - 3, base - 8 * unit), (left - (0 if unit % 5 else -SIZE), base - 8 * unit)], fill=faint)
+        canvas.draw.line(
+            [(left - 3, base - 8 * unit), (left - (0 if unit % 5 else -SIZE), base - 8 * unit)],
+            fill=faint,
+        )
     canvas.draw.line([(left - 2, base), (SIZE - 3, base)], fill=canvas.ink)
     canvas.draw.line([(left - 2, base), (left - 2, base - 76)], fill=canvas.ink)
     for i, (color, value) in enumerate(zip(colors, values)):
         extreme = {max(values): "tallest", min(values): "shortest"}.get(value)
-        words = {"what": "bar", "color": color, "value": str(value)} | ({"extreme": extreme} if extreme else {})
+        words = {"what": "bar", "color": color, "value": str(value)} | (
+            {"extreme": extreme} if extreme else {}
+        )
         x = left + i * step + (step - width) / 2
         box = [x, base - 8 * value, x + width, base - 1]
         jitter = tuple(int(np.clip(v + rng.uniform(-18, 18), 0, 255)) for v in COLORS[color])
@@ -250,7 +338,9 @@ def _chart(rng: np.random.Generator, split: str) -> Picture:
     return canvas.finish("chart", {"bars": list(zip(colors, values))})
 
 
-def ask(picture: Picture, family: str, rng: np.random.Generator, split: str = "train") -> tuple[str, str] | None:
+def ask(
+    picture: Picture, family: str, rng: np.random.Generator, split: str = "train"
+) -> tuple[str, str] | None:
     """A question of a family with its true answer, or None where the picture has nothing to ask about.
 
     Yes-no questions are balanced; half of the absent pairs have their color and their shape both in the picture.
@@ -270,9 +360,17 @@ def ask(picture: Picture, family: str, rng: np.random.Generator, split: str = "t
             if rng.random() < 0.5:
                 (color, shape), answer = sorted(there)[rng.integers(len(there))], "yes"
             else:
-                absent = [(c, s) for c in COLORS for s in SHAPES if (c, s) not in there
-                          and (split == "test" or (c, s) not in HELD_OUT_PAIRS)]
-                near = [(c, s) for c, s in absent if any(o[0] == c for o in objects) and any(o[1] == s for o in objects)]
+                absent = [
+                    (c, s)
+                    for c in COLORS
+                    for s in SHAPES
+                    if (c, s) not in there and (split == "test" or (c, s) not in HELD_OUT_PAIRS)
+                ]
+                near = [
+                    (c, s)
+                    for c, s in absent
+                    if any(o[0] == c for o in objects) and any(o[1] == s for o in objects)
+                ]
                 pool = near if near and rng.random() < 0.5 else absent
                 (color, shape), answer = pool[rng.integers(len(pool))], "no"
             return f"is there a {color} {shape} ?", answer
@@ -295,7 +393,9 @@ def ask(picture: Picture, family: str, rng: np.random.Generator, split: str = "t
         a, b = pairs[rng.integers(len(pairs))]
         word = [["above", "below"], ["left of", "right of"]][axis][int(rng.integers(2))]
         before = a[2 + axis] < b[2 + axis]
-        return f"is the {a[1]} {word} the {b[1]} ?", "yes" if before == (word in ("above", "left of")) else "no"
+        return f"is the {a[1]} {word} the {b[1]} ?", "yes" if before == (
+            word in ("above", "left of")
+        ) else "no"
     if family == "cell":
         cells = facts["cells"]
         r, c = int(rng.integers(len(cells))), int(rng.integers(len(cells[0])))
@@ -314,10 +414,15 @@ def describe(picture: Picture) -> tuple[str, str]:
     """The whole picture in words, in raster order: a training question with many supervised tokens."""
     facts = picture.facts
     if picture.kind == "scene":
-        parts = [f"{c} {s} {ROWS[r]} {COLUMNS[k]}" for c, s, r, k in sorted(facts["objects"], key=lambda o: o[2:])]
+        parts = [
+            f"{c} {s} {ROWS[r]} {COLUMNS[k]}"
+            for c, s, r, k in sorted(facts["objects"], key=lambda o: o[2:])
+        ]
         parts += ["number " + "".join(map(str, facts["number"]))] if facts["number"] else []
     elif picture.kind == "table":
-        parts = [f"row {TABLE_ROWS[r]} " + "".join(map(str, row)) for r, row in enumerate(facts["cells"])]
+        parts = [
+            f"row {TABLE_ROWS[r]} " + "".join(map(str, row)) for r, row in enumerate(facts["cells"])
+        ]
     else:
         parts = [f"{color} bar {value}" for color, value in facts["bars"]]
     return "describe the picture .", " , ".join(parts)
@@ -330,10 +435,14 @@ def where(scene: Picture, rng: np.random.Generator) -> tuple[str, str]:
     once = [o for o in objects if sum(p[1] == o[1] for p in objects) == 1]
     if len(once) >= 2 and rng.random() < 0.5:
         pair = [once[i] for i in rng.permutation(len(once))[:2]]
-        return f"where are the {pair[0][1]} , {pair[1][1]} ?", " , ".join(f"{ROWS[r]} {COLUMNS[c]}" for *_, r, c in pair)
+        return f"where are the {pair[0][1]} , {pair[1][1]} ?", " , ".join(
+            f"{ROWS[r]} {COLUMNS[c]}" for *_, r, c in pair
+        )
     shape = objects[rng.integers(len(objects))][1]
     places = sorted(o[2:] for o in objects if o[1] == shape)
-    return f"where are the {shape} shapes ?", " , ".join(f"{ROWS[r]} {COLUMNS[c]}" for r, c in places)
+    return f"where are the {shape} shapes ?", " , ".join(
+        f"{ROWS[r]} {COLUMNS[c]}" for r, c in places
+    )
 
 
 def make_clip(index: int, kind: str) -> tuple[np.ndarray, str, str]:
@@ -353,11 +462,21 @@ def make_clip(index: int, kind: str) -> tuple[np.ndarray, str, str]:
             x, y = frame % 3 * cell + cell / 2, frame // 3 * cell + cell / 2
             _shape(canvas.draw, shape, x, y, 12, COLORS[seen[frame >= change]])
         asked = seen[rng.integers(2) if rng.random() < 0.5 else rng.integers(2, len(seen))]
-        return np.asarray(canvas.image).copy(), f"is there a {asked} {shape} ?", "yes" if asked in seen[:2] else "no"
+        return (
+            np.asarray(canvas.image).copy(),
+            f"is there a {asked} {shape} ?",
+            "yes" if asked in seen[:2] else "no",
+        )
     first, size, row = int(rng.integers(8)), int(rng.integers(21, 25)), int(rng.integers(3))
     for frame in range(3):
-        canvas.glyph(str(first + frame), frame * cell + PATCH, row * cell, (2 * PATCH, 3 * PATCH), size)
-    return np.asarray(canvas.image).copy(), "what is the number ?", "".join(str(first + frame) for frame in range(3))
+        canvas.glyph(
+            str(first + frame), frame * cell + PATCH, row * cell, (2 * PATCH, 3 * PATCH), size
+        )
+    return (
+        np.asarray(canvas.image).copy(),
+        "what is the number ?",
+        "".join(str(first + frame) for frame in range(3)),
+    )
 
 
 def example(index: int, split: str, family: str) -> tuple[Picture, str, str]:
@@ -369,8 +488,14 @@ def example(index: int, split: str, family: str) -> tuple[Picture, str, str]:
         raise ValueError(f"family must be one of {list(FAMILIES)}, got {family!r}")
     code = list(FAMILIES).index(family)
     for attempt in range(100):
-        picture = make_picture(10_000_000 + (index * len(FAMILIES) + code) * 100 + attempt, split, KIND_OF_FAMILY[family])
+        picture = make_picture(
+            10_000_000 + (index * len(FAMILIES) + code) * 100 + attempt,
+            split,
+            KIND_OF_FAMILY[family],
+        )
         asked = ask(picture, family, np.random.default_rng([SPLIT_SEED[split], index, code]), split)
         if asked:
             return picture, *asked
-    raise RuntimeError(f"no {family} question in 100 pictures")  # cannot happen: most pictures have one
+    raise RuntimeError(
+        f"no {family} question in 100 pictures"
+    )  # cannot happen: most pictures have one

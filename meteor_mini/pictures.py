@@ -1,4 +1,5 @@
 """A user's picture file -> one square (1, 3, S, S) float tensor in [0, 1], the same for every encoder."""
+
 import struct
 import sys
 import warnings
@@ -15,8 +16,18 @@ MIN_SIDE, MAX_SIDE, MAX_ASPECT = 8, 10_000, 20  # pixels, pixels, longer side : 
 MAX_SQUARE = 1024  # larger pictures are scaled down; each encoder resizes to its own input anyway
 LIMITS = f"sides of {MIN_SIDE} to {MAX_SIDE} px and an aspect ratio of at most {MAX_ASPECT}:1 are allowed"
 # What Pillow's decoders raise on broken bytes. AttributeError and its like are missing on purpose.
-BROKEN = (OSError, SyntaxError, RuntimeError, ValueError, TypeError, EOFError, LookupError, OverflowError,
-          struct.error, zlib.error)
+BROKEN = (
+    OSError,
+    SyntaxError,
+    RuntimeError,
+    ValueError,
+    TypeError,
+    EOFError,
+    LookupError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
 
 
 def load_picture(path: str | Path) -> torch.Tensor:
@@ -31,17 +42,22 @@ def load_picture(path: str | Path) -> torch.Tensor:
     """
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"picture {path} " + ("is not a file" if path.exists() else "does not exist"))
+        raise ValueError(
+            f"picture {path} " + ("is not a file" if path.exists() else "does not exist")
+        )
     if path.stat().st_size == 0:
         raise ValueError(f"picture {path} is an empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow's remarks on odd headers; what matters becomes an error
+        warnings.simplefilter(
+            "ignore"
+        )  # Pillow's remarks on odd headers; what matters becomes an error
         with decoding(path):
             image = Image.open(path)  # reads the header alone
         with image:
             width, height = image.size
-            if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE \
-                    or max(width, height) > MAX_ASPECT * min(width, height):
+            if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE or max(
+                width, height
+            ) > MAX_ASPECT * min(width, height):
                 raise ValueError(f"picture {path} has {width} x {height} px; {LIMITS}")
             with decoding(path):
                 animated = getattr(image, "is_animated", False)

@@ -10,6 +10,7 @@ Stages, each resumable, run in this order (one alone with --stage NAME):
     polish                            the same a little longer, near the budget it will have, on what it finds hardest
     calibrate                         lambda for stage 3; writes the checkpoint
 """
+
 import argparse
 import json
 import math
@@ -33,14 +34,23 @@ from .model import CHECKPOINTS, Budget, Meteor
 from .presets import GLYPH_DECODER, GLYPH_ENCODERS, build_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STEPS = {"clip": 3000, "convnext": 1000, "eva": 1000, "pix2struct": 3000, "align": 1000, "answer": 5000,
-         "polish": 800}
+STEPS = {
+    "clip": 3000,
+    "convnext": 1000,
+    "eva": 1000,
+    "pix2struct": 3000,
+    "align": 1000,
+    "answer": 5000,
+    "polish": 800,
+}
 # Chosen on validation questions: 1 to 8 heads answer alike there, so k is the paper's. Its layers, here 1, 3, 5, would begin
 # after a single layer, and read fewer of the printed numbers.
 BUDGET = dict(stage1=215, stage2=124, stage3=34, k=5, layers=[2, 4, 6])
 # How often "answer" asks each family, beside one: reading and charts are learned first, these last.
-FAMILY_WEIGHTS = {"answer": {"relation": 3, "where": 2, "count": 2, "presence": 2},
-                  "polish": {"count": 3, "presence": 4, "number": 4, "tallest": 2}}
+FAMILY_WEIGHTS = {
+    "answer": {"relation": 3, "where": 2, "count": 2, "presence": 2},
+    "polish": {"count": 3, "presence": 4, "number": 4, "tallest": 2},
+}
 COUNTS = {"answer": (48, 120), "polish": (90, 150)}  # tokens that stage 2 leaves, at random
 DESCRIBED = 0.4  # share of pictures that are also described as a whole
 # Stage 2 in training: mostly the default, so that the same weights serve every strategy that evaluate.py compares.
@@ -53,8 +63,12 @@ POOL = 40_000  # training pictures
 SLOT_SIZES = [len(v) + 1 for v in glyphworld.SLOTS.values()]
 # How much each encoder is asked about each slot of words (the order of `SLOTS`): a different mix
 # each, as CLIP, ConvNeXt, EVA and Pix2Struct were trained on different things, so that they complement one another.
-SLOT_WEIGHTS = {"clip": [1, 1, 0.1, 0.3, 2, 0.5, 0.5, 0.5], "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
-                "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1], "pix2struct": [0.7, 0.4, 2, 1, 2, 1, 1, 0.5]}
+SLOT_WEIGHTS = {
+    "clip": [1, 1, 0.1, 0.3, 2, 0.5, 0.5, 0.5],
+    "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
+    "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1],
+    "pix2struct": [0.7, 0.4, 2, 1, 2, 1, 1, 0.5],
+}
 BACKGROUND_WEIGHT = 0.1  # of class "none" in each slot; at 1 the digits stay near chance
 
 
@@ -77,12 +91,18 @@ def schedule(step: int, steps: int, warmup: int = 100, hold: float = 0.0) -> flo
     if step < warmup:
         return (step + 1) / warmup
     start = max(warmup, hold * steps)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * max(0, step - start) / max(1, steps - start)))
+    return 0.02 + 0.98 * 0.5 * (
+        1 + math.cos(math.pi * max(0, step - start) / max(1, steps - start))
+    )
 
 
 def save_state(path: Path, weights: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
     """What a training needs to go on from `step`: weights and AdamW's two moments, as safetensors."""
-    moments = {f"optimizer.{i}.{k}": v for i, entry in optimizer.state_dict()["state"].items() for k, v in entry.items()}
+    moments = {
+        f"optimizer.{i}.{k}": v
+        for i, entry in optimizer.state_dict()["state"].items()
+        for k, v in entry.items()
+    }
     arrays = {f"model.{k}": v for k, v in weights.items()} | moments | {"step": torch.tensor(step)}
     save_whole({k: v.contiguous() for k, v in arrays.items()}, path)
 
@@ -92,7 +112,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
     if not path.exists():
         return 0
     arrays = load_file(path)
-    model.load_state_dict({k[6:]: v for k, v in arrays.items() if k.startswith("model.")}, strict=False)  # tied once
+    model.load_state_dict(
+        {k[6:]: v for k, v in arrays.items() if k.startswith("model.")}, strict=False
+    )  # tied once
     state = optimizer.state_dict()
     for key, value in arrays.items():
         if key.startswith("optimizer."):
@@ -117,17 +139,29 @@ def word_loss(scores: torch.Tensor, words: torch.Tensor, weights) -> torch.Tenso
     for slot, (part, weight) in enumerate(zip(scores.split(SLOT_SIZES, dim=-1), weights)):
         classes = torch.ones(SLOT_SIZES[slot], device=scores.device)
         classes[0] = BACKGROUND_WEIGHT
-        loss = loss + weight * F.cross_entropy(part.flatten(0, -2), words[..., slot].flatten(), weight=classes)
+        loss = loss + weight * F.cross_entropy(
+            part.flatten(0, -2), words[..., slot].flatten(), weight=classes
+        )
     return loss / sum(weights)
 
 
 def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
     torch.manual_seed(list(GLYPH_ENCODERS).index(name))
-    images, words = np.load(folder / "images.npy", mmap_mode="r"), np.load(folder / "words.npy", mmap_mode="r")
-    model = nn.ModuleDict({"encoder": build_encoder(name, GLYPH_ENCODERS[name]), "dense": nn.Linear(96, sum(SLOT_SIZES)),
-                           "bag": nn.Linear(96, sum(SLOT_SIZES))})
+    images, words = (
+        np.load(folder / "images.npy", mmap_mode="r"),
+        np.load(folder / "words.npy", mmap_mode="r"),
+    )
+    model = nn.ModuleDict(
+        {
+            "encoder": build_encoder(name, GLYPH_ENCODERS[name]),
+            "dense": nn.Linear(96, sum(SLOT_SIZES)),
+            "bag": nn.Linear(96, sum(SLOT_SIZES)),
+        }
+    )
     model.to(DEVICE).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98), fused=True
+    )
     state = folder / f"{name}.resume.safetensors"
     start = load_state(state, model, optimizer)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
@@ -136,7 +170,9 @@ def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
         target = torch.from_numpy(words[rows].astype(np.int64)).to(DEVICE)
         pooled, patches = all_tokens(model["encoder"], to_images(images[rows]).to(DEVICE))
         loss = word_loss(model["dense"](patches), target, SLOT_WEIGHTS[name])
-        there = torch.cat([F.one_hot(target[..., s], size).amax(1) for s, size in enumerate(SLOT_SIZES)], -1).float()
+        there = torch.cat(
+            [F.one_hot(target[..., s], size).amax(1) for s, size in enumerate(SLOT_SIZES)], -1
+        ).float()
         loss_bag = F.binary_cross_entropy_with_logits(model["bag"](pooled), there)
         for group in optimizer.param_groups:
             group["lr"] = 1.5e-3 * schedule(step, steps)
@@ -149,7 +185,10 @@ def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
         if step % 200 == 199 or step == steps - 1:
             save_state(state, model.state_dict(), optimizer, step + 1)
     probe(name, model)
-    save_whole({k: v.contiguous() for k, v in model["encoder"].state_dict().items()}, folder / f"{name}.safetensors")
+    save_whole(
+        {k: v.contiguous() for k, v in model["encoder"].state_dict().items()},
+        folder / f"{name}.safetensors",
+    )
 
 
 @torch.no_grad()
@@ -162,8 +201,10 @@ def probe(name, model, pictures: int = 128) -> None:
     line = []
     for slot, part in enumerate(model["dense"](patches).split(SLOT_SIZES, dim=-1)):
         seen = target[..., slot] > 0
-        right = (part.argmax(-1) == target[..., slot])
-        line.append(f"{list(glyphworld.SLOTS)[slot]} {right[seen].float().mean():.2f} (none {right[~seen].float().mean():.2f})")
+        right = part.argmax(-1) == target[..., slot]
+        line.append(
+            f"{list(glyphworld.SLOTS)[slot]} {right[seen].float().mean():.2f} (none {right[~seen].float().mean():.2f})"
+        )
     print(f"{name}: " + ", ".join(line), flush=True)
 
 
@@ -174,10 +215,11 @@ def all_tokens(encoder: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, 
     for i in range(a.num_blocks):
         x = a.block(i, x, rope)
     x = a.norm(x)
-    return x[:, 0] if a.prefix else x.mean(dim=1), x[:, a.prefix:]
+    return x[:, 0] if a.prefix else x.mean(dim=1), x[:, a.prefix :]
 
 
 # ------------------------------------------------------------------ features of frozen encoders, computed once
+
 
 def cache_features(model: Meteor, folder: Path) -> None:
     """Encode the pool once, 32 pictures a file, each file under a stage-1 budget of its own (one in eight keeps all).
@@ -194,29 +236,41 @@ def cache_features(model: Meteor, folder: Path) -> None:
         stage1 = None if rng.random() < 1 / 8 else int(rng.integers(130, 300))
         with torch.no_grad():
             features, kept = stage1_encode.encode_all(
-                list(model.encoders.values()), to_images(images[chunk * CHUNK:(chunk + 1) * CHUNK]).to(DEVICE), stage1,
-                model.ranks)
+                list(model.encoders.values()),
+                to_images(images[chunk * CHUNK : (chunk + 1) * CHUNK]).to(DEVICE),
+                stage1,
+                model.ranks,
+            )
         arrays = {f"tokens.{n}": x.half() for n, x in zip(model.encoders, features)}
         arrays |= {f"keep.{n}": k.to(torch.uint8) for n, k in zip(model.encoders, kept)}
         save_whole({k: v.contiguous().cpu() for k, v in arrays.items()}, target)
 
 
-def load_chunk(model: Meteor, folder: Path, chunk: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+def load_chunk(
+    model: Meteor, folder: Path, chunk: int
+) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     arrays = load_file(folder / "features" / f"{chunk}.safetensors")
-    return ([arrays[f"tokens.{n}"].float().to(DEVICE) for n in model.encoders],
-            [arrays[f"keep.{n}"].long().to(DEVICE) for n in model.encoders])
+    return (
+        [arrays[f"tokens.{n}"].float().to(DEVICE) for n in model.encoders],
+        [arrays[f"keep.{n}"].long().to(DEVICE) for n in model.encoders],
+    )
 
 
 # ------------------------------------------------------------------ projectors in the space of words
 
+
 def slot_ids(model: Meteor) -> list[torch.Tensor]:
     """Per slot, the token id of each of its words; index 0, "none", is <pad>."""
     ids = model.tokenizer.convert_tokens_to_ids
-    return [torch.tensor([model.tokenizer.pad_token_id, *map(ids, words)], device=model.device)
-            for words in glyphworld.SLOTS.values()]
+    return [
+        torch.tensor([model.tokenizer.pad_token_id, *map(ids, words)], device=model.device)
+        for words in glyphworld.SLOTS.values()
+    ]
 
 
-def align_loss(model: Meteor, projected: torch.Tensor, words: torch.Tensor, table: list[torch.Tensor]) -> torch.Tensor:
+def align_loss(
+    model: Meteor, projected: torch.Tensor, words: torch.Tensor, table: list[torch.Tensor]
+) -> torch.Tensor:
     """Cross-entropy between what the LLM's own head reads in P(x) and the uniform distribution over the patch's words
     (<pad> where it has none). The head's norm leaves the tokens' length free: they stay as short as words are.
 
@@ -234,16 +288,25 @@ def align_loss(model: Meteor, projected: torch.Tensor, words: torch.Tensor, tabl
 
 def align(model: Meteor, folder: Path, steps: int) -> None:
     words = np.load(folder / "words.npy", mmap_mode="r")
-    parameters = [*model.projectors.parameters(), *model.decoder.get_input_embeddings().parameters()]
+    parameters = [
+        *model.projectors.parameters(),
+        *model.decoder.get_input_embeddings().parameters(),
+    ]
     optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01, fused=True)
     table, chunks = slot_ids(model), FEATURE_CHUNKS
     bar = tqdm(range(steps), desc="align", mininterval=10)
     for step in bar:
         chunk = int(np.random.default_rng([13, step]).integers(chunks))
         features, kept = load_chunk(model, folder, chunk)
-        target = torch.from_numpy(words[chunk * CHUNK:(chunk + 1) * CHUNK].astype(np.int64)).to(DEVICE)
-        losses = [align_loss(model, p(x), target.gather(1, k[..., None].expand(-1, -1, target.shape[-1])), table)
-                  for p, x, k in zip(model.projectors.values(), features, kept)]
+        target = torch.from_numpy(words[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.int64)).to(
+            DEVICE
+        )
+        losses = [
+            align_loss(
+                model, p(x), target.gather(1, k[..., None].expand(-1, -1, target.shape[-1])), table
+            )
+            for p, x, k in zip(model.projectors.values(), features, kept)
+        ]
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * schedule(step, steps)
         optimizer.zero_grad()
@@ -251,7 +314,9 @@ def align(model: Meteor, folder: Path, steps: int) -> None:
         optimizer.step()
         if step % 50 == 49:
             bar.set_postfix(loss=" ".join(f"{v.item():.2f}" for v in losses))
-    with torch.no_grad():  # make tokens as long as words are; neither their cosines nor what the head reads change
+    with (
+        torch.no_grad()
+    ):  # make tokens as long as words are; neither their cosines nor what the head reads change
         word = model.decoder.get_input_embeddings().weight.norm(dim=-1).mean()
         for projector, x in zip(model.projectors.values(), features):
             factor = word / projector(x).norm(dim=-1).mean()
@@ -260,38 +325,69 @@ def align(model: Meteor, folder: Path, steps: int) -> None:
 
 # ------------------------------------------------------------------ questions
 
-def dialogue(picture: glyphworld.Picture, rng: np.random.Generator, stage: str = "answer", most: int = 80) -> list[tuple]:
+
+def dialogue(
+    picture: glyphworld.Picture, rng: np.random.Generator, stage: str = "answer", most: int = 80
+) -> list[tuple]:
     """Questions with true answers about a picture, families mixed, about `most` words in all (so that the rows of a
     batch are nearly as long as one another), some after a description of the whole picture."""
     kinds = glyphworld.KIND_OF_FAMILY | {"where": "scene"}
-    families = [f for f, kind in kinds.items() if kind == picture.kind for _ in range(FAMILY_WEIGHTS[stage].get(f, 1))]
+    families = [
+        f
+        for f, kind in kinds.items()
+        if kind == picture.kind
+        for _ in range(FAMILY_WEIGHTS[stage].get(f, 1))
+    ]
     pairs = dict([glyphworld.describe(picture)] if rng.random() < DESCRIBED else [])
     for _ in range(16):
         family = families[rng.integers(len(families))]
-        pair = glyphworld.where(picture, rng) if family == "where" else glyphworld.ask(picture, family, rng)
-        if pair and sum(len(q.split()) + len(a.split()) + 2 for q, a in [*pairs.items(), pair]) <= most:
+        pair = (
+            glyphworld.where(picture, rng)
+            if family == "where"
+            else glyphworld.ask(picture, family, rng)
+        )
+        if (
+            pair
+            and sum(len(q.split()) + len(a.split()) + 2 for q, a in [*pairs.items(), pair]) <= most
+        ):
             pairs[pair[0]] = pair[1]
     return list(pairs.items()) or [glyphworld.describe(picture)]
 
 
-def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int, stage: str) -> tuple[int, Budget]:
+def random_batch(
+    rng: np.random.Generator, kept_by_stage1: int, full: int, stage: str
+) -> tuple[int, Budget]:
     """(pictures, stage-2 budget): all tokens for few pictures, or few tokens for many."""
     if kept_by_stage1 == full and rng.random() < 0.7:
         return 8, Budget()
     if rng.random() < 0.15:
         return 16, Budget()
     strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
-    return 24, Budget(stage2=min(int(rng.integers(*COUNTS[stage])), kept_by_stage1), stage2_strategy=strategy)
+    return 24, Budget(
+        stage2=min(int(rng.integers(*COUNTS[stage])), kept_by_stage1), stage2_strategy=strategy
+    )
 
 
-def answer(model: Meteor, folder: Path, steps: int, stage: str = "answer", rate: float = 2e-3, hold: float = 0.5,
-           seed: int = 17) -> None:
-    pictures = [glyphworld.Picture(None, None, *entry) for entry in json.loads((folder / "facts.json").read_text())]
+def answer(
+    model: Meteor,
+    folder: Path,
+    steps: int,
+    stage: str = "answer",
+    rate: float = 2e-3,
+    hold: float = 0.5,
+    seed: int = 17,
+) -> None:
+    pictures = [
+        glyphworld.Picture(None, None, *entry)
+        for entry in json.loads((folder / "facts.json").read_text())
+    ]
     # The projectors stay as aligned: only kept tokens would train them. In one run that trained them, stage 2 kept 46 %
     # of Pix2Struct's glyph patches after 500 steps, 86 % before (64 and 96 validation pictures).
     model.projectors.requires_grad_(False)
     parameters = list(model.decoder.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True
+    )
     state, full = folder / f"{stage}.resume.safetensors", sum(a.num_tokens for a in model.adapters)
     start = load_state(state, model, optimizer)
     bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=20)
@@ -303,9 +399,17 @@ def answer(model: Meteor, folder: Path, steps: int, stage: str = "answer", rate:
         size, budget = random_batch(rng, sum(x.shape[1] for x in features), full, stage)
         rows = rng.permutation(CHUNK)[:size]
         torch.manual_seed(step)  # of stage 2's strategy "random"
-        seen = rng.random(len(features)) < 0.6 if rng.random() < MASKED else np.ones(len(features), bool)
-        encoded = model.fuse([x[rows] * float(s) for x, s in zip(features, seen)], [k[rows] for k in kept], budget)
-        loss = model(encoded, [dialogue(pictures[chunk * CHUNK + r], rng, stage) for r in rows])["loss"]
+        seen = (
+            rng.random(len(features)) < 0.6
+            if rng.random() < MASKED
+            else np.ones(len(features), bool)
+        )
+        encoded = model.fuse(
+            [x[rows] * float(s) for x, s in zip(features, seen)], [k[rows] for k in kept], budget
+        )
+        loss = model(encoded, [dialogue(pictures[chunk * CHUNK + r], rng, stage) for r in rows])[
+            "loss"
+        ]
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps, hold=hold)
         optimizer.zero_grad()
@@ -318,20 +422,29 @@ def answer(model: Meteor, folder: Path, steps: int, stage: str = "answer", rate:
         if step % 250 == 249 or step == steps - 1:
             save_state(state, model.weights(), optimizer, step + 1)
         if step % 500 == 499:
-            for name, budget in {"stages 1+2": Budget(**BUDGET | {"stage3": None}), "unpruned": Budget.none()}.items():
+            for name, budget in {
+                "stages 1+2": Budget(**BUDGET | {"stage3": None}),
+                "unpruned": Budget.none(),
+            }.items():
                 result = accuracy(model.eval(), budget, "val", samples=160)
-                print(f"\nstep {step + 1} {name}: {result['accuracy']:.1f} %  " +
-                      ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items()), flush=True)
+                print(
+                    f"\nstep {step + 1} {name}: {result['accuracy']:.1f} %  "
+                    + ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items()),
+                    flush=True,
+                )
             model.train()
 
 
 # ------------------------------------------------------------------ ranks, lambda, the checkpoint
 
+
 def calibrate_ranks(model: Meteor, pictures: int = 128) -> None:
     """Stage 1's expected ranks (3 x C), measured on training pictures."""
     drawn = [glyphworld.make_picture(i).image for i in range(pictures)]
-    parts = [to_images(drawn[i:i + 32]).to(DEVICE) for i in range(0, pictures, 32)]
-    model.config["ranks"] = stage1_encode.expected_ranks(list(model.encoders.values()), parts).tolist()
+    parts = [to_images(drawn[i : i + 32]).to(DEVICE) for i in range(0, pictures, 32)]
+    model.config["ranks"] = stage1_encode.expected_ranks(
+        list(model.encoders.values()), parts
+    ).tolist()
 
 
 def calibrate_lambda(model: Meteor, questions: int = 48) -> None:
@@ -339,15 +452,27 @@ def calibrate_lambda(model: Meteor, questions: int = 48) -> None:
     examples = [e for part in batches("val", questions, first=50_000) for e in part]
     images = to_images([picture.image for _, picture, _, _ in examples])
     model.config["lambda_table"] = calibrate(
-        model, images, [question for *_, question, _ in examples], Ks=[8, 24, 48, 80, BUDGET["stage2"], 180, 240, 576],
-        lams=[0.0, *(2.0 ** np.arange(0, 9.75, 0.5)).round(2).tolist()])
+        model,
+        images,
+        [question for *_, question, _ in examples],
+        Ks=[8, 24, 48, 80, BUDGET["stage2"], 180, 240, 576],
+        lams=[0.0, *(2.0 ** np.arange(0, 9.75, 0.5)).round(2).tolist()],
+    )
 
 
 def new_model(folder: Path) -> Meteor:
     """The preset with the trained encoders of earlier stages, the rest random."""
     torch.manual_seed(0)
-    model = Meteor({"encoders": {n: [n, o] for n, o in GLYPH_ENCODERS.items()}, "decoder": GLYPH_DECODER,
-                    "words": glyphworld.WORDS, "ranks": None, "lambda_table": None, "budget": BUDGET})
+    model = Meteor(
+        {
+            "encoders": {n: [n, o] for n, o in GLYPH_ENCODERS.items()},
+            "decoder": GLYPH_DECODER,
+            "words": glyphworld.WORDS,
+            "ranks": None,
+            "lambda_table": None,
+            "budget": BUDGET,
+        }
+    )
     for name, encoder in model.encoders.items():
         encoder.load_state_dict(load_file(folder / f"{name}.safetensors"))
     model.encoders.requires_grad_(False)
@@ -397,22 +522,40 @@ def stage_calibrate(work: Path, out: Path) -> None:
     model.half().save_pretrained(out)  # half the size; loaded as float32
 
 
-STAGES = {"pictures": lambda work, out: draw_pool(work, POOL),
-          **{name: lambda work, out, name=name: train_encoder(name, work, STEPS[name]) for name in GLYPH_ENCODERS},
-          "features": stage_features, "align": stage_align, "answer": stage_answer, "polish": stage_polish,
-          "calibrate": stage_calibrate}
+STAGES = {
+    "pictures": lambda work, out: draw_pool(work, POOL),
+    **{
+        name: lambda work, out, name=name: train_encoder(name, work, STEPS[name])
+        for name in GLYPH_ENCODERS
+    },
+    "features": stage_features,
+    "align": stage_align,
+    "answer": stage_answer,
+    "polish": stage_polish,
+    "calibrate": stage_calibrate,
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--preset", choices=["glyph"], default="glyph")
-    parser.add_argument("--stage", choices=list(STAGES), help="one stage alone; all in turn where left out")
-    parser.add_argument("--work", type=Path, default=Path("runs/glyph"), help="pictures, features, resumable states")
-    parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"], help="where the checkpoint goes")
+    parser.add_argument(
+        "--stage", choices=list(STAGES), help="one stage alone; all in turn where left out"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs/glyph"), help="pictures, features, resumable states"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=CHECKPOINTS["glyph"], help="where the checkpoint goes"
+    )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     for stage in [args.stage] if args.stage else STAGES:
-        done = args.work / ("facts.json" if stage == "pictures" else f"{stage}.safetensors")  # each writes it last
+        done = args.work / (
+            "facts.json" if stage == "pictures" else f"{stage}.safetensors"
+        )  # each writes it last
         if args.stage is None and done.exists():
             print(f"{stage}: done before, {done} is there")
             continue

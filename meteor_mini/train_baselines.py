@@ -5,6 +5,7 @@ turn, every encoder unpruned: that Llama has seen more than the embedded model's
 steps here. EAGLE-style fusion is first aligned with words as the embedded model's projectors are; Resampler and MLP start
 from those projectors, their mixing parts and PixShuffle from random weights.
 """
+
 import argparse
 import json
 from pathlib import Path
@@ -21,7 +22,18 @@ from . import glyphworld
 from .baselines import learned, new_fusions, save_learned
 from .evaluate import accuracy, to_images
 from .model import CHECKPOINTS, Meteor
-from .train import CHUNK, DEVICE, align_loss, dialogue, load_state, save_state, save_whole, schedule, slot_ids, trained
+from .train import (
+    CHUNK,
+    DEVICE,
+    align_loss,
+    dialogue,
+    load_state,
+    save_state,
+    save_whole,
+    schedule,
+    slot_ids,
+    trained,
+)
 
 STEPS = {"align": 600, "answer": 1200}
 CHUNKS = 400  # of CHUNK pictures each, encoded once without pruning
@@ -34,10 +46,12 @@ def cache_features(model: Meteor, folder: Path) -> None:
     for chunk in tqdm(range(CHUNKS), desc="features", mininterval=10):
         target = folder / "full" / f"{chunk}.safetensors"
         if not target.exists():
-            pixels = to_images(images[chunk * CHUNK:(chunk + 1) * CHUNK]).to(DEVICE)
+            pixels = to_images(images[chunk * CHUNK : (chunk + 1) * CHUNK]).to(DEVICE)
             with torch.no_grad():
                 features, _ = stage1_encode.encode_all(list(model.encoders.values()), pixels, None)
-            save_whole({n: x.half().cpu().contiguous() for n, x in zip(model.encoders, features)}, target)
+            save_whole(
+                {n: x.half().cpu().contiguous() for n, x in zip(model.encoders, features)}, target
+            )
 
 
 def load_chunk(model: Meteor, folder: Path, chunk: int) -> list[torch.Tensor]:
@@ -48,10 +62,15 @@ def load_chunk(model: Meteor, folder: Path, chunk: int) -> list[torch.Tensor]:
 def align(model: Meteor, fusion: nn.Module, folder: Path, steps: int) -> None:
     """The EAGLE-style projector learns the words of each cell; then its tokens become as long as words are."""
     words = np.load(folder / "words.npy", mmap_mode="r")
-    optimizer, table = torch.optim.AdamW(fusion.parameters(), lr=3e-3, weight_decay=0.01), slot_ids(model)
+    optimizer, table = (
+        torch.optim.AdamW(fusion.parameters(), lr=3e-3, weight_decay=0.01),
+        slot_ids(model),
+    )
     for step in tqdm(range(steps), desc="align", mininterval=10):
         chunk = int(np.random.default_rng([31, step]).integers(CHUNKS))
-        target = torch.from_numpy(words[chunk * CHUNK:(chunk + 1) * CHUNK].astype(np.int64)).to(DEVICE)
+        target = torch.from_numpy(words[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.int64)).to(
+            DEVICE
+        )
         loss = align_loss(model, tokens := fusion(load_chunk(model, folder, chunk)), target, table)
         for group in optimizer.param_groups:
             group["lr"] = 3e-3 * schedule(step, steps)
@@ -59,12 +78,20 @@ def align(model: Meteor, fusion: nn.Module, folder: Path, steps: int) -> None:
         loss.backward()
         optimizer.step()
     with torch.no_grad():
-        factor = model.decoder.get_input_embeddings().weight.norm(dim=-1).mean() / tokens.norm(dim=-1).mean()
+        factor = (
+            model.decoder.get_input_embeddings().weight.norm(dim=-1).mean()
+            / tokens.norm(dim=-1).mean()
+        )
         fusion.project[-1].weight.mul_(factor), fusion.project[-1].bias.mul_(factor)
 
 
-def answer(model: Meteor, fusions: nn.ModuleDict, folder: Path, steps: int, rate: float = 1e-3) -> None:
-    pictures = [glyphworld.Picture(None, None, *entry) for entry in json.loads((folder / "facts.json").read_text())]
+def answer(
+    model: Meteor, fusions: nn.ModuleDict, folder: Path, steps: int, rate: float = 1e-3
+) -> None:
+    pictures = [
+        glyphworld.Picture(None, None, *entry)
+        for entry in json.loads((folder / "facts.json").read_text())
+    ]
     both = nn.ModuleDict({"fusions": fusions, "decoder": model.decoder})
     optimizer = torch.optim.AdamW(both.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
     state = folder / "baselines.resume.safetensors"
@@ -73,8 +100,12 @@ def answer(model: Meteor, fusions: nn.ModuleDict, folder: Path, steps: int, rate
     for step in bar:
         rng = np.random.default_rng([37, step])
         chunk, rows = int(rng.integers(CHUNKS)), rng.permutation(CHUNK)[:24]
-        tokens = fusions[names[step % len(names)]]([x[rows] for x in load_chunk(model, folder, chunk)])
-        loss = model.answer_loss(tokens, [dialogue(pictures[chunk * CHUNK + r], rng) for r in rows])["loss"]
+        tokens = fusions[names[step % len(names)]](
+            [x[rows] for x in load_chunk(model, folder, chunk)]
+        )
+        loss = model.answer_loss(
+            tokens, [dialogue(pictures[chunk * CHUNK + r], rng) for r in rows]
+        )["loss"]
         for group in optimizer.param_groups:
             group["lr"] = rate * schedule(step, steps, hold=0.3)
         optimizer.zero_grad()
@@ -89,12 +120,21 @@ def answer(model: Meteor, fusions: nn.ModuleDict, folder: Path, steps: int, rate
 
 
 def weights(both: nn.ModuleDict) -> dict[str, torch.Tensor]:
-    return {k: v for k, v in both.state_dict().items() if k != "decoder.lm_head.weight"}  # tied to the word embeddings
+    return {
+        k: v for k, v in both.state_dict().items() if k != "decoder.lm_head.weight"
+    }  # tied to the word embeddings
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, default=Path("runs/glyph"), help="where meteor_mini.train left its stages")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path("runs/glyph"),
+        help="where meteor_mini.train left its stages",
+    )
     parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / "baselines.safetensors")
     args = parser.parse_args()
     model = trained(args.work, "polish")
@@ -109,7 +149,10 @@ def main() -> None:
     model.eval().requires_grad_(False), fusions.eval().requires_grad_(False)
     for name, fusion in fusions.items():
         result = accuracy(model, learned(model, fusion).answer, "val", 160)
-        print(f"{name}: {result['accuracy']:.1f} %  " + ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items()))
+        print(
+            f"{name}: {result['accuracy']:.1f} %  "
+            + ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items())
+        )
 
 
 if __name__ == "__main__":

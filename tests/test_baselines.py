@@ -1,4 +1,5 @@
 """Each baseline against a naive version: loops over heads, tokens and groups."""
+
 import copy
 
 import pytest
@@ -25,6 +26,7 @@ def batch():
 def dense_attention(layer, hidden, position_embeddings, mask, t):
     """Attention of token t of one sample in every head, by loops. hidden (S, D); mask (S,) bool. -> (H, S)"""
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
     attn, S = layer.self_attn, len(hidden)
     x = layer.input_layernorm(hidden)
     q = attn.q_proj(x).view(S, -1, attn.head_dim).transpose(0, 1)[None]
@@ -40,10 +42,16 @@ def dense_attention(layer, hidden, position_embeddings, mask, t):
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("pruner, layer, k, last_only", [
-    (baselines.fastv(7, layer=2), 2, 8, True), (baselines.pyramid_drop([7, 5, 3], 8), 2, 8, True),
-    (baselines.fixed({1: 7, 3: 4}, k=2), 1, 2, False), (baselines.fixed({1: 7}, k=None), 1, 8, False),
-], ids=["FastV", "PyramidDrop", "fixed, 2 heads", "fixed, all heads"])
+@pytest.mark.parametrize(
+    "pruner, layer, k, last_only",
+    [
+        (baselines.fastv(7, layer=2), 2, 8, True),
+        (baselines.pyramid_drop([7, 5, 3], 8), 2, 8, True),
+        (baselines.fixed({1: 7, 3: 4}, k=2), 1, 2, False),
+        (baselines.fixed({1: 7}, k=None), 1, 8, False),
+    ],
+    ids=["FastV", "PyramidDrop", "fixed, 2 heads", "fixed, all heads"],
+)
 @torch.no_grad()
 def test_who_is_kept_at_the_first_layer_by_loops(model, batch, pruner, layer, k, last_only):
     images, questions = batch
@@ -51,13 +59,18 @@ def test_who_is_kept_at_the_first_layer_by_loops(model, batch, pruner, layer, k,
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions[:3])
     with pruner(model.decoder, visual_mask) as pruner:
         model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
-    states = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True).hidden_states
+    states = model.decoder(
+        inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True
+    ).hidden_states
     for b in range(3):
         real, places = attention_mask[b].bool(), visual_mask[b].nonzero()[:, 0].tolist()
         position = (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None]
         rotary = model.decoder.model.rotary_emb(states[layer], position)
         asks = [len(real) - 1] if last_only else range(places[-1] + 1, len(real))
-        rows = [dense_attention(model.decoder.model.layers[layer], states[layer][b], rotary, real, t) for t in asks]
+        rows = [
+            dense_attention(model.decoder.model.layers[layer], states[layer][b], rotary, real, t)
+            for t in asks
+        ]
         attention = torch.stack(rows).mean(0)[:, places]  # (H, 24)
         heads = sorted(range(8), key=lambda h: -attention[h].sum().item())[:k]
         score = attention[heads].sum(0)
@@ -73,12 +86,22 @@ def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_
     with baselines.fastv(7, layer=3, eager=True)(model.decoder, visual_mask) as pruner:
         assert model.decoder.config._attn_implementation == "eager"
         model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
-    assert model.decoder.config._attn_implementation == "sdpa" and pruner.counts[3].tolist() == [7, 7, 7]
-    states = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True).hidden_states
+    assert model.decoder.config._attn_implementation == "sdpa" and pruner.counts[3].tolist() == [
+        7,
+        7,
+        7,
+    ]
+    states = model.decoder(
+        inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True
+    ).hidden_states
     for b in range(3):
         real, places = attention_mask[b].bool(), visual_mask[b].nonzero()[:, 0].tolist()
-        rotary = model.decoder.model.rotary_emb(states[2], (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None])
-        row = dense_attention(model.decoder.model.layers[2], states[2][b], rotary, real, len(real) - 1).mean(0)[places]
+        rotary = model.decoder.model.rotary_emb(
+            states[2], (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None]
+        )
+        row = dense_attention(
+            model.decoder.model.layers[2], states[2][b], rotary, real, len(real) - 1
+        ).mean(0)[places]
         expected = sorted(sorted(range(24), key=lambda i: (-row[i].item(), i))[:7])
         assert [places.index(s) for s in pruner.kept[3][b].nonzero()[:, 0].tolist()] == expected
 
@@ -86,7 +109,10 @@ def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_
 def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model, batch):
     images, questions = batch
     encoded = model.encode_no_grad(images, Budget(stage1=60, stage2=24))
-    sdpa, eager = (model.answer(encoded, questions, Budget.none(), baselines.fastv(7, 2, e)) for e in (False, True))
+    sdpa, eager = (
+        model.answer(encoded, questions, Budget.none(), baselines.fastv(7, 2, e))
+        for e in (False, True)
+    )
     assert [a.layers for a in sdpa] == [a.layers for a in eager] == [[24, 24] + [7] * 6] * 8
     with pytest.raises(ValueError, match="without beams"):
         model.generate(encoded, questions, Budget.none(), baselines.fastv(7, 2, True), num_beams=2)
@@ -100,8 +126,15 @@ def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model,
 
 def siglip():
     torch.manual_seed(0)
-    vit = timm.create_model("vit_base_patch16_siglip_224", img_size=64, depth=3, embed_dim=48, num_heads=4, global_pool="",
-                            num_classes=0).eval()
+    vit = timm.create_model(
+        "vit_base_patch16_siglip_224",
+        img_size=64,
+        depth=3,
+        embed_dim=48,
+        num_heads=4,
+        global_pool="",
+        num_classes=0,
+    ).eval()
     return vit, torch.rand(2, 3, 64, 64)  # 4 x 4 patches
 
 
@@ -120,18 +153,31 @@ def test_tome_equals_the_vit_on_pictures_whose_merged_patches_are_alike(monkeypa
     vit, images = siglip()
     vit.pos_embed.data[:, 1::2] = vit.pos_embed[:, ::2]  # pairs of patches with one position
     images[..., 16:32], images[..., 48:] = images[..., :16], images[..., 32:48]  # and one content
-    every, once = vit.forward_features((images - 0.5) / 0.5), baselines.merge_pairs  # the first block merges, the others do not
-    monkeypatch.setattr(baselines, "merge_pairs", lambda x, s, k, r, p: once(x, s, k, r if x.shape[1] == 16 else 0, p))
+    every, once = (
+        vit.forward_features((images - 0.5) / 0.5),
+        baselines.merge_pairs,
+    )  # the first block merges, the others do not
+    monkeypatch.setattr(
+        baselines,
+        "merge_pairs",
+        lambda x, s, k, r, p: once(x, s, k, r if x.shape[1] == 16 else 0, p),
+    )
     merged = baselines.tome(vit, images, 4, eager)  # 4 of 8 pairs
     assert merged.shape == (2, 12, 48)
     for b in range(2):
-        distance = torch.cdist(merged[b], every[b, 1::2])  # each is one of the 8 pairs' tokens, and each pair is there
+        distance = torch.cdist(
+            merged[b], every[b, 1::2]
+        )  # each is one of the 8 pairs' tokens, and each pair is there
         assert distance.min(dim=1).values.max() < 1e-4 and distance.min(dim=0).values.max() < 1e-4
 
 
 def test_pairs_are_merged_by_loops():
     torch.manual_seed(0)
-    x, keys, size = torch.randn(2, 8, 5), torch.randn(2, 8, 3), torch.randint(1, 4, (2, 8, 1)).float()
+    x, keys, size = (
+        torch.randn(2, 8, 5),
+        torch.randn(2, 8, 3),
+        torch.randint(1, 4, (2, 8, 1)).float(),
+    )
     merged, sizes = baselines.merge_pairs(x, size, keys, r=2, prefix=1)
     for b in range(2):
         givers, takers = [1, 3, 5, 7], [2, 4, 6]
@@ -157,14 +203,18 @@ def test_tome_refuses_what_is_no_plain_vit(model):
 
 def test_pyramid_drop_drops_after_each_quarter(model, batch):
     images, questions = batch
-    answers = model.answer(images, questions, Budget(stage1=60, stage2=40), baselines.pyramid_drop([20, 10, 5], 8))
+    answers = model.answer(
+        images, questions, Budget(stage1=60, stage2=40), baselines.pyramid_drop([20, 10, 5], 8)
+    )
     assert all(a.layers == [40, 40, 20, 20, 10, 10, 5, 5] for a in answers)
 
 
 @pytest.mark.parametrize("k", [1, 5, None])
 def test_fixed_counts_are_the_same_for_every_question(model, batch, k):
     images, questions = batch
-    answers = model.answer(images, questions, Budget(stage1=60, stage2=40), baselines.fixed({1: 30, 3: 8}, k))
+    answers = model.answer(
+        images, questions, Budget(stage1=60, stage2=40), baselines.fixed({1: 30, 3: 8}, k)
+    )
     assert all(a.layers == [40, 30, 30, 8, 8, 8, 8, 8] for a in answers)
 
 
@@ -176,7 +226,12 @@ def test_merged_tokens_are_the_means_of_their_groups():
         groups = {j: [tokens[b, j]] for j in keep_idx[b].tolist()}
         for i in range(9):
             if i not in groups:
-                groups[max(groups, key=lambda j: F.cosine_similarity(tokens[b, i], tokens[b, j], dim=0).item())].append(tokens[b, i])
+                groups[
+                    max(
+                        groups,
+                        key=lambda j: F.cosine_similarity(tokens[b, i], tokens[b, j], dim=0).item(),
+                    )
+                ].append(tokens[b, i])
         for place, group in enumerate(groups.values()):
             torch.testing.assert_close(merged[b, place], torch.stack(group).mean(0))
     assert torch.equal(baselines.merge(tokens, torch.arange(9).expand(2, 9)), tokens)
@@ -198,17 +253,27 @@ def test_learned_fusions_see_each_cell_of_each_encoder(model, batch):
     """The shapes, and by hand: which patches meet in one token."""
     torch.manual_seed(0)
     fusions = baselines.new_fusions(model).eval()
-    features, _ = stage1_encode.encode_all(list(model.encoders.values()), batch[0], None)  # 4 x (8, 144, 96)
+    features, _ = stage1_encode.encode_all(
+        list(model.encoders.values()), batch[0], None
+    )  # 4 x (8, 144, 96)
     for name, fusion in fusions.items():
         assert fusion(features).shape == (8, 144, model.decoder.config.hidden_size), name
     cell = torch.cat([x[3, 50] for x in features])  # EAGLE: one cell, all channels
-    torch.testing.assert_close(fusions["EAGLE-style"](features)[3, 50], fusions["EAGLE-style"].project(cell))
+    torch.testing.assert_close(
+        fusions["EAGLE-style"](features)[3, 50], fusions["EAGLE-style"].project(cell)
+    )
     x = features[1][3].view(12, 12, -1)  # PixShuffle: rows 4-5, columns 6-7 of the second encoder
     four = torch.cat([x[4, 6], x[4, 7], x[5, 6], x[5, 7]])
     token = fusions["PixShuffle"](features)[3, 36 + 2 * 6 + 3]
-    torch.testing.assert_close(token, fusions["PixShuffle"].projectors[1](four), atol=1e-5, rtol=1e-5)
-    projected = [model.projectors[n](x[3]) for n, x in zip(model.encoders, features)]  # MLP: one encoder, channel by channel
-    mixed = torch.stack([fusions["MLP"].mix[2](projected[2][:, d]) for d in range(128)], dim=1)  # (36, 128)
+    torch.testing.assert_close(
+        token, fusions["PixShuffle"].projectors[1](four), atol=1e-5, rtol=1e-5
+    )
+    projected = [
+        model.projectors[n](x[3]) for n, x in zip(model.encoders, features)
+    ]  # MLP: one encoder, channel by channel
+    mixed = torch.stack(
+        [fusions["MLP"].mix[2](projected[2][:, d]) for d in range(128)], dim=1
+    )  # (36, 128)
     torch.testing.assert_close(fusions["MLP"](features)[3, 72:108], mixed, atol=1e-5, rtol=1e-5)
 
 
@@ -225,8 +290,12 @@ def test_learned_fusions_come_back_with_their_own_llama(model, batch, tmp_path):
         other.decoder.half().float(), fusion.half().float()  # as they were stored
         expected = baselines.learned(other, fusion).answer(None, *batch)
         answers = again[name].answer(None, *batch)
-        assert [a.text for a in answers] == [a.text for a in expected] and answers[0].layers == [144] * 8
-    assert [a.text for a in answers] != [a.text for a in baselines.learned(model, fusion).answer(None, *batch)]
+        assert [a.text for a in answers] == [a.text for a in expected] and answers[0].layers == [
+            144
+        ] * 8
+    assert [a.text for a in answers] != [
+        a.text for a in baselines.learned(model, fusion).answer(None, *batch)
+    ]
 
 
 def test_learned_fusions_of_other_encoders_or_of_a_damaged_file_are_refused(model, tmp_path):
@@ -244,7 +313,9 @@ def test_learned_fusions_of_other_encoders_or_of_a_damaged_file_are_refused(mode
 def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     images, questions = batch
     encoded = tables.alone("eva", 20)(model, images)
-    features, kept = stage1_encode.encode_all([model.encoders["eva"]], images, 20, model.ranks[:, [2]])
+    features, kept = stage1_encode.encode_all(
+        [model.encoders["eva"]], images, 20, model.ranks[:, [2]]
+    )
     torch.testing.assert_close(encoded.fused.tokens, model.projectors["eva"](features[0]))
     answer = model.answer(encoded, questions, Budget.none())[3]
     assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}

@@ -1,4 +1,5 @@
 """Accuracy and recall against counting by hand."""
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +8,18 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 from meteor_mini import Budget, glyphworld, load
-from meteor_mini.evaluate import (PATCHES, accuracy, batches, difference, encoding_flops, interval, prefill_flops, recall,
-                                  to_images, utilization)
+from meteor_mini.evaluate import (
+    PATCHES,
+    accuracy,
+    batches,
+    difference,
+    encoding_flops,
+    interval,
+    prefill_flops,
+    recall,
+    to_images,
+    utilization,
+)
 from stage1_encode import encode
 
 
@@ -41,40 +52,78 @@ def test_unpruned_keeps_every_token(model):
 
 def test_recall_of_keep_all_is_everything_and_never_rises(model):
     everything = recall(model, Budget.none(), samples=16)
-    assert all(v in (0, 100) for maps in everything.values() for groups in maps.values() for v in groups.values())
+    assert all(
+        v in (0, 100)
+        for maps in everything.values()
+        for groups in maps.values()
+        for v in groups.values()
+    )
     table = recall(model, model.budget, samples=16)
     for name in model.encoders:
         for group in PATCHES:
-            assert 100 >= table["stage1"][name][group] >= table["stage2"][name][group] >= table["stage3"][name][group] >= 0
+            assert (
+                100
+                >= table["stage1"][name][group]
+                >= table["stage2"][name][group]
+                >= table["stage3"][name][group]
+                >= 0
+            )
 
 
 def test_recall_in_any_encoder_is_the_union(model):
     table = recall(model, Budget(stage1=60), samples=16)["stage1"]
-    seen = [answer.kept["stage1"] for part in batches("val", 16)
-            for answer in model.answer(to_images([e[1].image for e in part]), [e[2] for e in part], Budget(stage1=60))]
-    bare = [torch.from_numpy(e[1].patch_words[:, 0] == 0).view(12, 12) for part in batches("val", 16) for e in part]
-    left = sum(int((b & (m["clip"] | m["convnext"] | m["eva"] | m["pix2struct"])).sum()) for m, b in zip(seen, bare))
+    seen = [
+        answer.kept["stage1"]
+        for part in batches("val", 16)
+        for answer in model.answer(
+            to_images([e[1].image for e in part]), [e[2] for e in part], Budget(stage1=60)
+        )
+    ]
+    bare = [
+        torch.from_numpy(e[1].patch_words[:, 0] == 0).view(12, 12)
+        for part in batches("val", 16)
+        for e in part
+    ]
+    left = sum(
+        int((b & (m["clip"] | m["convnext"] | m["eva"] | m["pix2struct"])).sum())
+        for m, b in zip(seen, bare)
+    )
     assert table["any"]["background"] == pytest.approx(100 * left / sum(int(b.sum()) for b in bare))
 
 
 def test_pictures_become_images_in_zero_to_one():
     images = to_images([glyphworld.make_picture(0).image])
-    assert images.shape == (1, 3, 96, 96) and images.dtype == torch.float32 and 0 <= images.min() and images.max() <= 1
+    assert (
+        images.shape == (1, 3, 96, 96)
+        and images.dtype == torch.float32
+        and 0 <= images.min()
+        and images.max() <= 1
+    )
 
 
 @pytest.mark.parametrize("grouped", [8, 2])
 def test_the_flops_formula_agrees_with_torchs_counter(grouped):
-    config = LlamaConfig(hidden_size=256, intermediate_size=688, num_hidden_layers=4, num_attention_heads=8,
-                         num_key_value_heads=grouped, vocab_size=64)
+    config = LlamaConfig(
+        hidden_size=256,
+        intermediate_size=688,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=grouped,
+        vocab_size=64,
+    )
     llama = LlamaModel(config)
     plain = sdpa_kernel(SDPBackend.MATH)  # whose products every torch counts
     with FlopCounterMode(display=False) as counter, torch.no_grad(), plain:
         llama(inputs_embeds=torch.randn(1, 300, 256), use_cache=False)
-    assert prefill_flops(config, [250] * 4, 50) == pytest.approx(counter.get_total_flops(), rel=0.02)
+    assert prefill_flops(config, [250] * 4, 50) == pytest.approx(
+        counter.get_total_flops(), rel=0.02
+    )
 
 
 def test_the_flops_formula_gives_the_papers_rows():
-    vicuna = LlamaConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+    vicuna = LlamaConfig(
+        hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+    )
     full = prefill_flops(vicuna, [2880] * 32, 30)  # 30: a short question
     fastv, pyramid = [2880] * 2 + [1440] * 30, [2880] * 8 + [1440] * 8 + [720] * 8 + [360] * 8
     assert round(100 * prefill_flops(vicuna, fastv, 30) / full) == 51
@@ -83,7 +132,11 @@ def test_the_flops_formula_gives_the_papers_rows():
 
 def test_flops_of_a_vit_are_all_counted_though_clip_has_an_operator_of_its_own(model):
     v = model.encoders["clip"]
-    n, d, m = 1 + v.grid_size[0] * v.grid_size[1], v.conv1.out_channels, v.transformer.resblocks[0].mlp[0].out_features
+    n, d, m = (
+        1 + v.grid_size[0] * v.grid_size[1],
+        v.conv1.out_channels,
+        v.transformer.resblocks[0].mlp[0].out_features,
+    )
     blocks = len(v.transformer.resblocks) * 2 * (4 * n * d * d + 2 * n * n * d + 2 * n * d * m)
     embed = 2 * (n - 1) * d * v.conv1.weight[0].numel()
     assert encoding_flops(model, lambda _, x: encode(v, x)) == blocks + embed
@@ -91,7 +144,9 @@ def test_flops_of_a_vit_are_all_counted_though_clip_has_an_operator_of_its_own(m
 
 
 def test_flops_of_encoding_fall_with_the_budget(model):
-    full, pruned = (encoding_flops(model, lambda m, x: m.encode(x, b)) for b in (Budget.none(), model.budget))
+    full, pruned = (
+        encoding_flops(model, lambda m, x: m.encode(x, b)) for b in (Budget.none(), model.budget)
+    )
     assert 0.3 * full < pruned < full
     clip = encoding_flops(model, lambda m, x: m.encoders["clip"](x))
     assert clip < full / 2
@@ -103,7 +158,9 @@ def test_interval_and_difference_by_hand():
     right = rng.random(400) < 0.8
     low, high = interval(right)
     spread = 196 * np.sqrt(right.mean() * (1 - right.mean()) / 400)  # the normal approximation
-    assert low == pytest.approx(100 * right.mean() - spread, abs=0.7) and high == pytest.approx(100 * right.mean() + spread, abs=0.7)
+    assert low == pytest.approx(100 * right.mean() - spread, abs=0.7) and high == pytest.approx(
+        100 * right.mean() + spread, abs=0.7
+    )
     mean, low, high = difference([True, True, False, True], [True, False, False, False])
     assert mean == 50 and low <= 50 <= high
     assert difference(right, right) == (0, 0, 0)

@@ -1,4 +1,5 @@
 """Training a Meteor on dialogues with transformers' Trainer: data, a tiny run, resuming, two processes."""
+
 import json
 import os
 import re
@@ -25,7 +26,10 @@ def data(tmp_path):
     for i in range(16):
         picture, question, answer = glyphworld.example(i, "train", "value")
         Image.fromarray(picture.image).save(tmp_path / f"{i}.png")
-        turns = [{"from": "human", "value": f"<image>\n{question}"}, {"from": "gpt", "value": answer}]
+        turns = [
+            {"from": "human", "value": f"<image>\n{question}"},
+            {"from": "gpt", "value": answer},
+        ]
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     return tmp_path / "data.json"
@@ -41,16 +45,32 @@ def untrained():
     return model
 
 
-SHORT = dict(max_steps=6, per_device_train_batch_size=4, learning_rate=3e-3, warmup_steps=0, logging_steps=1,
-             disable_tqdm=True, use_cpu=True)
+SHORT = dict(
+    max_steps=6,
+    per_device_train_batch_size=4,
+    learning_rate=3e-3,
+    warmup_steps=0,
+    logging_steps=1,
+    disable_tqdm=True,
+    use_cpu=True,
+)
 
 
 def test_rows_of_both_forms():
-    turns = [{"from": "human", "value": "a\n<image>"}, {"from": "gpt", "value": "b"},
-             {"from": "human", "value": "c"}, {"from": "gpt", "value": "d"}]
+    turns = [
+        {"from": "human", "value": "a\n<image>"},
+        {"from": "gpt", "value": "b"},
+        {"from": "human", "value": "c"},
+        {"from": "gpt", "value": "d"},
+    ]
     assert pairs({"image": "x", "conversations": turns}) == [("a", "b"), ("c", "d")]
     assert pairs({"image": "x", "question": "a", "answer": "b"}) == [("a", "b")]
-    for bad in ({"image": "x"}, {"conversations": turns[1:]}, {"conversations": []}, {"question": "a", "answer": "b"}):
+    for bad in (
+        {"image": "x"},
+        {"conversations": turns[1:]},
+        {"conversations": []},
+        {"question": "a", "answer": "b"},
+    ):
         with pytest.raises(ValueError, match="data must hold rows of image and"):
             pairs(bad)
 
@@ -58,9 +78,15 @@ def test_rows_of_both_forms():
 def test_pictures_become_squares_of_one_size(data):
     loaded = load_data(data, 64)
     batch = collate([loaded[0], loaded[3]])
-    assert len(loaded) == 16 and batch["images"].shape == (2, 3, 64, 64) and batch["dialogues"][1] == [
-        glyphworld.example(3, "train", "value")[1:]]
-    pillow = Dialogues([{"image": Image.fromarray(np.zeros((20, 40), np.uint8)), "question": "a", "answer": "b"}], 32)
+    assert (
+        len(loaded) == 16
+        and batch["images"].shape == (2, 3, 64, 64)
+        and batch["dialogues"][1] == [glyphworld.example(3, "train", "value")[1:]]
+    )
+    pillow = Dialogues(
+        [{"image": Image.fromarray(np.zeros((20, 40), np.uint8)), "question": "a", "answer": "b"}],
+        32,
+    )
     assert pillow[0]["images"].shape == (3, 32, 32) and pillow[0]["dialogues"] == [("a", "b")]
 
 
@@ -69,14 +95,22 @@ def test_bad_data_is_refused(tmp_path, data):
     (tmp_path / "dict.json").write_text("{}")
     row = {"image": "1.png", "question": "a", "answer": "b"}
     (tmp_path / "gone.json").write_text(json.dumps([row, row | {"image": "no.png"}]))
-    (tmp_path / "word.json").write_text(json.dumps([row | {"question": "describe", "answer": "red"}, row | {"answer": "hello"}]))
-    for file, message in (("none.json", "does not exist"), ("bad.json", "is no JSON file"), ("dict.json", "must be a list of one row"),
-                          ("gone.json", "row 1: picture no.png does not exist")):
+    (tmp_path / "word.json").write_text(
+        json.dumps([row | {"question": "describe", "answer": "red"}, row | {"answer": "hello"}])
+    )
+    for file, message in (
+        ("none.json", "does not exist"),
+        ("bad.json", "is no JSON file"),
+        ("dict.json", "must be a list of one row"),
+        ("gone.json", "row 1: picture no.png does not exist"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_data(tmp_path / file, 32)
     with pytest.raises(ValueError, match="at least one row"):
         Dialogues([], 32)
-    with pytest.raises(ValueError, match="data, row 1: question has words that this model does not know: hello"):
+    with pytest.raises(
+        ValueError, match="data, row 1: question has words that this model does not know: hello"
+    ):
         finetune(untrained(), load_data(tmp_path / "word.json", 32), tmp_path / "out")
     with pytest.raises(ValueError, match="resume finds no checkpoint in .* run once without it"):
         finetune(untrained(), load_data(data, 32), tmp_path / "out", resume=True)
@@ -88,16 +122,30 @@ def test_bad_data_is_refused(tmp_path, data):
 def test_a_directory_of_datasets_gives_the_rows_that_were_saved(data, tmp_path):
     datasets = pytest.importorskip("datasets", reason="datasets is not installed")
     text, colours = datasets.Value("string"), [(40 * i, 0, 0) for i in range(4)]
-    columns = {"image": [Image.new("RGB", (32, 32), c) for c in colours], "question": list("abcd"), "answer": list("efgh")}
-    rows = datasets.Dataset.from_dict(columns, datasets.Features(image=datasets.Image(), question=text, answer=text))
+    columns = {
+        "image": [Image.new("RGB", (32, 32), c) for c in colours],
+        "question": list("abcd"),
+        "answer": list("efgh"),
+    }
+    rows = datasets.Dataset.from_dict(
+        columns, datasets.Features(image=datasets.Image(), question=text, answer=text)
+    )
     rows.save_to_disk(tmp_path / "one")
     loaded = load_data(tmp_path / "one", 32)
-    assert [loaded[i]["dialogues"] for i in range(4)] == [[("a", "e")], [("b", "f")], [("c", "g")], [("d", "h")]]
+    assert [loaded[i]["dialogues"] for i in range(4)] == [
+        [("a", "e")],
+        [("b", "f")],
+        [("c", "g")],
+        [("d", "h")],
+    ]
     assert [round(255 * loaded[i]["images"][0, 5, 5].item()) for i in range(4)] == [0, 40, 80, 120]
     datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
     rows.remove_columns("answer").save_to_disk(tmp_path / "columns")
-    for name, message in (("two", "one dataset with a row or more.*train"), ("columns", "rows of image and conversations"),
-                          (".", "one dataset with a row or more")):
+    for name, message in (
+        ("two", "one dataset with a row or more.*train"),
+        ("columns", "rows of image and conversations"),
+        (".", "one dataset with a row or more"),
+    ):
         with pytest.raises(ValueError, match=message):
             load_data(tmp_path / name, 32)
 
@@ -105,7 +153,10 @@ def test_a_directory_of_datasets_gives_the_rows_that_were_saved(data, tmp_path):
 def test_a_directory_without_datasets_installed_says_what_to_install(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "datasets", None)
     assert cli.main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert f"data {tmp_path} is a directory: reading one of save_to_disk needs `pip install datasets`" in capsys.readouterr().err
+    assert (
+        f"data {tmp_path} is a directory: reading one of save_to_disk needs `pip install datasets`"
+        in capsys.readouterr().err
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -113,25 +164,47 @@ def test_the_readmes_snippet_runs_on_rows_with_pictures_inside(tmp_path, monkeyp
     """With the embedded model in place of "small", and a list in place of a dataset of the hub."""
     examples = [glyphworld.example(i, "train", "value") for i in range(8)]
     rows = [{"image": Image.fromarray(p.image), "question": q, "answer": a} for p, q, a in examples]
-    snippet, = (s for s in re.findall(r"```py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.S)
-                if "finetune" in s)
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows))
+    (snippet,) = (
+        s
+        for s in re.findall(
+            r"```py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.S
+        )
+        if "finetune" in s
+    )
+    monkeypatch.setitem(
+        sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows)
+    )
     monkeypatch.chdir(tmp_path)
     assert snippet.count('"small"') == snippet.count("max_steps=1000") == 1
-    exec(compile(snippet.replace("small", "glyph").replace("max_steps=1000", "max_steps=2, use_cpu=True"), "README", "exec"), {})
+    exec(
+        compile(
+            snippet.replace("small", "glyph").replace(
+                "max_steps=1000", "max_steps=2, use_cpu=True"
+            ),
+            "README",
+            "exec",
+        ),
+        {},
+    )
     assert Meteor.from_pretrained(tmp_path / "phase1").config["trained"]
 
 
 def test_phase_one_trains_the_projectors_alone_and_the_loss_falls(data, tmp_path):
     model = untrained()
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    trainer = finetune(model, load_data(data, side_of(model)), tmp_path / "out", **SHORT | dict(max_steps=12))
+    trainer = finetune(
+        model, load_data(data, side_of(model)), tmp_path / "out", **SHORT | dict(max_steps=12)
+    )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
-    changed = {k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])}
+    changed = {
+        k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])
+    }
     assert changed == {"projectors"}
     saved = Meteor.from_pretrained(tmp_path / "out")
-    assert saved.config["trained"] and all(torch.equal(v, saved.state_dict()[k]) for k, v in model.state_dict().items())
+    assert saved.config["trained"] and all(
+        torch.equal(v, saved.state_dict()[k]) for k, v in model.state_dict().items()
+    )
 
 
 def test_phase_two_trains_the_decoder_too_and_resuming_gives_the_same_weights(data, tmp_path):
@@ -140,13 +213,17 @@ def test_phase_two_trains_the_decoder_too_and_resuming_gives_the_same_weights(da
     (tmp_path / "part").mkdir()
     (tmp_path / "whole" / "checkpoints" / "checkpoint-6").rename(tmp_path / "later")
     (tmp_path / "whole" / "checkpoints").rename(tmp_path / "part" / "checkpoints")
-    trainer = finetune(part, load_data(data, 96), tmp_path / "part", "all", resume=True, save_steps=3, **SHORT)
+    trainer = finetune(
+        part, load_data(data, 96), tmp_path / "part", "all", resume=True, save_steps=3, **SHORT
+    )
     later = [e for e in trainer.state.log_history if e.get("step", 0) > 3 and "loss" in e]
     assert trainer.state.global_step == 6 and len(later) == 3
     for name, value in whole.state_dict().items():
         torch.testing.assert_close(part.state_dict()[name], value, rtol=0, atol=1e-6)
     before = untrained().state_dict()
-    changed = {k.split(".")[0] for k, v in whole.state_dict().items() if not torch.equal(v, before[k])}
+    changed = {
+        k.split(".")[0] for k, v in whole.state_dict().items() if not torch.equal(v, before[k])
+    }
     assert changed == {"projectors", "decoder"}
 
 
@@ -170,9 +247,30 @@ def test_two_processes_give_the_loss_of_one(data, tmp_path):
     # Accelerate has no word for several CPU processes but MPI: torchrun's, which it calls multi-GPU, serves as well with gloo.
     for processes, batch, kind in ((1, 4, ["--cpu"]), (2, 2, ["--multi_gpu"])):
         out = tmp_path / f"out{processes}"
-        command = [sys.executable, "-m", "accelerate.commands.launch", *kind, "--num_processes", str(processes), "--num_machines",
-                   "1", "--mixed_precision", "no", "--dynamo_backend", "no", tmp_path / "run.py", data, out, str(batch)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"})
+        command = [
+            sys.executable,
+            "-m",
+            "accelerate.commands.launch",
+            *kind,
+            "--num_processes",
+            str(processes),
+            "--num_machines",
+            "1",
+            "--mixed_precision",
+            "no",
+            "--dynamo_backend",
+            "no",
+            tmp_path / "run.py",
+            data,
+            out,
+            str(batch),
+        ]
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         losses[processes] = json.loads((out / "loss.json").read_text())
     assert losses[1] == pytest.approx(losses[2], rel=0.02)

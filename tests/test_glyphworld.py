@@ -1,4 +1,5 @@
 """GlyphWorld: seeds, splits, labels, and questions whose answers are recomputed from the facts."""
+
 import re
 
 import numpy as np
@@ -22,7 +23,9 @@ def test_shapes_and_ranges():
         assert picture.image.shape == (g.SIZE, g.SIZE, 3) and picture.image.dtype == np.uint8
         assert picture.patch_words.shape == (g.GRID**2, len(g.SLOTS))
         for slot, words in enumerate(g.SLOTS.values()):
-            assert 0 <= picture.patch_words[:, slot].min() and picture.patch_words[:, slot].max() <= len(words)
+            assert 0 <= picture.patch_words[:, slot].min() and picture.patch_words[
+                :, slot
+            ].max() <= len(words)
 
 
 def test_all_kinds_are_drawn():
@@ -51,7 +54,9 @@ def test_every_object_owns_patches_with_its_words():
     slots = list(g.SLOTS)
     for picture in pictures(40, kind="scene"):
         for color, shape, row, column in picture.facts["objects"]:
-            here = picture.patch_words.reshape(3, 4, 3, 4, -1)[row, :, column].reshape(16, -1)  # the shape's cell
+            here = picture.patch_words.reshape(3, 4, 3, 4, -1)[row, :, column].reshape(
+                16, -1
+            )  # the shape's cell
             mine = here[here[:, slots.index("what")] == index("what", shape)]
             assert len(mine) and (mine[:, slots.index("color")] == index("color", color)).all()
     for picture in pictures(40, kind="table"):
@@ -72,8 +77,12 @@ def truth(picture, question):
     if match := re.match(r"how many (\w+) shapes", question):
         return str(len([o for o in facts["objects"] if o[1] == match[1]]))
     if match := re.match(r"is the (\w+) (left of|right of|above|below) the (\w+)", question):
-        (_, _, r1, c1), (_, _, r2, c2) = (next(o for o in facts["objects"] if o[1] == match[k]) for k in (1, 3))
-        holds = {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[match[2]]
+        (_, _, r1, c1), (_, _, r2, c2) = (
+            next(o for o in facts["objects"] if o[1] == match[k]) for k in (1, 3)
+        )
+        holds = {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[
+            match[2]
+        ]
         return "yes" if holds else "no"
     if question == "what is the number ?":
         return "".join(map(str, facts["number"]))
@@ -93,7 +102,9 @@ def test_where_tells_the_places_of_a_kind_or_of_a_pair():
         question, answer = g.where(picture, rng)
         cells = [(g.ROWS[r], g.COLUMNS[c], shape) for _, shape, r, c in picture.facts["objects"]]
         if match := re.match(r"where are the (\w+) , (\w+) \?", question):
-            expected = [f"{r} {c}" for name in match.groups() for r, c, shape in cells if shape == name]
+            expected = [
+                f"{r} {c}" for name in match.groups() for r, c, shape in cells if shape == name
+            ]
         else:
             name = re.match(r"where are the (\w+) shapes \?", question)[1]
             expected = [f"{r} {c}" for r in g.ROWS for c in g.COLUMNS if (r, c, name) in cells]
@@ -139,17 +150,28 @@ def test_clips_are_seeded_and_their_answers_true():
         image, question, answer = g.make_clip(index, "colors")
         assert np.array_equal(image, g.make_clip(index, "colors")[0]) and image.shape == (96, 96, 3)
         color = np.array(g.COLORS[question.split()[3]])
-        middles = [image[r * 32 + 16, c * 32 + 16] for r in range(2) for c in range(3)]  # of the six frames
+        middles = [
+            image[r * 32 + 16, c * 32 + 16] for r in range(2) for c in range(3)
+        ]  # of the six frames
         assert answer == ("yes" if any(np.array_equal(m, color) for m in middles) else "no")
         answers.add(answer)
         _, question, answer = g.make_clip(index, "counter")
-        assert question == "what is the number ?" and [int(d) - int(answer[0]) for d in answer] == [0, 1, 2]
+        assert question == "what is the number ?" and [int(d) - int(answer[0]) for d in answer] == [
+            0,
+            1,
+            2,
+        ]
     assert answers == {"yes", "no"}
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ((0, "dev"), "split must be one of"), ((0, "train", "photo"), "kind must be"), ((-1,), "index must be 0 or more"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ((0, "dev"), "split must be one of"),
+        ((0, "train", "photo"), "kind must be"),
+        ((-1,), "index must be 0 or more"),
+    ],
+)
 def test_bad_input_gets_one_sentence(arguments, message):
     with pytest.raises(ValueError, match=message):
         g.make_picture(*arguments)

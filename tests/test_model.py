@@ -2,6 +2,7 @@
 
 The embedded checkpoint is the model under test, so these tests also say that it loads and works.
 """
+
 import json
 import math
 import shutil
@@ -28,17 +29,25 @@ def model():
 def batch():
     """Eight pictures, a question of each family (so prompts of different lengths), the true answers."""
     examples = [glyphworld.example(3, "val", family) for family in FAMILIES]
-    return to_images([p.image for p, _, _ in examples]), [q for _, q, _ in examples], [a for *_, a in examples]
+    return (
+        to_images([p.image for p, _, _ in examples]),
+        [q for _, q, _ in examples],
+        [a for *_, a in examples],
+    )
 
 
 def plain(model, images, question_ids):
     """Every token of every encoder's own forward, projected and concatenated, in front of one question."""
     tokens = []
-    for name, encoder, projector in zip(model.encoders, model.encoders.values(), model.projectors.values()):
+    for name, encoder, projector in zip(
+        model.encoders, model.encoders.values(), model.projectors.values()
+    ):
         if name == "clip":
-            features = encoder.ln_post(encoder.transformer(encoder._embeds(normalised(images))))[:, 1:]
+            features = encoder.ln_post(encoder.transformer(encoder._embeds(normalised(images))))[
+                :, 1:
+            ]
         elif name == "eva":
-            features = encoder.forward_features(normalised(images))[:, encoder.num_prefix_tokens:]
+            features = encoder.forward_features(normalised(images))[:, encoder.num_prefix_tokens :]
         elif name == "convnext":
             features = encoder.forward_features(normalised(images)).flatten(2).transpose(1, 2)
         else:
@@ -61,7 +70,7 @@ def flattened(images):
         image = (image - image.mean()) / max(image.std(), image.numel() ** -0.5)
         for r in range(12):
             for c in range(12):
-                patch = image[:, 8 * r:8 * r + 8, 8 * c:8 * c + 8].permute(1, 2, 0).flatten()
+                patch = image[:, 8 * r : 8 * r + 8, 8 * c : 8 * c + 8].permute(1, 2, 0).flatten()
                 rows.append(torch.cat([torch.tensor([r + 1.0, c + 1.0]), patch]))
     return torch.stack(rows).view(len(images), 144, -1)
 
@@ -71,13 +80,15 @@ def test_keep_all_equals_the_plain_concatenation_of_everything(model, batch):
     images, questions, _ = batch
     ids = model.tokenize(questions)
     for b in range(3):
-        expected = plain(model, images[b:b + 1], ids[b])
-        encoded = model.encode(images[b:b + 1], Budget.none())
-        embeds, mask, visual = model.prompt(encoded, questions[b:b + 1])
+        expected = plain(model, images[b : b + 1], ids[b])
+        encoded = model.encode(images[b : b + 1], Budget.none())
+        embeds, mask, visual = model.prompt(encoded, questions[b : b + 1])
         assert (embeds - expected).abs().max() <= 1e-5
         assert mask.all() and visual.sum() == 576 and not visual[0, 0] and visual[0, 1:577].all()
-        theirs = model.decoder.generate(inputs_embeds=expected, attention_mask=mask, max_new_tokens=24, do_sample=False)
-        mine, pruner = model.generate(encoded, questions[b:b + 1], Budget.none())
+        theirs = model.decoder.generate(
+            inputs_embeds=expected, attention_mask=mask, max_new_tokens=24, do_sample=False
+        )
+        mine, pruner = model.generate(encoded, questions[b : b + 1], Budget.none())
         assert pruner is None and torch.equal(mine, theirs)
 
 
@@ -88,9 +99,12 @@ def test_an_infinite_lambda_changes_nothing(model, batch, monkeypatch):
     encoded = model.encode(images, budget)
     plainly, none = model.generate(encoded, questions, budget)
     from stage3_decode import AdaptivePruner
+
     embeds, mask, visual = model.prompt(encoded, questions)
     with AdaptivePruner(model.decoder, visual, lam=float("inf")):
-        pruned = model.decoder.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=24, do_sample=False)
+        pruned = model.decoder.generate(
+            inputs_embeds=embeds, attention_mask=mask, max_new_tokens=24, do_sample=False
+        )
     assert none is None and torch.equal(plainly, pruned)
 
 
@@ -98,10 +112,17 @@ def test_forward_is_the_three_stages_in_a_row(model, batch):
     images, budget = batch[0][:2], model.budget
     with torch.no_grad():
         encoded = model.encode(images)
-        features, kept = stage1_encode.encode_all(list(model.encoders.values()), images, budget.stage1, model.ranks)
-        fused = stage2_fuse.fuse([p(x) for p, x in zip(model.projectors.values(), features)], budget.stage2,
-                                 budget.stage2_strategy)
-    assert torch.equal(encoded.fused.tokens, fused.tokens) and torch.equal(encoded.fused.keep_idx, fused.keep_idx)
+        features, kept = stage1_encode.encode_all(
+            list(model.encoders.values()), images, budget.stage1, model.ranks
+        )
+        fused = stage2_fuse.fuse(
+            [p(x) for p, x in zip(model.projectors.values(), features)],
+            budget.stage2,
+            budget.stage2_strategy,
+        )
+    assert torch.equal(encoded.fused.tokens, fused.tokens) and torch.equal(
+        encoded.fused.keep_idx, fused.keep_idx
+    )
     assert all(torch.equal(a, b) for a, b in zip(encoded.stage1_idx, kept))
 
 
@@ -116,9 +137,13 @@ def test_the_books_add_up(model, batch):
             assert answer.tokens["stage2"] == stage2 == sum(answer.survivors["stage2"].values())
             assert sum(answer.survivors["stage3"].values()) <= answer.tokens["stage3"] <= stage2
             for name in model.encoders:
-                first, second, third = (answer.kept[s][name] for s in ("stage1", "stage2", "stage3"))
+                first, second, third = (
+                    answer.kept[s][name] for s in ("stage1", "stage2", "stage3")
+                )
                 assert first.shape == (12, 12)
-                assert (second <= first).all() and (third <= second).all()  # a patch never comes back
+                assert (second <= first).all() and (
+                    third <= second
+                ).all()  # a patch never comes back
                 assert int(second.sum()) == answer.survivors["stage2"][name]
 
 
@@ -126,10 +151,13 @@ def test_a_batch_of_different_questions_equals_one_by_one(model, batch):
     images, questions, _ = batch
     together = model.answer(images, questions)
     for b, question in enumerate(questions):
-        alone = model.answer(images[b:b + 1], [question])[0]
+        alone = model.answer(images[b : b + 1], [question])[0]
         assert alone.text == together[b].text and alone.survivors == together[b].survivors
         for stage, maps in alone.kept.items():
-            assert all(torch.equal(m, together[b].kept[stage][n]) for n, m in maps.items()), (stage, question)
+            assert all(torch.equal(m, together[b].kept[stage][n]) for n, m in maps.items()), (
+                stage,
+                question,
+            )
 
 
 def test_one_encoding_serves_many_questions(model, batch):
@@ -142,7 +170,9 @@ def test_one_encoding_serves_many_questions(model, batch):
 
 def test_training_gradients_reach_encoders_projectors_and_decoder(model, batch):
     images, questions, truths = batch
-    model(images[:2], [[(questions[b], truths[b])] for b in range(2)], Budget(stage1=60, stage2=30))["loss"].backward()
+    model(
+        images[:2], [[(questions[b], truths[b])] for b in range(2)], Budget(stage1=60, stage2=30)
+    )["loss"].backward()
     for part in (*model.encoders.values(), *model.projectors.values(), model.decoder):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     model.zero_grad()
@@ -150,14 +180,18 @@ def test_training_gradients_reach_encoders_projectors_and_decoder(model, batch):
 
 def test_save_and_load_give_the_same_answers(model, batch, tmp_path):
     model.save_pretrained(tmp_path)
-    written = {f.name for f in tmp_path.iterdir()} - {"README.md"}  # huggingface_hub adds a model card
+    written = {f.name for f in tmp_path.iterdir()} - {
+        "README.md"
+    }  # huggingface_hub adds a model card
     assert written == {"config.json", "model.safetensors", "tokenizer.json"}
     again = Meteor.from_pretrained(tmp_path)
     assert not again.training
     for key, value in model.state_dict().items():
         assert torch.equal(again.state_dict()[key], value), key
     images, questions, _ = batch
-    assert [a.text for a in again.answer(images, questions)] == [a.text for a in model.answer(images, questions)]
+    assert [a.text for a in again.answer(images, questions)] == [
+        a.text for a in model.answer(images, questions)
+    ]
 
 
 def test_the_embedded_checkpoint_is_small_and_complete():
@@ -165,21 +199,34 @@ def test_the_embedded_checkpoint_is_small_and_complete():
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 20e6
     config = json.loads((folder / "config.json").read_text())
     assert len(config["encoders"]) == 4 and config["ranks"] and config["lambda_table"]
-    assert config["decoder"]["num_hidden_layers"] >= 8 and config["decoder"]["num_attention_heads"] >= 8
+    assert (
+        config["decoder"]["num_hidden_layers"] >= 8
+        and config["decoder"]["num_attention_heads"] >= 8
+    )
 
 
 @torch.no_grad()
 def test_the_training_loss_equals_each_question_alone(model, batch):
     images, questions, answers = batch
-    dialogues = [[(q, a), ("describe the picture .", "number 4 2")] for q, a in zip(questions, answers)]
+    dialogues = [
+        [(q, a), ("describe the picture .", "number 4 2")] for q, a in zip(questions, answers)
+    ]
     encoded = model.encode(images)
     losses = []
     for b, dialogue in enumerate(dialogues):
         for question, answer in dialogue:
             embeds, *_ = model.prompt(encoded.rows([b]), [question])  # <bos> picture question <ans>
-            said = model.tokenizer(answer, add_special_tokens=False).input_ids + [model.tokenizer.eos_token_id]
-            whole = torch.cat([embeds, model.decoder.get_input_embeddings()(torch.tensor([said]))], dim=1)
-            logp = model.decoder(inputs_embeds=whole).logits[0, embeds.shape[1] - 1:-1].log_softmax(-1)
+            said = model.tokenizer(answer, add_special_tokens=False).input_ids + [
+                model.tokenizer.eos_token_id
+            ]
+            whole = torch.cat(
+                [embeds, model.decoder.get_input_embeddings()(torch.tensor([said]))], dim=1
+            )
+            logp = (
+                model.decoder(inputs_embeds=whole)
+                .logits[0, embeds.shape[1] - 1 : -1]
+                .log_softmax(-1)
+            )
             losses += [-logp[t, token].item() for t, token in enumerate(said)]
     out = model(encoded, dialogues)
     assert out["logits"].shape[0] == out["labels"].shape[0] == len(losses)
@@ -188,7 +235,10 @@ def test_the_training_loss_equals_each_question_alone(model, batch):
 
 
 def test_a_budget_for_n_tokens_is_in_the_proportions_of_the_models_own(model):
-    assert model.budget_for(576) == Budget.none() and model.budget_for(model.budget.stage3) == model.budget
+    assert (
+        model.budget_for(576) == Budget.none()
+        and model.budget_for(model.budget.stage3) == model.budget
+    )
     for tokens in (8, 20, 34, 60, 100):
         budget = model.budget_for(tokens)
         if tokens != model.budget.stage3:
@@ -203,18 +253,42 @@ def test_a_budget_for_n_tokens_is_in_the_proportions_of_the_models_own(model):
 def test_average_tokens_come_near_the_ones_asked_for(model):
     """lambda is solved on calibration questions; on others the mean is near, which 64 questions show roughly."""
     from meteor_mini.evaluate import accuracy
+
     for tokens in (20, 34):
         got = accuracy(model, model.budget_for(tokens), "val", samples=64)["average_tokens"]
         assert abs(got - tokens) <= 0.15 * tokens
 
 
-@pytest.mark.parametrize("damage", [
-    dict(K=[]), dict(K=[], lam=[], average=[]), dict(K=[10]), dict(K=[20, 10]), dict(K=["a", "b"]), dict(K=None), dict(lam=[1.0]),
-    dict(lam=[0.0, 2.0, 1.0]), dict(K=[10, 10**400]), dict(average=[[1.0, 5.0, math.nan], [2.0, 10.0, 18.0]]), dict(average=[[1.0, 5.0, 9.0]]), dict(average=[[1.0], [2.0]])], ids=str)
+@pytest.mark.parametrize(
+    "damage",
+    [
+        dict(K=[]),
+        dict(K=[], lam=[], average=[]),
+        dict(K=[10]),
+        dict(K=[20, 10]),
+        dict(K=["a", "b"]),
+        dict(K=None),
+        dict(lam=[1.0]),
+        dict(lam=[0.0, 2.0, 1.0]),
+        dict(K=[10, 10**400]),
+        dict(average=[[1.0, 5.0, math.nan], [2.0, 10.0, 18.0]]),
+        dict(average=[[1.0, 5.0, 9.0]]),
+        dict(average=[[1.0], [2.0]]),
+    ],
+    ids=str,
+)
 def test_a_damaged_lambda_table_is_refused_in_one_sentence(damage):
-    table = {"K": [10, 20], "lam": [0.0, 1.0, 2.0], "average": [[1.0, 5.0, 9.0], [2.0, 10.0, 18.0]]} | damage
-    with pytest.raises(ValueError, match="lambda_table must hold K and lam, 2 or more ascending numbers each"):
-        lambda_from_table({key: value for key, value in table.items() if value is not None}, 10, 3.0)
+    table = {
+        "K": [10, 20],
+        "lam": [0.0, 1.0, 2.0],
+        "average": [[1.0, 5.0, 9.0], [2.0, 10.0, 18.0]],
+    } | damage
+    with pytest.raises(
+        ValueError, match="lambda_table must hold K and lam, 2 or more ascending numbers each"
+    ):
+        lambda_from_table(
+            {key: value for key, value in table.items() if value is not None}, 10, 3.0
+        )
 
 
 def test_lambda_is_read_off_the_table_linearly():
@@ -237,12 +311,21 @@ def test_digits_are_joined_and_case_does_not_matter(model):
     assert model.decode([row]) == ["number 407 , red"]
 
 
-@pytest.mark.parametrize("questions, kind, message", [
-    ([""], ValueError, "at least one word"), (["  "], ValueError, "at least one word"),
-    (["is there a zebra or a giraffe ?"], ValueError, "does not know: giraffe, or, zebra; it knows: .*circle"),
-    ("what", TypeError, "list of str"), ([3], TypeError, "list of str"),
-    (["what is the number ?"] * 2, ValueError, "one for each of the 1 pictures, got 2"),
-])
+@pytest.mark.parametrize(
+    "questions, kind, message",
+    [
+        ([""], ValueError, "at least one word"),
+        (["  "], ValueError, "at least one word"),
+        (
+            ["is there a zebra or a giraffe ?"],
+            ValueError,
+            "does not know: giraffe, or, zebra; it knows: .*circle",
+        ),
+        ("what", TypeError, "list of str"),
+        ([3], TypeError, "list of str"),
+        (["what is the number ?"] * 2, ValueError, "one for each of the 1 pictures, got 2"),
+    ],
+)
 def test_bad_questions_get_one_sentence(model, batch, questions, kind, message):
     with pytest.raises(kind, match=message):
         model.answer(batch[0][:1], questions)
@@ -266,7 +349,10 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["projectors.clip.0.weight"] = torch.zeros(3, 3)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"1 tensors are missing, unknown or of another shape, first projectors.clip.0.weight"):
+    with pytest.raises(
+        ValueError,
+        match=r"1 tensors are missing, unknown or of another shape, first projectors.clip.0.weight",
+    ):
         Meteor.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a Meteor model"):
@@ -276,18 +362,31 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
         Meteor.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("part, sizes, message", [
-    ("decoder", dict(hidden_size=7), r"hidden size \(7\) is not a multiple of the number of attention heads \(8\)"),
-    ("decoder", dict(hidden_size=-8), "negative dimension"), ("decoder", dict(num_attention_heads=0), "division or modulo by zero"),
-    ("decoder", dict(num_hidden_layers="8"), "num_hidden_layers"), ("clip", dict(width=7), "divisible by num_heads"),
-    ("convnext", dict(dims=[1]), "out of range"), ("eva", dict(no_such_option=1), "no_such_option")])
+@pytest.mark.parametrize(
+    "part, sizes, message",
+    [
+        (
+            "decoder",
+            dict(hidden_size=7),
+            r"hidden size \(7\) is not a multiple of the number of attention heads \(8\)",
+        ),
+        ("decoder", dict(hidden_size=-8), "negative dimension"),
+        ("decoder", dict(num_attention_heads=0), "division or modulo by zero"),
+        ("decoder", dict(num_hidden_layers="8"), "num_hidden_layers"),
+        ("clip", dict(width=7), "divisible by num_heads"),
+        ("convnext", dict(dims=[1]), "out of range"),
+        ("eva", dict(no_such_option=1), "no_such_option"),
+    ],
+)
 def test_sizes_that_do_not_add_up_are_refused(model, tmp_path, part, sizes, message):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     options = config["decoder"] if part == "decoder" else config["encoders"][part][1]
     options.update(sizes)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match=f"(?s)no model can be built from .*config.json: .*{message}"):
+    with pytest.raises(
+        ValueError, match=f"(?s)no model can be built from .*config.json: .*{message}"
+    ):
         Meteor.from_pretrained(tmp_path)
 
 
@@ -303,7 +402,10 @@ def test_truncated_weights_and_pickles_are_refused(model, tmp_path):
 
 
 def test_an_unreachable_hub_is_one_sentence_that_says_what_to_do():
-    with pytest.raises(ValueError, match="could not be fetched from the hub: run `hf download nobody/no-such-model`"):
+    with pytest.raises(
+        ValueError,
+        match="could not be fetched from the hub: run `hf download nobody/no-such-model`",
+    ):
         Meteor.from_pretrained("nobody/no-such-model")
 
 

@@ -1,4 +1,5 @@
 """Loading a user's picture: values against what was drawn, in every mode, and every refusal."""
+
 import struct
 import zlib
 
@@ -34,12 +35,24 @@ def test_a_square_rgb_picture_keeps_every_pixel(tmp_path):
     assert torch.equal(tensor[0].permute(1, 2, 0) * 255, torch.from_numpy(pixels).float())
 
 
-@pytest.mark.parametrize("mode, name, want, tolerance", [
-    ("RGB", "x.png", RED, 0), ("RGBA", "x.png", RED, 0), ("P", "x.png", RED, 0), ("P", "x.gif", RED, 0),
-    ("L", "x.png", (82, 82, 82), 0), ("LA", "x.png", (82, 82, 82), 0), ("1", "x.png", WHITE, 0),
-    ("CMYK", "x.tif", RED, 0), ("CMYK", "x.jpg", RED, 6), ("YCbCr", "x.jpg", RED, 3),
-    ("RGB", "x.webp", RED, 3), ("RGB", "x.bmp", RED, 0), ("RGBA", "x.tif", RED, 0),
-])
+@pytest.mark.parametrize(
+    "mode, name, want, tolerance",
+    [
+        ("RGB", "x.png", RED, 0),
+        ("RGBA", "x.png", RED, 0),
+        ("P", "x.png", RED, 0),
+        ("P", "x.gif", RED, 0),
+        ("L", "x.png", (82, 82, 82), 0),
+        ("LA", "x.png", (82, 82, 82), 0),
+        ("1", "x.png", WHITE, 0),
+        ("CMYK", "x.tif", RED, 0),
+        ("CMYK", "x.jpg", RED, 6),
+        ("YCbCr", "x.jpg", RED, 3),
+        ("RGB", "x.webp", RED, 3),
+        ("RGB", "x.bmp", RED, 0),
+        ("RGBA", "x.tif", RED, 0),
+    ],
+)
 def test_modes_and_formats(tmp_path, mode, name, want, tolerance):
     image = Image.new("RGB", (16, 16), RED)
     white = Image.new("1", (16, 16), 1)
@@ -116,15 +129,21 @@ def test_padding_keeps_the_picture_in_the_middle_of_its_mean_colour():
     assert (square[:, :10] == 150).all() and (square[:, 30:] == 150).all()
 
 
-@pytest.mark.parametrize("size, side", [((8, 8), 8), ((160, 8), 160), ((8, 160), 160), ((3000, 200), 1024)])
+@pytest.mark.parametrize(
+    "size, side", [((8, 8), 8), ((160, 8), 160), ((8, 160), 160), ((3000, 200), 1024)]
+)
 def test_sizes_inside_the_limits(tmp_path, size, side):
     assert load_picture(save(tmp_path, Image.new("RGB", size))).shape == (1, 3, side, side)
 
 
-@pytest.mark.parametrize("w, h", [(1, 1), (7, 8), (8, 7), (20_000, 10), (168, 8), (8, 161), (10_001, 600)])
+@pytest.mark.parametrize(
+    "w, h", [(1, 1), (7, 8), (8, 7), (20_000, 10), (168, 8), (8, 161), (10_001, 600)]
+)
 def test_sizes_outside_the_limits(tmp_path, w, h):
     path = save(tmp_path, Image.new("RGB", (w, h)), "odd.png")
-    with pytest.raises(ValueError, match=rf"odd.png has {w} x {h} px; sides of 8 to 10000 px and .*20:1"):
+    with pytest.raises(
+        ValueError, match=rf"odd.png has {w} x {h} px; sides of 8 to 10000 px and .*20:1"
+    ):
         load_picture(path)
 
 
@@ -139,26 +158,36 @@ def test_a_decompression_bomb_is_refused(tmp_path):
 def test_missing_directory_empty_and_text(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("this is no picture\n" * 20)
-    for name, message in {"none.png": "none.png does not exist", ".": "is not a file",
-                          "empty.png": "empty.png is an empty file",
-                          "text.png": "text.png is in no picture format that Pillow can read"}.items():
+    for name, message in {
+        "none.png": "none.png does not exist",
+        ".": "is not a file",
+        "empty.png": "empty.png is an empty file",
+        "text.png": "text.png is in no picture format that Pillow can read",
+    }.items():
         with pytest.raises(ValueError, match=message):
             load_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize("name", ["cut.jpg", "cut.png", "cut.webp", "cut.gif", "cut.tif", "cut.bmp"])
+@pytest.mark.parametrize(
+    "name", ["cut.jpg", "cut.png", "cut.webp", "cut.gif", "cut.tif", "cut.bmp"]
+)
 def test_truncated_files(tmp_path, name):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = save(tmp_path, noise, name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"{name} (cannot be decoded: \S|is in no picture format)"):
+    with pytest.raises(
+        ValueError, match=rf"{name} (cannot be decoded: \S|is in no picture format)"
+    ):
         load_picture(path)
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, SyntaxError, IndexError, struct.error, zlib.error])
-def test_what_decoders_raise_names_the_file_a_fault_of_the_program_comes_through(tmp_path, monkeypatch, kind):
+def test_what_decoders_raise_names_the_file_a_fault_of_the_program_comes_through(
+    tmp_path, monkeypatch, kind
+):
     def fail(path):
         raise kind("odd bytes")
+
     monkeypatch.setattr(Image, "open", fail)
     (tmp_path / "x.avif").write_bytes(b"x")
     with pytest.raises(ValueError, match="x.avif cannot be decoded: odd bytes"):

@@ -1,4 +1,5 @@
 """plots.py: every function returns a titled, labelled, white figure and leaves its arguments alone."""
+
 import copy
 import inspect
 import io
@@ -7,7 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[tutorial]'")
+pytest.importorskip(
+    "matplotlib", reason="matplotlib is not installed: pip install -e '.[tutorial]'"
+)
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
@@ -24,38 +27,98 @@ COUNTS = {"a": dict(zip(NAMES, [40, 30, 20, 10])), "b": dict(zip(NAMES, [4, 3, 0
 SIX = [0.1, 0.2, 0.4, 0.3, 0.5, 0.6]
 POINTS = [(10.0, {"all": 50.0, "General": 40.0}), (20.0, {"all": 70.0, "General": 60.0})]
 
-PARTS = {f"{part}, ms": 10.0 for part in ("encoders", "stage 1", "projectors", "stage 2", "stage 3", "LLM")}
-BENCH = {"whole": [{"visual tokens": n, "batch": b, "contender": c, "prefill, s": n / 500, "least": n / 600, "most": n / 400, "speed-up": 2.0,
-                    "FLOPs ratio": 2.5} for n in (1024, 2304) for b in (1, 4) for c in ("unpruned", "METEOR")],
-         "split": [{"visual tokens": 1024, "contender": c} | PARTS for c in ("unpruned", "METEOR")],
-         "peers": [{"visual tokens": n, "method": m, "speed-up": 1.5} for n in (1024, 2304) for m in ("unpruned", "stage 3", "FastV, SDPA")],
-         "growth": [{"N": 1024, "by sums, ms": 3.0, "by pairs, ms": 9.0}, {"N": 4096, "by sums, ms": 12.0}],
-         "overhead": [{"tokens": n, "stage 1, similarity, % of a block": 1.0, "stage 3, a selection, % of a layer": 9.0} for n in (256, 576)]}
+PARTS = {
+    f"{part}, ms": 10.0
+    for part in ("encoders", "stage 1", "projectors", "stage 2", "stage 3", "LLM")
+}
+BENCH = {
+    "whole": [
+        {
+            "visual tokens": n,
+            "batch": b,
+            "contender": c,
+            "prefill, s": n / 500,
+            "least": n / 600,
+            "most": n / 400,
+            "speed-up": 2.0,
+            "FLOPs ratio": 2.5,
+        }
+        for n in (1024, 2304)
+        for b in (1, 4)
+        for c in ("unpruned", "METEOR")
+    ],
+    "split": [{"visual tokens": 1024, "contender": c} | PARTS for c in ("unpruned", "METEOR")],
+    "peers": [
+        {"visual tokens": n, "method": m, "speed-up": 1.5}
+        for n in (1024, 2304)
+        for m in ("unpruned", "stage 3", "FastV, SDPA")
+    ],
+    "growth": [
+        {"N": 1024, "by sums, ms": 3.0, "by pairs, ms": 9.0},
+        {"N": 4096, "by sums, ms": 12.0},
+    ],
+    "overhead": [
+        {
+            "tokens": n,
+            "stage 1, similarity, % of a block": 1.0,
+            "stage 3, a selection, % of a layer": 9.0,
+        }
+        for n in (256, 576)
+    ],
+}
 CALLS = {
     "benchmark_figure": lambda: plots.benchmark_figure(BENCH),
-    "patch_maps": lambda: plots.patch_maps(IMAGE, {"one": MASKS, "two": {"clip": MASKS["clip"]}}, "A finding"),
-    "heat_maps": lambda: plots.heat_maps(IMAGE, {"": HEAT, "x": {"clip": HEAT["clip"]}}, "A finding", "cosine", mark=(2, 3)),
+    "patch_maps": lambda: plots.patch_maps(
+        IMAGE, {"one": MASKS, "two": {"clip": MASKS["clip"]}}, "A finding"
+    ),
+    "heat_maps": lambda: plots.heat_maps(
+        IMAGE, {"": HEAT, "x": {"clip": HEAT["clip"]}}, "A finding", "cosine", mark=(2, 3)
+    ),
     "token_flow": lambda: plots.token_flow(COUNTS),
     "encoder_bars": lambda: plots.encoder_bars(COUNTS, "A finding", "tokens", "group"),
     "tokens_by_layer": lambda: plots.tokens_by_layer({"q": [9, 5, 2], "r": [9, 9, 1]}, "A finding"),
-    "cost_curve": lambda: plots.cost_curve([1, 2, 3], [1e9, 2e9, 3e9], [1e8, 4e8, 9e8], [3.0, 5.0, 9.0], "A finding"),
-    "time_bars": lambda: plots.time_bars({"x": {"a": 3.0, "b": 4.0}, "y": {"a": 1.0, "b": 4.0}}, "A finding"),
+    "cost_curve": lambda: plots.cost_curve(
+        [1, 2, 3], [1e9, 2e9, 3e9], [1e8, 4e8, 9e8], [3.0, 5.0, 9.0], "A finding"
+    ),
+    "time_bars": lambda: plots.time_bars(
+        {"x": {"a": 3.0, "b": 4.0}, "y": {"a": 1.0, "b": 4.0}}, "A finding"
+    ),
     "kv_bars": lambda: plots.kv_bars({"x": [4096.0, 2048.0], "y": [1024.0, 512.0]}, "A finding"),
-    "spectra": lambda: plots.spectra({n: torch.rand(40, generator=G) for n in NAMES}, 0.01, "A finding"),
-    "rank_spread": lambda: plots.rank_spread({n: torch.tensor([40, 42, 39]) for n in NAMES}, dict.fromkeys(NAMES, 40.0)),
-    "depth_curves": lambda: plots.depth_curves({"clip": SIX, "eva": SIX[::-1]}, "A finding", "entropy"),
-    "criteria_by_depth": lambda: plots.criteria_by_depth({"eva": {"x": SIX, "y": SIX[::-1]}}, "A finding", "percent", chance=0.5),
-    "projection_plot": lambda: plots.projection_plot({n: torch.randn(9, 16, generator=G) for n in NAMES},
-                                                       {n: torch.arange(9) < 4 for n in NAMES}, "A finding"),
-    "vav_bars": lambda: plots.vav_bars({1: torch.rand(8, generator=G), 3: torch.rand(8, generator=G)}, 5, "A finding"),
-    "lambda_curve": lambda: plots.lambda_curve([0.0, 1, 2], [10.0, 20, 30], (1.0, 20.0), "A finding"),
-    "accuracy_curves": lambda: plots.accuracy_curves({"METEOR": POINTS, "other": POINTS}, "A finding", {"all": 80.0, "General": 70.0}),
+    "spectra": lambda: plots.spectra(
+        {n: torch.rand(40, generator=G) for n in NAMES}, 0.01, "A finding"
+    ),
+    "rank_spread": lambda: plots.rank_spread(
+        {n: torch.tensor([40, 42, 39]) for n in NAMES}, dict.fromkeys(NAMES, 40.0)
+    ),
+    "depth_curves": lambda: plots.depth_curves(
+        {"clip": SIX, "eva": SIX[::-1]}, "A finding", "entropy"
+    ),
+    "criteria_by_depth": lambda: plots.criteria_by_depth(
+        {"eva": {"x": SIX, "y": SIX[::-1]}}, "A finding", "percent", chance=0.5
+    ),
+    "projection_plot": lambda: plots.projection_plot(
+        {n: torch.randn(9, 16, generator=G) for n in NAMES},
+        {n: torch.arange(9) < 4 for n in NAMES},
+        "A finding",
+    ),
+    "vav_bars": lambda: plots.vav_bars(
+        {1: torch.rand(8, generator=G), 3: torch.rand(8, generator=G)}, 5, "A finding"
+    ),
+    "lambda_curve": lambda: plots.lambda_curve(
+        [0.0, 1, 2], [10.0, 20, 30], (1.0, 20.0), "A finding"
+    ),
+    "accuracy_curves": lambda: plots.accuracy_curves(
+        {"METEOR": POINTS, "other": POINTS}, "A finding", {"all": 80.0, "General": 70.0}
+    ),
 }
 
 
 def test_every_figure_is_tested():
-    public = {name for name, f in inspect.getmembers(plots, inspect.isfunction)
-              if f.__module__ == plots.__name__ and not name.startswith("_")}
+    public = {
+        name
+        for name, f in inspect.getmembers(plots, inspect.isfunction)
+        if f.__module__ == plots.__name__ and not name.startswith("_")
+    }
     assert public == {*CALLS, "canvas", "encoder_color"}
     assert all(inspect.getdoc(getattr(plots, name)) for name in public)
 
@@ -78,8 +141,12 @@ def test_arguments_stay_as_they_are():
     before = copy.deepcopy((HEAT, MASKS, COUNTS, IMAGE))
     CALLS["heat_maps"](), CALLS["patch_maps"](), CALLS["token_flow"]()
     for old, new in zip(before[:2], (HEAT, MASKS)):
-        assert all(torch.equal(old[n].nan_to_num(), new[n].nan_to_num()) if old[n].is_floating_point()
-                   else torch.equal(old[n], new[n]) for n in NAMES)
+        assert all(
+            torch.equal(old[n].nan_to_num(), new[n].nan_to_num())
+            if old[n].is_floating_point()
+            else torch.equal(old[n], new[n])
+            for n in NAMES
+        )
     assert before[2] == COUNTS and torch.equal(before[3], IMAGE)
 
 
@@ -87,17 +154,28 @@ def test_an_encoder_has_one_colour_whichever_are_drawn():
     for i, name in enumerate(NAMES):
         assert plots.encoder_color(name, NAMES) == plots.encoder_color(name, [name]) == COLORS[i]
     assert plots.encoder_color("mine", ["other", "mine"]) == COLORS[1]
-    assert len({plots.encoder_color(f"{i}", [f"{i}" for i in range(9)]) for i in range(9)}) == len(COLORS)
+    assert len({plots.encoder_color(f"{i}", [f"{i}" for i in range(9)]) for i in range(9)}) == len(
+        COLORS
+    )
 
 
 def test_computed_titles_say_what_was_given():
-    assert plots.token_flow(COUNTS).get_suptitle() == "100 visual tokens come in, 8 are left at the end"
-    title = plots.rank_spread({n: torch.tensor([10, 10]) for n in NAMES}, dict.fromkeys(NAMES, 10.0)).get_suptitle().replace("\n", " ")
+    assert (
+        plots.token_flow(COUNTS).get_suptitle()
+        == "100 visual tokens come in, 8 are left at the end"
+    )
+    title = (
+        plots.rank_spread({n: torch.tensor([10, 10]) for n in NAMES}, dict.fromkeys(NAMES, 10.0))
+        .get_suptitle()
+        .replace("\n", " ")
+    )
     assert "varies by 0 %" in title and "by 0 to 0 %" in title
 
 
 def test_patch_maps_take_a_picture_for_each_row():
     rows = {"first": torch.zeros(3, 8, 8), "second": torch.ones(3, 8, 8)}
-    figure = plots.patch_maps(rows, {row: {"clip": torch.ones(2, 2, dtype=torch.bool)} for row in rows}, "A finding")
+    figure = plots.patch_maps(
+        rows, {row: {"clip": torch.ones(2, 2, dtype=torch.bool)} for row in rows}, "A finding"
+    )
     centre = [ax.images[0].get_array()[40, 40].tolist() for ax in figure.axes]
     assert centre == [[0, 0, 0], [255, 255, 255]]

@@ -1,4 +1,5 @@
 """pretrained.py on a hub cache made here: the real file names and loading code, tiny random weights of the real classes."""
+
 import importlib.util
 import json
 import re
@@ -29,16 +30,29 @@ from stage1_encode import encode
 from stage3_decode import AdaptivePruner
 
 WORDS = "what is this a red circle describe user assistant : the picture".split()
-CHAT = ("{% for m in messages %}<bos>user : {{ m['content'] }}{% endfor %}"
-        "{% if add_generation_prompt %} assistant :{% endif %}")
-VIT = {"embed_dim": 32, "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
-       "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 32, "heads": 2, "layers": 1}}
+CHAT = (
+    "{% for m in messages %}<bos>user : {{ m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %} assistant :{% endif %}"
+)
+VIT = {
+    "embed_dim": 32,
+    "vision_cfg": {"image_size": 32, "layers": 3, "width": 64, "head_width": 16, "patch_size": 8},
+    "text_cfg": {"context_length": 4, "vocab_size": 8, "width": 32, "heads": 2, "layers": 1},
+}
 TIMM = {"timm_pool": "token", "timm_proj": "linear", "image_size": 224}
 EVA = VIT | {"vision_cfg": TIMM | {"timm_model_name": "eva02_tiny_patch14_224"}}
-CONVNEXT = VIT | {"vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}}
+CONVNEXT = VIT | {
+    "vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}
+}
 PRETRAINED_LLM = PRETRAINED["small"]["decoder"]
 SIGLIP = "ViT-SO400M-14-SigLIP-384/webli"  # open_clip's own name, tag and repository; 32 channels and 3 blocks here
-NAMES = ["tiny-vit/mine", "hf-hub:me/tiny-eva", "hf-hub:me/tiny-convnext", "me/tiny-pix2struct", "me/tiny-dino"]
+NAMES = [
+    "tiny-vit/mine",
+    "hf-hub:me/tiny-eva",
+    "hf-hub:me/tiny-convnext",
+    "me/tiny-pix2struct",
+    "me/tiny-dino",
+]
 
 
 def snapshot(cache, repo):
@@ -57,8 +71,17 @@ def hub(tmp_path_factory):
     patch.setattr(constants, "HF_HUB_OFFLINE", True)
     (configs := tmp_path_factory.mktemp("configs") / "tiny-vit.json").write_text(json.dumps(VIT))
     open_clip.add_model_config(configs)
-    tag = {"hf_hub": "me/tiny-vit/", "mean": (0.1, 0.2, 0.3), "std": (0.9, 0.8, 0.7), "quick_gelu": True}
-    patch.setitem(open_clip.pretrained._PRETRAINED, "tiny-vit", {"mine": tag, "pickled": tag | {"hf_hub": "me/pickled/"}})
+    tag = {
+        "hf_hub": "me/tiny-vit/",
+        "mean": (0.1, 0.2, 0.3),
+        "std": (0.9, 0.8, 0.7),
+        "quick_gelu": True,
+    }
+    patch.setitem(
+        open_clip.pretrained._PRETRAINED,
+        "tiny-vit",
+        {"mine": tag, "pickled": tag | {"hf_hub": "me/pickled/"}},
+    )
     torch.manual_seed(0)
     vit = open_clip.create_model("tiny-vit", force_quick_gelu=True)
     save_file(vit.state_dict(), snapshot(cache, "me/tiny-vit") / "open_clip_model.safetensors")
@@ -67,31 +90,68 @@ def hub(tmp_path_factory):
     architecture, entrypoints = SIGLIP.split("/")[0], timm.models._registry._model_entrypoints
     config = open_clip.get_model_config(architecture)
     trunk = config["vision_cfg"]["timm_model_name"]
-    patch.setitem(entrypoints, trunk, partial(entrypoints[trunk], embed_dim=32, depth=3, num_heads=2))
-    patch.setitem(open_clip.factory._MODEL_CONFIGS, architecture, config | {"embed_dim": 32, "text_cfg": VIT["text_cfg"]})
+    patch.setitem(
+        entrypoints, trunk, partial(entrypoints[trunk], embed_dim=32, depth=3, num_heads=2)
+    )
+    patch.setitem(
+        open_clip.factory._MODEL_CONFIGS,
+        architecture,
+        config | {"embed_dim": 32, "text_cfg": VIT["text_cfg"]},
+    )
     siglip = open_clip.create_model(architecture)
-    save_file(siglip.state_dict(), snapshot(cache, f"timm/{architecture}") / "open_clip_model.safetensors")
+    save_file(
+        siglip.state_dict(), snapshot(cache, f"timm/{architecture}") / "open_clip_model.safetensors"
+    )
     made[SIGLIP] = siglip.visual
     for name, config in {"tiny-eva": EVA, "tiny-convnext": CONVNEXT}.items():
         folder = snapshot(cache, f"me/{name}")
         preprocess = {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]}
-        (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": config, "preprocess_cfg": preprocess}))
+        (folder / "open_clip_config.json").write_text(
+            json.dumps({"model_cfg": config, "preprocess_cfg": preprocess})
+        )
         model = open_clip.create_model(f"local-dir:{folder}")
         save_file(model.state_dict(), folder / "open_clip_model.safetensors")
         made[f"hf-hub:me/{name}"] = model.visual
-    vision = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, d_kv=16, d_ff=32, patch_embed_hidden_size=192,
-                  seq_len=64, initializer_range=0.02)
+    vision = dict(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        d_kv=16,
+        d_ff=32,
+        patch_embed_hidden_size=192,
+        seq_len=64,
+        initializer_range=0.02,
+    )
     text = dict(hidden_size=32, num_layers=1, num_heads=2, d_kv=16, d_ff=32, vocab_size=16)
-    pix2struct = T.Pix2StructForConditionalGeneration(T.Pix2StructConfig(vision_config=vision, text_config=text))
+    pix2struct = T.Pix2StructForConditionalGeneration(
+        T.Pix2StructConfig(vision_config=vision, text_config=text)
+    )
     pix2struct.save_pretrained(snapshot(cache, "me/tiny-pix2struct"))
     made["me/tiny-pix2struct"] = pix2struct.encoder
-    made["me/tiny-dino"] = T.Dinov2Model(T.Dinov2Config(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, image_size=56,
-                                                        patch_size=14, layerscale_value=0.7))
+    made["me/tiny-dino"] = T.Dinov2Model(
+        T.Dinov2Config(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            image_size=56,
+            patch_size=14,
+            layerscale_value=0.7,
+        )
+    )
     made["me/tiny-dino"].save_pretrained(snapshot(cache, "me/tiny-dino"))
     tokenizer = build_tokenizer(WORDS)
     tokenizer.chat_template = CHAT
-    llama = T.LlamaForCausalLM(T.LlamaConfig(vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=8,
-                                             num_attention_heads=8, tie_word_embeddings=True, initializer_range=0.1))
+    llama = T.LlamaForCausalLM(
+        T.LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=64,
+            intermediate_size=64,
+            num_hidden_layers=8,
+            num_attention_heads=8,
+            tie_word_embeddings=True,
+            initializer_range=0.1,
+        )
+    )
     folder = snapshot(cache, "me/tiny-llama")
     llama.save_pretrained(folder), tokenizer.save_pretrained(folder)
     made["me/tiny-llama"] = llama
@@ -101,7 +161,9 @@ def hub(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(hub):
-    return Meteor.from_pretrained(encoders=NAMES, decoder="me/tiny-llama", grid=[4, 6], cache_dir=hub[0])
+    return Meteor.from_pretrained(
+        encoders=NAMES, decoder="me/tiny-llama", grid=[4, 6], cache_dir=hub[0]
+    )
 
 
 @pytest.fixture
@@ -113,9 +175,13 @@ def images():
 def test_an_encoder_has_the_weights_of_the_cache_and_is_built_again_without_them(hub, name):
     loaded, spec = encoder(name, cache_dir=hub[0])
     theirs = hub[1][name].state_dict()
-    assert loaded.state_dict().keys() == theirs.keys() and all(torch.equal(v, theirs[k]) for k, v in loaded.state_dict().items())
+    assert loaded.state_dict().keys() == theirs.keys() and all(
+        torch.equal(v, theirs[k]) for k, v in loaded.state_dict().items()
+    )
     again = build_encoder(*json.loads(json.dumps(spec)))
-    assert not torch.equal(*(next(p for p in m.parameters() if p.dim() > 1) for m in (again, loaded)))
+    assert not torch.equal(
+        *(next(p for p in m.parameters() if p.dim() > 1) for m in (again, loaded))
+    )
     again.load_state_dict(loaded.state_dict())
     x = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
     assert torch.equal(encode(again.eval(), x)[0], encode(loaded.eval(), x)[0])
@@ -129,28 +195,53 @@ def test_tags_bring_their_own_activation_and_statistics(hub):
 
 def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
     """SigLIP, CLIP, DINOv2, ConvNeXt; unpruned SigLIP gives what the library's own forward gives at its own statistics."""
-    own = Meteor.from_pretrained(encoders=[SIGLIP, NAMES[0], NAMES[4], NAMES[2]], decoder="me/tiny-llama", cache_dir=hub[0])
-    assert [a.grid for a in own.adapters] == [(27, 27), (4, 4), (4, 4), (2, 2)] and own.adapters[0].prefix == 0
+    own = Meteor.from_pretrained(
+        encoders=[SIGLIP, NAMES[0], NAMES[4], NAMES[2]], decoder="me/tiny-llama", cache_dir=hub[0]
+    )
+    assert [a.grid for a in own.adapters] == [(27, 27), (4, 4), (4, 4), (2, 2)] and own.adapters[
+        0
+    ].prefix == 0
     siglip = own.encoders["ViT-SO400M-14-SigLIP-384"]
     assert [*siglip.preprocess_cfg["mean"]] == [*siglip.preprocess_cfg["std"]] == [0.5] * 3
     x = F.interpolate(images, (384, 384), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
-        assert torch.equal(encode(siglip, images)[0], hub[1][SIGLIP].trunk.forward_features(2 * x - 1))
+        assert torch.equal(
+            encode(siglip, images)[0], hub[1][SIGLIP].trunk.forward_features(2 * x - 1)
+        )
     calibrate_model(own, [images], ["what is this", "a", "describe the picture"])
     with pytest.warns(UserWarning, match="not trained"):
         answers = own.answer(images, ["what is this", "a", "the picture"], max_new_tokens=4)
     for answer in answers:
-        assert answer.tokens["encoders"] == 729 + 16 + 16 + 4 and answer.tokens["stage1"] == own.budget.stage1
-        assert answer.tokens["stage2"] == own.budget.stage2 > answer.tokens["stage3"] and set(answer.text.split()) <= {*WORDS}
-    assert any(answer.text for answer in answers) and SIGLIP in (Path(__file__).parents[1] / "README.md").read_text()
+        assert (
+            answer.tokens["encoders"] == 729 + 16 + 16 + 4
+            and answer.tokens["stage1"] == own.budget.stage1
+        )
+        assert answer.tokens["stage2"] == own.budget.stage2 > answer.tokens["stage3"] and set(
+            answer.text.split()
+        ) <= {*WORDS}
+    assert (
+        any(answer.text for answer in answers)
+        and SIGLIP in (Path(__file__).parents[1] / "README.md").read_text()
+    )
 
 
 def test_names_grids_and_budget(model):
-    assert list(model.encoders) == ["tiny-vit", "tiny-eva", "tiny-convnext", "tiny-pix2struct", "tiny-dino"]
+    assert list(model.encoders) == [
+        "tiny-vit",
+        "tiny-eva",
+        "tiny-convnext",
+        "tiny-pix2struct",
+        "tiny-dino",
+    ]
     assert [a.grid for a in model.adapters] == [(4, 4), (16, 16), (2, 2), (4, 6), (4, 6)]
     total = sum(a.num_tokens for a in model.adapters)
-    assert model.budget.stage1 == round(1193 / 4096 * total) and model.budget.stage3 == round(242 / 4096 * total)
-    assert short_name("ViT-B-16/openai") == "ViT-B-16" and short_name("lmsys/vicuna-7b-v1.5") == "vicuna-7b-v1-5"
+    assert model.budget.stage1 == round(1193 / 4096 * total) and model.budget.stage3 == round(
+        242 / 4096 * total
+    )
+    assert (
+        short_name("ViT-B-16/openai") == "ViT-B-16"
+        and short_name("lmsys/vicuna-7b-v1.5") == "vicuna-7b-v1-5"
+    )
 
 
 def test_the_prompt_is_the_decoders_own_chat_with_the_picture_inside(model, hub, images):
@@ -158,7 +249,9 @@ def test_the_prompt_is_the_decoders_own_chat_with_the_picture_inside(model, hub,
     encoded = model.encode(images[:1], Budget.none())
     embeds, mask, visual = model.prompt(encoded, ["what is this"])
     embed = hub[1]["me/tiny-llama"].get_input_embeddings()
-    ids = model.tokenizer("<bos>user : what is this assistant :", add_special_tokens=False, return_tensors="pt").input_ids
+    ids = model.tokenizer(
+        "<bos>user : what is this assistant :", add_special_tokens=False, return_tensors="pt"
+    ).input_ids
     assert torch.equal(embeds[~visual], embed(ids)[0]) and mask.all()
     assert torch.equal(embeds[visual], encoded.fused.tokens[0]) and visual[0].nonzero()[0, 0] == 3
 
@@ -169,13 +262,29 @@ def test_unpruned_it_is_the_plain_concatenation(model, hub, images):
         answers = model.answer(images, questions, Budget.none(), max_new_tokens=4)
     for b, question in enumerate(questions):
         with torch.no_grad():
-            tokens = [p(encode(e, images[b:b + 1])[0]) for p, e in zip(model.projectors.values(), model.encoders.values())]
-            parts = [llama.get_input_embeddings()(model.tokenizer(t, add_special_tokens=False, return_tensors="pt").input_ids)
-                     for t in ("<bos>user :", f"{question} assistant :")]
+            tokens = [
+                p(encode(e, images[b : b + 1])[0])
+                for p, e in zip(model.projectors.values(), model.encoders.values())
+            ]
+            parts = [
+                llama.get_input_embeddings()(
+                    model.tokenizer(t, add_special_tokens=False, return_tensors="pt").input_ids
+                )
+                for t in ("<bos>user :", f"{question} assistant :")
+            ]
             embeds = torch.cat([parts[0], *tokens, parts[1]], dim=1)
-            ids = llama.generate(inputs_embeds=embeds, attention_mask=torch.ones(embeds.shape[:2]), max_new_tokens=4,
-                                 do_sample=False, eos_token_id=model.tokenizer.eos_token_id, pad_token_id=0)
-        assert answers[b].text == model.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip()
+            ids = llama.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2]),
+                max_new_tokens=4,
+                do_sample=False,
+                eos_token_id=model.tokenizer.eos_token_id,
+                pad_token_id=0,
+            )
+        assert (
+            answers[b].text
+            == model.tokenizer.batch_decode(ids, skip_special_tokens=True)[0].strip()
+        )
 
 
 def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, images, tmp_path):
@@ -186,52 +295,82 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
         calibrate_model(own, [images], ["a"])
     calibrate_model(own, [images[:2], images[2:]], ["what is this", "a", "describe the picture"])
     table, words = own.config["lambda_table"], ["what is this", "a", "describe the picture"]
-    assert table == calibrate(own, images, words, table["K"], table["lam"])  # each picture with its own question
+    assert table == calibrate(
+        own, images, words, table["K"], table["lam"]
+    )  # each picture with its own question
     assert table != calibrate(own, images, words[::-1], table["K"], table["lam"])
     budget = Budget(stage1=20, stage2=12, stage3=6)
     own.save_pretrained(tmp_path / "saved")
     again = Meteor.from_pretrained(tmp_path / "saved")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        first, second = (m.answer(images, ["what is this", "a", "the picture"], budget, max_new_tokens=3) for m in (own, again))
-    assert [a.text for a in first] == [a.text for a in second] and [a.layers for a in first] == [a.layers for a in second]
+        first, second = (
+            m.answer(images, ["what is this", "a", "the picture"], budget, max_new_tokens=3)
+            for m in (own, again)
+        )
+    assert [a.text for a in first] == [a.text for a in second] and [a.layers for a in first] == [
+        a.layers for a in second
+    ]
     assert first[0].tokens["stage1"] == 20 and first[0].tokens["stage2"] == 12
     assert sum(a.tokens["stage3"] for a in first) / 3 == pytest.approx(6, abs=1)
 
 
 def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
     own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
-    out = own(images[:2], [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]], Budget.none())
-    said = own.tokenizer("a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False).input_ids
+    out = own(
+        images[:2],
+        [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]],
+        Budget.none(),
+    )
+    said = own.tokenizer(
+        "a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False
+    ).input_ids
     assert out["labels"].tolist() == said
     out["loss"].backward()
     assert all(p.grad is not None for p in own.projectors.parameters())
 
 
 def test_bfloat16_goes_from_picture_to_words_and_loads_again_as_float32(hub, images, tmp_path):
-    half = Meteor.from_pretrained(encoders=NAMES, decoder="me/tiny-llama", dtype="bfloat16", cache_dir=hub[0])
+    half = Meteor.from_pretrained(
+        encoders=NAMES, decoder="me/tiny-llama", dtype="bfloat16", cache_dir=hub[0]
+    )
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
     calibrate_model(half, [images], ["what is this", "a", "describe the picture"])
     half.save_pretrained(tmp_path / "half")
     for model in (half, Meteor.from_pretrained(tmp_path / "half")):
         with pytest.warns(UserWarning):
             answers = model.answer(images, ["what is this", "a", "the picture"], max_new_tokens=3)
-        assert all(a.tokens["stage2"] == half.budget.stage2 > a.tokens["stage3"] for a in answers) and any(a.text for a in answers)
+        assert all(
+            a.tokens["stage2"] == half.budget.stage2 > a.tokens["stage3"] for a in answers
+        ) and any(a.text for a in answers)
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize("device_map", [{"": "cpu"}, "auto"])
 def test_device_map_reaches_the_decoder_and_changes_no_answer(hub, images, monkeypatch, device_map):
-    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+    pytest.importorskip(
+        "accelerate", reason="accelerate is not installed: pip install -e '.[train]'"
+    )
     given, load = [], T.AutoModelForCausalLM.from_pretrained
-    monkeypatch.setattr(T.AutoModelForCausalLM, "from_pretrained", lambda *a, **kw: given.append(kw) or load(*a, **kw))
-    plain, placed = (Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0], **options)
-                     for options in ({}, {"device_map": device_map}))
+    monkeypatch.setattr(
+        T.AutoModelForCausalLM,
+        "from_pretrained",
+        lambda *a, **kw: given.append(kw) or load(*a, **kw),
+    )
+    plain, placed = (
+        Meteor.from_pretrained(
+            encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0], **options
+        )
+        for options in ({}, {"device_map": device_map})
+    )
     assert "device_map" not in given[0] and given[1]["device_map"] == device_map
     placed.to(plain.device)  # where "auto" found a GPU
     pruner = partial(AdaptivePruner, lam=2)
     with pytest.warns(UserWarning):
-        first, second = (m.answer(images, ["what is this"] * 3, Budget(stage2=20), pruner, max_new_tokens=3) for m in (plain, placed))
+        first, second = (
+            m.answer(images, ["what is this"] * 3, Budget(stage2=20), pruner, max_new_tokens=3)
+            for m in (plain, placed)
+        )
     assert first[0].tokens["stage3"] < 20
     assert [(a.text, a.layers) for a in first] == [(a.text, a.layers) for a in second]
 
@@ -239,7 +378,10 @@ def test_device_map_reaches_the_decoder_and_changes_no_answer(hub, images, monke
 def test_dtypes_and_devices_that_are_not_there_are_not_called_unfetched(hub, monkeypatch):
     parts = dict(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
     for dtype in ("bf16", "int8", torch.int64, "Tensor", None):
-        with pytest.raises(ValueError, match="dtype must be a floating-point type of torch or its name, as bfloat16, got"):
+        with pytest.raises(
+            ValueError,
+            match="dtype must be a floating-point type of torch or its name, as bfloat16, got",
+        ):
             from_names(**parts, dtype=dtype)
     if importlib.util.find_spec("accelerate"):
         with pytest.raises(RuntimeError, match="nonsense"):
@@ -253,9 +395,11 @@ def test_dtypes_and_devices_that_are_not_there_are_not_called_unfetched(hub, mon
 def unplugged(monkeypatch):
     """A machine without a network where nobody has set HF_HUB_OFFLINE; the list of names that were looked up there."""
     asked = []
+
     def refuse(host, *_, **__):
         asked.append(host)
         raise socket.gaierror("no network here")
+
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # between retries, if there were any
@@ -266,7 +410,9 @@ def test_without_a_network_a_warm_cache_loads_at_one_attempt_a_part(hub, unplugg
     for _ in range(2):
         model = Meteor.from_pretrained(encoders=NAMES, decoder="me/tiny-llama", cache_dir=hub[0])
     assert list(model.encoders) == [short_name(name) for name in NAMES]
-    assert len(unplugged) <= 2 * (2 * len(NAMES) + 2) and not constants.HF_HUB_OFFLINE  # a part: configuration and weights
+    assert (
+        len(unplugged) <= 2 * (2 * len(NAMES) + 2) and not constants.HF_HUB_OFFLINE
+    )  # a part: configuration and weights
 
 
 @pytest.mark.parametrize("name", ["small", "nobody/nothing"])
@@ -284,15 +430,24 @@ def test_where_the_hub_answers_it_is_asked_and_directories_never_ask(hub, unplug
         raise KeyError
     assert not constants.HF_HUB_OFFLINE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(meteor_mini.model, "get_session", lambda: SimpleNamespace(head=lambda url, timeout: None))
+        patch.setattr(
+            meteor_mini.model,
+            "get_session",
+            lambda: SimpleNamespace(head=lambda url, timeout: None),
+        )
         with hub_or_cache("me/tiny-vit"):
             assert not constants.HF_HUB_OFFLINE
 
 
 @pytest.mark.parametrize("name", ["ViT-B-16/openai", "hf-hub:me/nothing", "me/nothing"])
 def test_what_cannot_be_fetched_is_named_with_a_way_out(hub, name):
-    repository = {"ViT-B-16/openai": "timm/vit_base_patch16_clip_224.openai"}.get(name, "me/nothing")
-    with pytest.raises(ValueError, match=f"could not be fetched from the hub: .*`hf download {repository}` and copy the cache") as error:
+    repository = {"ViT-B-16/openai": "timm/vit_base_patch16_clip_224.openai"}.get(
+        name, "me/nothing"
+    )
+    with pytest.raises(
+        ValueError,
+        match=f"could not be fetched from the hub: .*`hf download {repository}` and copy the cache",
+    ) as error:
         encoder(name, cache_dir=hub[0])
     assert str(error.value).startswith(name) and "\n" not in str(error.value)
 
@@ -304,28 +459,51 @@ def test_bad_names_are_refused(hub):
         encoder("tiny-vit/other", cache_dir=hub[0])
     with pytest.raises(TypeError, match="must be a Pix2Struct or a DINOv2"):
         encoder("me/tiny-llama", cache_dir=hub[0])
-    for encoders, decoder in ((NAMES[:1], "me/tiny-llama"), ([NAMES[0]] * 2, "me/tiny-llama"), (NAMES, None)):
-        with pytest.raises(ValueError, match="encoders must be 2 or more of different names, and decoder"):
+    for encoders, decoder in (
+        (NAMES[:1], "me/tiny-llama"),
+        ([NAMES[0]] * 2, "me/tiny-llama"),
+        (NAMES, None),
+    ):
+        with pytest.raises(
+            ValueError, match="encoders must be 2 or more of different names, and decoder"
+        ):
             Meteor.from_pretrained(encoders=encoders, decoder=decoder, cache_dir=hub[0])
 
 
 def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
     """With the names of the cache made here in place of the real ones."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    snippets = [s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "Meteor.from_pretrained" in s]
+    snippets = [
+        s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "Meteor.from_pretrained" in s
+    ]
     snippet = "\n".join(snippets)
-    monkeypatch.setitem(PRETRAINED, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None})
-    for real, tiny in {"ViT-B-16/openai": NAMES[0], "facebook/dinov2-small": NAMES[4], PRETRAINED_LLM: "me/tiny-llama"}.items():
+    monkeypatch.setitem(
+        PRETRAINED, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None}
+    )
+    for real, tiny in {
+        "ViT-B-16/openai": NAMES[0],
+        "facebook/dinov2-small": NAMES[4],
+        PRETRAINED_LLM: "me/tiny-llama",
+    }.items():
         assert real in snippet
         snippet = snippet.replace(real, tiny)
     load = Meteor.from_pretrained
-    monkeypatch.setattr(Meteor, "from_pretrained", lambda *names, **options: load(*names, **options, cache_dir=hub[0]))
+    monkeypatch.setattr(
+        Meteor,
+        "from_pretrained",
+        lambda *names, **options: load(*names, **options, cache_dir=hub[0]),
+    )
     exec(compile(snippet, "README", "exec"), {})
     out = capsys.readouterr().out
-    assert len(snippets) == 2 and "['tiny-vit', 'tiny-eva'," in out and "['tiny-vit', 'tiny-dino'] Budget(" in out
+    assert (
+        len(snippets) == 2
+        and "['tiny-vit', 'tiny-eva'," in out
+        and "['tiny-vit', 'tiny-dino'] Budget(" in out
+    )
 
 
 # ------------------------------------------------------------------ the command line
+
 
 def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, capsys):
     parts = dict(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
@@ -334,18 +512,50 @@ def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, c
     rows = []
     for i in range(8):
         Image.fromarray(glyphworld.make_picture(i).image).save(tmp_path / "pictures" / f"{i}.png")
-        rows.append({"image": f"pictures/{i}.png", "question": "what is this", "answer": "a red circle"})
-    assert cli.main(["calibrate", str(tmp_path / "pictures"), "--question", "describe", "--out", str(tmp_path / "measured")]) == 0
+        rows.append(
+            {"image": f"pictures/{i}.png", "question": "what is this", "answer": "a red circle"}
+        )
+    assert (
+        cli.main(
+            [
+                "calibrate",
+                str(tmp_path / "pictures"),
+                "--question",
+                "describe",
+                "--out",
+                str(tmp_path / "measured"),
+            ]
+        )
+        == 0
+    )
     assert "expected ranks of tiny-vit, tiny-eva on 8 pictures" in capsys.readouterr().out
     assert len(Meteor.from_pretrained(tmp_path / "measured").config["ranks"]) == 3
-    pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+    pytest.importorskip(
+        "accelerate", reason="accelerate is not installed: pip install -e '.[train]'"
+    )
     (tmp_path / "data.json").write_text(json.dumps(rows))
-    train = ["train", "--preset", "small", "--data", str(tmp_path / "data.json"), "--out", str(tmp_path / "trained")]
-    assert cli.main([*train, "--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]) == 0
+    train = [
+        "train",
+        "--preset",
+        "small",
+        "--data",
+        str(tmp_path / "data.json"),
+        "--out",
+        str(tmp_path / "trained"),
+    ]
+    assert (
+        cli.main(
+            [*train, "--set", "max_steps=2", "--set", "use_cpu=true", "--set", "disable_tqdm=true"]
+        )
+        == 0
+    )
     assert Meteor.from_pretrained(tmp_path / "trained").config["trained"]
-    for wrong, message in ((["--set", "max_steps"], "--set must be KEY=VALUE"), (["--set", "nosuch=1"], "has no option nosuch"),
-                           (["--out", str(tmp_path / "pictures")], "holds something else than a model"),
-                           (["--data", "no.json"], "data no.json does not exist")):
+    for wrong, message in (
+        (["--set", "max_steps"], "--set must be KEY=VALUE"),
+        (["--set", "nosuch=1"], "has no option nosuch"),
+        (["--out", str(tmp_path / "pictures")], "holds something else than a model"),
+        (["--data", "no.json"], "data no.json does not exist"),
+    ):
         assert cli.main([*train, *wrong]) == 2 and message in capsys.readouterr().err
 
 
@@ -356,17 +566,32 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
     for name in list(PRETRAINED["small"]["encoders"].values())[:3]:
         architecture, tag = name.split("/")
         known = open_clip.get_pretrained_cfg(architecture, tag)
-        model = open_clip.create_model(architecture, force_quick_gelu=known.get("quick_gelu", False))
+        model = open_clip.create_model(
+            architecture, force_quick_gelu=known.get("quick_gelu", False)
+        )
         owner, repo, file = (known["hf_hub"] + "//").split("/")[:3]
-        save_file(model.state_dict(), snapshot(tmp_path, f"{owner}/{repo}") / (file or "open_clip_model.safetensors"))
-    T.Pix2StructForConditionalGeneration(T.Pix2StructConfig(vision_config={"initializer_range": 0.02})).save_pretrained(
-        snapshot(tmp_path, "google/pix2struct-base"))
-    tokenizer = build_tokenizer(WORDS + [f"word{i}" for i in range(49152 - len(build_tokenizer(WORDS)))])
+        save_file(
+            model.state_dict(),
+            snapshot(tmp_path, f"{owner}/{repo}") / (file or "open_clip_model.safetensors"),
+        )
+    T.Pix2StructForConditionalGeneration(
+        T.Pix2StructConfig(vision_config={"initializer_range": 0.02})
+    ).save_pretrained(snapshot(tmp_path, "google/pix2struct-base"))
+    tokenizer = build_tokenizer(
+        WORDS + [f"word{i}" for i in range(49152 - len(build_tokenizer(WORDS)))]
+    )
     folder = snapshot(tmp_path, PRETRAINED_LLM)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
-    llm = T.LlamaConfig(hidden_size=576, num_hidden_layers=30, num_attention_heads=9, num_key_value_heads=3, vocab_size=49152,
-                        intermediate_size=1536, tie_word_embeddings=True)  # SmolLM2-135M
+    llm = T.LlamaConfig(
+        hidden_size=576,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        intermediate_size=1536,
+        tie_word_embeddings=True,
+    )  # SmolLM2-135M
     T.LlamaForCausalLM(llm).save_pretrained(folder)
     model = Meteor.from_pretrained("small", cache_dir=str(tmp_path))
     picture = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
@@ -375,14 +600,21 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             start = time.perf_counter()
-            answer = model.answer(picture, ["what is this"], budget, max_new_tokens=5, min_new_tokens=5)[0]
+            answer = model.answer(
+                picture, ["what is this"], budget, max_new_tokens=5, min_new_tokens=5
+            )[0]
         with capsys.disabled():
-            print(f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'")
+            print(
+                f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'"
+            )
         assert answer.tokens["encoders"] == 196 + 64 + 196 + 256 and len(answer.text.split()) >= 4
-    assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens["stage3"] == pytest.approx(model.budget.stage3, abs=4)
+    assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens[
+        "stage3"
+    ] == pytest.approx(model.budget.stage3, abs=4)
 
 
 # ------------------------------------------------------------------ real weights, where a warm cache holds them
+
 
 def warm(load):
     """load(), or a skip with the sentence that says what is missing. Tests are offline: fill the cache first."""
@@ -395,7 +627,12 @@ def warm(load):
 @pytest.mark.pretrained
 def test_real_small_prunes_and_keeps_all():
     model = warm(lambda: Meteor.from_pretrained("small"))
-    pictures = torch.stack([torch.from_numpy(glyphworld.make_picture(i).image).permute(2, 0, 1) / 255 for i in range(16)])
+    pictures = torch.stack(
+        [
+            torch.from_numpy(glyphworld.make_picture(i).image).permute(2, 0, 1) / 255
+            for i in range(16)
+        ]
+    )
     calibrate_model(model, [pictures], ["What is this?"] * 16)
     with pytest.warns(UserWarning, match="not trained"):
         answer = model.answer(pictures[:1], ["What is this?"], max_new_tokens=4)[0]
@@ -407,7 +644,16 @@ def test_a_real_smolvlm_answers_the_same_unpruned_and_names_a_colour_pruned():
     model, processor = warm(lambda: vlm.load_vlm("HuggingFaceTB/SmolVLM-256M-Instruct"))
     red = Image.new("RGB", (512, 512), "red")
     inputs = vlm.inputs_of(model, processor, red, "What color is this picture?")
-    alone = model.generate(**inputs, max_new_tokens=20, do_sample=False)[:, inputs["input_ids"].shape[1]:]
-    kept = vlm.ask(model, processor, red, "What color is this picture?", keep_all=True, max_new_tokens=20)
+    alone = model.generate(**inputs, max_new_tokens=20, do_sample=False)[
+        :, inputs["input_ids"].shape[1] :
+    ]
+    kept = vlm.ask(
+        model, processor, red, "What color is this picture?", keep_all=True, max_new_tokens=20
+    )
     assert kept["answer"] == processor.batch_decode(alone, skip_special_tokens=True)[0].strip()
-    assert "red" in vlm.ask(model, processor, red, "What color is this picture?", max_new_tokens=20)["answer"].lower()
+    assert (
+        "red"
+        in vlm.ask(model, processor, red, "What color is this picture?", max_new_tokens=20)[
+            "answer"
+        ].lower()
+    )

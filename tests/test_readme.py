@@ -1,4 +1,5 @@
 """The README's python snippets run, each in a fresh namespace, and its links lead somewhere."""
+
 import re
 from pathlib import Path
 

@@ -1,4 +1,5 @@
 """stage2_fuse.py against hand-computed tokens and slow loops. Run: pytest tests/test_stage2_fuse.py"""
+
 import math
 import shutil
 import subprocess
@@ -9,7 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stage2_fuse import STRATEGIES, Projector, fuse, greedy_order, lowest, mutual_redundancy, proportional
+from stage2_fuse import (
+    STRATEGIES,
+    Projector,
+    fuse,
+    greedy_order,
+    lowest,
+    mutual_redundancy,
+    proportional,
+)
 
 SIZES = [(3, 4), (5, 2, 7), (1, 9, 4, 6), (16, 12, 16, 9)]  # tokens of each encoder
 
@@ -33,7 +42,9 @@ def naive_redundancy(tokens, b, j, i):
 def naive_greedy(tokens, b, drop):
     """Drop the token of highest redundancy over what is still there, recomputed from scratch each time."""
     alive = [(j, i) for j, z in enumerate(tokens) for i in range(z.shape[1])]
-    cos = lambda p, q: float(F.cosine_similarity(tokens[p[0]][b, p[1]], tokens[q[0]][b, q[1]], dim=0))
+    cos = lambda p, q: float(
+        F.cosine_similarity(tokens[p[0]][b, p[1]], tokens[q[0]][b, q[1]], dim=0)
+    )
     for _ in range(drop):
         scores = [sum(cos(p, q) for q in alive if q[0] != p[0]) for p in alive]
         alive.pop(max(range(len(alive)), key=lambda a: scores[a]))
@@ -50,7 +61,10 @@ def test_redundancy_of_four_tokens_by_hand():
 
 
 def test_four_tokens_by_hand_keep_the_lowest_in_their_order():
-    first, second = torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]), torch.tensor([[[3.0, 0.0], [1.0, 1.0]]])
+    first, second = (
+        torch.tensor([[[1.0, 0.0], [0.0, 2.0]]]),
+        torch.tensor([[[3.0, 0.0], [1.0, 1.0]]]),
+    )
     fused = fuse([first, second], 2)  # R = 1.71, 0.71, 1.00, 1.41: tokens 1 and 2 stay
     assert fused.keep_idx.tolist() == [[1, 2]] and fused.encoder_id.tolist() == [[0, 1]]
     assert fused.tokens.tolist() == [[[0.0, 2.0], [3.0, 0.0]]]
@@ -88,7 +102,11 @@ def test_exactly_K_tokens_are_kept_in_order_for_every_K(strategy, sizes):
     owner = torch.cat([torch.full((n,), l) for l, n in enumerate(sizes)])
     for K in range(len(sizes), sum(sizes) + 1):
         fused = fuse(tokens, K, strategy)
-        assert fused.tokens.shape == (2, K, 8) and fused.keep_idx.shape == fused.encoder_id.shape == (2, K)
+        assert fused.tokens.shape == (
+            2,
+            K,
+            8,
+        ) and fused.keep_idx.shape == fused.encoder_id.shape == (2, K)
         assert (fused.keep_idx.diff(dim=1) > 0).all()
         for b in range(2):
             assert torch.equal(fused.tokens[b], together[b, fused.keep_idx[b]])
@@ -111,7 +129,9 @@ def test_greedy_equals_recomputing_the_sum_after_each_drop(sizes):
     fused = fuse(tokens, K, "greedy")
     starts = [sum(sizes[:l]) for l in range(len(sizes))]
     for b in range(2):
-        assert fused.keep_idx[b].tolist() == [starts[j] + i for j, i in naive_greedy(tokens, b, sum(sizes) - K)]
+        assert fused.keep_idx[b].tolist() == [
+            starts[j] + i for j, i in naive_greedy(tokens, b, sum(sizes) - K)
+        ]
 
 
 def test_greedy_keeps_one_copy_of_what_two_encoders_share_and_the_one_shot_rule_drops_both():
@@ -131,7 +151,9 @@ def test_separate_prunes_within_each_encoder_with_a_proportional_budget():
             u = F.normalize(z[b], dim=-1)
             R = [sum(float(u[i] @ u[m]) for m in range(len(u))) for i in range(len(u))]
             best = sorted(sorted(range(len(R)), key=R.__getitem__)[:K_l])
-            mine = [i - start for i in fused.keep_idx[b].tolist() if start <= i < start + z.shape[1]]
+            mine = [
+                i - start for i in fused.keep_idx[b].tolist() if start <= i < start + z.shape[1]
+            ]
             assert mine == best
 
 
@@ -146,7 +168,10 @@ def test_proportional_budgets_sum_exactly_and_fit_for_every_total(sizes):
     for K in range(len(sizes), sum(sizes) + 1):
         counts = proportional(K, list(sizes))
         assert sum(counts) == K and all(1 <= c <= n for c, n in zip(counts, sizes)), (K, counts)
-    assert proportional(6, [6, 6]) == [3, 3] and proportional(3, [6, 6]) == [2, 1]  # a tie goes to the lower index
+    assert proportional(6, [6, 6]) == [3, 3] and proportional(3, [6, 6]) == [
+        2,
+        1,
+    ]  # a tie goes to the lower index
 
 
 def test_ties_go_to_the_lower_index():
@@ -166,7 +191,9 @@ def test_keep_all_is_plain_concatenation(budget, strategy):
 
 def test_one_encoder_alone_passes_through_whole():
     tokens = features((6,))
-    assert torch.equal(fuse(tokens, None).tokens, tokens[0]) and fuse(tokens, 6).encoder_id.sum() == 0
+    assert (
+        torch.equal(fuse(tokens, None).tokens, tokens[0]) and fuse(tokens, 6).encoder_id.sum() == 0
+    )
 
 
 @pytest.mark.parametrize("strategy", ["collaborative", "greedy", "separate"])
@@ -174,8 +201,10 @@ def test_a_batch_equals_its_samples_one_by_one(strategy):
     tokens = features((9, 7, 5), B=4)
     whole = fuse(tokens, 8, strategy)
     for b in range(4):
-        single = fuse([z[b:b + 1] for z in tokens], 8, strategy)
-        assert torch.equal(single.keep_idx[0], whole.keep_idx[b]) and torch.equal(single.tokens[0], whole.tokens[b])
+        single = fuse([z[b : b + 1] for z in tokens], 8, strategy)
+        assert torch.equal(single.keep_idx[0], whole.keep_idx[b]) and torch.equal(
+            single.tokens[0], whole.tokens[b]
+        )
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
@@ -212,29 +241,52 @@ def test_a_zero_vector_has_no_redundancy():
 def test_projector_is_two_linear_layers_with_a_gelu():
     projector, x = Projector(5, 7), torch.randn(2, 3, 5)
     first, _, second = projector
-    torch.testing.assert_close(projector(x), F.gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias)
+    torch.testing.assert_close(
+        projector(x), F.gelu(x @ first.weight.T + first.bias) @ second.weight.T + second.bias
+    )
     assert projector(x).shape == (2, 3, 7)
 
 
 NAN = torch.full((2, 3, 8), float("nan"))
 
 
-@pytest.mark.parametrize("tokens, budget, strategy, kind, message", [
-    (features((6,)), 3, "collaborative", ValueError, "at least 2 encoders"),
-    (features((6, 5)), 0, "collaborative", ValueError, "budget must be 1 to 11.*got 0"),
-    (features((6, 5)), -3, "random", ValueError, "budget must be 1 to 11.*got -3"),
-    (features((6, 5)), 10**9, "greedy", ValueError, "budget must be 1 to 11"),
-    (features((6, 5)), 1, "separate", ValueError, "budget must be 2 to 11"),
-    (features((6, 5)), 2.5, "collaborative", TypeError, "budget must be an int or None, got float"),
-    (features((6, 5)), True, "collaborative", TypeError, "budget must be an int"),
-    (features((6, 5)), 3, "best", ValueError, "strategy must be one of"),
-    ([NAN, NAN], 3, "collaborative", ValueError, r"tokens\[0\] must be finite"),
-    (torch.randn(2, 3, 8), 3, "collaborative", TypeError, "tokens must be a list of float tensors"),
-    ([], 3, "collaborative", ValueError, "non-empty"),
-    ([torch.ones(2, 3, 8).long()], None, "collaborative", TypeError, "float tensors"),
-    ([torch.randn(2, 3, 8), torch.randn(2, 3, 9)], 3, "collaborative", ValueError, "share B and D"),
-    ([torch.randn(3, 8), torch.randn(3, 8)], 3, "collaborative", ValueError, r"\(B, N_l, D\)"),
-])
+@pytest.mark.parametrize(
+    "tokens, budget, strategy, kind, message",
+    [
+        (features((6,)), 3, "collaborative", ValueError, "at least 2 encoders"),
+        (features((6, 5)), 0, "collaborative", ValueError, "budget must be 1 to 11.*got 0"),
+        (features((6, 5)), -3, "random", ValueError, "budget must be 1 to 11.*got -3"),
+        (features((6, 5)), 10**9, "greedy", ValueError, "budget must be 1 to 11"),
+        (features((6, 5)), 1, "separate", ValueError, "budget must be 2 to 11"),
+        (
+            features((6, 5)),
+            2.5,
+            "collaborative",
+            TypeError,
+            "budget must be an int or None, got float",
+        ),
+        (features((6, 5)), True, "collaborative", TypeError, "budget must be an int"),
+        (features((6, 5)), 3, "best", ValueError, "strategy must be one of"),
+        ([NAN, NAN], 3, "collaborative", ValueError, r"tokens\[0\] must be finite"),
+        (
+            torch.randn(2, 3, 8),
+            3,
+            "collaborative",
+            TypeError,
+            "tokens must be a list of float tensors",
+        ),
+        ([], 3, "collaborative", ValueError, "non-empty"),
+        ([torch.ones(2, 3, 8).long()], None, "collaborative", TypeError, "float tensors"),
+        (
+            [torch.randn(2, 3, 8), torch.randn(2, 3, 9)],
+            3,
+            "collaborative",
+            ValueError,
+            "share B and D",
+        ),
+        ([torch.randn(3, 8), torch.randn(3, 8)], 3, "collaborative", ValueError, r"\(B, N_l, D\)"),
+    ],
+)
 def test_bad_input_gets_one_sentence(tokens, budget, strategy, kind, message):
     with pytest.raises(kind, match=message) as caught:
         fuse(tokens, budget, strategy)
@@ -248,6 +300,8 @@ def test_redundancy_of_one_encoder_is_refused():
 
 def test_the_file_runs_alone_in_an_empty_folder(tmp_path):
     shutil.copy(Path(__file__).parents[1] / "stage2_fuse.py", tmp_path)
-    run = subprocess.run([sys.executable, "-I", "stage2_fuse.py"], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-I", "stage2_fuse.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert "3200 -> 576 tokens" in run.stdout

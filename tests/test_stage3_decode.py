@@ -1,5 +1,6 @@
 """stage3_decode.py against hand-computed tokens, double loops, and an oracle that cuts no sequence: it masks
 dropped tokens as keys, one sample at a time, in float64. Run: pytest tests/test_stage3_decode.py"""
+
 import ast
 import functools
 import inspect
@@ -16,24 +17,53 @@ import transformers
 from transformers import DynamicCache, StaticCache
 
 import stage3_decode
-from stage3_decode import (AdaptivePruner, adaptive_count, average_tokens, check_decoder, compact, find_cache,
-                           head_vav, select, solve_lambda, text_relevance, visual_attention)
+from stage3_decode import (
+    AdaptivePruner,
+    adaptive_count,
+    average_tokens,
+    check_decoder,
+    compact,
+    find_cache,
+    head_vav,
+    select,
+    solve_lambda,
+    text_relevance,
+    visual_attention,
+)
 
 D, L, H, VOCAB = 64, 8, 8, 96
-FAMILIES = {"Llama": dict(num_key_value_heads=4), "Mistral": dict(num_key_value_heads=2, sliding_window=None),
-            "Qwen2": dict(num_key_value_heads=8), "Qwen3": dict(num_key_value_heads=4, head_dim=16)}
+FAMILIES = {
+    "Llama": dict(num_key_value_heads=4),
+    "Mistral": dict(num_key_value_heads=2, sliding_window=None),
+    "Qwen2": dict(num_key_value_heads=8),
+    "Qwen3": dict(num_key_value_heads=4, head_dim=16),
+}
 LAYERS, LAM = [1, 3, 5], 3.0
 CACHE = next(  # what this release calls a KV cache: past_key_values, or cache from 5.24 on
-    name for name in ("past_key_values", "cache")
-    if name in inspect.signature(transformers.LlamaModel.forward).parameters)
+    name
+    for name in ("past_key_values", "cache")
+    if name in inspect.signature(transformers.LlamaModel.forward).parameters
+)
 
 
 def build(family="Llama", **options):
     """A random tiny CausalLM of a library class. Large weights, so that heads differ and look unevenly."""
-    config = getattr(transformers, family + "Config")(**dict(
-        vocab_size=VOCAB, hidden_size=D, intermediate_size=96, num_hidden_layers=L, num_attention_heads=H,
-        max_position_embeddings=256, initializer_range=0.25, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-        **FAMILIES.get(family, {})) | options)
+    config = getattr(transformers, family + "Config")(
+        **dict(
+            vocab_size=VOCAB,
+            hidden_size=D,
+            intermediate_size=96,
+            num_hidden_layers=L,
+            num_attention_heads=H,
+            max_position_embeddings=256,
+            initializer_range=0.25,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=0,
+            **FAMILIES.get(family, {}),
+        )
+        | options
+    )
     torch.manual_seed(0)
     return getattr(transformers, family + "ForCausalLM")(config).eval()
 
@@ -50,7 +80,9 @@ def ragged(dtype=torch.float32, seed=0):
     rows = [" " * (S - len(shape)) + shape for shape in shapes]
     attention_mask = torch.tensor([[c != " " for c in row] for row in rows]).long()
     visual_mask = torch.tensor([[c == "v" for c in row] for row in rows])
-    embeds = torch.randn(len(rows), S, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    embeds = torch.randn(
+        len(rows), S, D, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
     return embeds.to(dtype), attention_mask, visual_mask
 
 
@@ -92,12 +124,18 @@ def oracle(model, embeds, visual, layers, lam, k, counts=None):
     text = [t for t in range(S) if t > max(i for i in range(S) if visual[i])]
     for number, layer in enumerate(decoder.layers):
         attn, h = layer.self_attn, layer.input_layernorm(x)
-        q, key, v = (p(h).view(S, -1, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj))
+        q, key, v = (
+            p(h).view(S, -1, attn.head_dim) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
+        )
         if isinstance(model, transformers.Qwen3ForCausalLM):
             q, key = attn.q_norm(q), attn.k_norm(key)
-        q, key, v = turn(q.transpose(0, 1), cos, sin), turn(key.transpose(0, 1), cos, sin), v.transpose(0, 1)
+        q, key, v = (
+            turn(q.transpose(0, 1), cos, sin),
+            turn(key.transpose(0, 1), cos, sin),
+            v.transpose(0, 1),
+        )
         key, v = (z.repeat_interleave(len(q) // len(z), dim=0) for z in (key, v))  # (H, S, d)
-        scores = q @ key.transpose(1, 2) * attn.head_dim ** -0.5  # (H, S, S)
+        scores = q @ key.transpose(1, 2) * attn.head_dim**-0.5  # (H, S, S)
         if number in layers:
             a = {}  # (head, visual token) -> mean attention of the text on it
             for head in range(H):
@@ -110,10 +148,16 @@ def oracle(model, embeds, visual, layers, lam, k, counts=None):
             vav = [sum(a[head, i] for i in there) for head in range(H)]
             best = sorted(range(H), key=lambda head: -vav[head])[:k]
             score = {i: sum(a[head, i] for head in best) for i in there}
-            K = counts[number] if counts else max(1, math.floor(lam * sum(vav[head] for head in best) + 0.5))
+            K = (
+                counts[number]
+                if counts
+                else max(1, math.floor(lam * sum(vav[head] for head in best) + 0.5))
+            )
             kept[number] = set(sorted(there, key=lambda i: -score[i])[:K])  # at most all
             alive = [alive[i] and (not visual[i] or i in kept[number]) for i in range(S)]
-        allowed = torch.tensor([[s <= t and (alive[s] or s == t) for s in range(S)] for t in range(S)])
+        allowed = torch.tensor(
+            [[s <= t and (alive[s] or s == t) for s in range(S)] for t in range(S)]
+        )
         mixed = scores.masked_fill(~allowed, -torch.inf).softmax(dim=-1) @ v  # (H, S, d)
         x = x + attn.o_proj(mixed.transpose(0, 1).reshape(S, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
@@ -122,17 +166,27 @@ def oracle(model, embeds, visual, layers, lam, k, counts=None):
 
 def kept_sets(pruner, b, first=0):
     """{layer: positions kept of sample b, counted from its first real token}."""
-    return {i: set((mask[b].nonzero().flatten() - first).tolist()) for i, mask in pruner.kept.items()}
+    return {
+        i: set((mask[b].nonzero().flatten() - first).tolist()) for i, mask in pruner.kept.items()
+    }
 
 
 # -------------------------------------------------------------------------------------------- pure functions
 
+
 def test_visual_attention_of_two_visual_and_two_text_tokens_by_hand():
     k = torch.tensor([1.0, 2.0, 1.0, 4.0]).log().view(1, 1, 4, 1)  # exp(q k) = 1, 2, 1, 4
-    q, query_idx = torch.ones(1, 1, 2, 1), torch.tensor([[2, 3]])  # token 2 sees 1, 2, 1; token 3 sees all
+    q, query_idx = (
+        torch.ones(1, 1, 2, 1),
+        torch.tensor([[2, 3]]),
+    )  # token 2 sees 1, 2, 1; token 3 sees all
     visual = torch.tensor([[True, True, False, False]])
-    a = visual_attention(q, k, 1.0, query_idx, torch.ones(1, 2).bool(), visual, torch.ones(1, 4).bool())
-    torch.testing.assert_close(a, torch.tensor([[[(1 / 4 + 1 / 8) / 2, (2 / 4 + 2 / 8) / 2, 0, 0]]]))
+    a = visual_attention(
+        q, k, 1.0, query_idx, torch.ones(1, 2).bool(), visual, torch.ones(1, 4).bool()
+    )
+    torch.testing.assert_close(
+        a, torch.tensor([[[(1 / 4 + 1 / 8) / 2, (2 / 4 + 2 / 8) / 2, 0, 0]]])
+    )
     two, four = torch.ones(1, 2).bool(), torch.ones(1, 4).bool()
     half = visual_attention(2 * q, k, 0.5, query_idx, two, visual, four)
     torch.testing.assert_close(half, a)  # scale multiplies the scores
@@ -140,15 +194,21 @@ def test_visual_attention_of_two_visual_and_two_text_tokens_by_hand():
     torch.testing.assert_close(last, torch.tensor([[[1 / 8, 2 / 8, 0, 0]]]))  # token 2 is a filler
     inner = torch.arange(4)[None] > 0
     padded = visual_attention(q, k, 1.0, query_idx, two, visual & inner, inner)
-    torch.testing.assert_close(padded, torch.tensor([[[0, (2 / 3 + 2 / 7) / 2, 0, 0]]]))  # token 0 is padding
+    torch.testing.assert_close(
+        padded, torch.tensor([[[0, (2 / 3 + 2 / 7) / 2, 0, 0]]])
+    )  # token 0 is padding
 
 
-@pytest.mark.parametrize("B,heads,shared,T,S,d", [(1, 4, 4, 1, 5, 2), (2, 4, 2, 3, 7, 4), (3, 6, 1, 4, 9, 2)])
+@pytest.mark.parametrize(
+    "B,heads,shared,T,S,d", [(1, 4, 4, 1, 5, 2), (2, 4, 2, 3, 7, 4), (3, 6, 1, 4, 9, 2)]
+)
 def test_visual_attention_equals_the_loops(B, heads, shared, T, S, d):
     generator = torch.Generator().manual_seed(B)
     q, k = (torch.randn(B, n, m, d, generator=generator) for n, m in ((heads, T), (shared, S)))
     query_idx = torch.arange(S - T, S).expand(B, T)
-    query_valid = torch.arange(T) >= torch.arange(B)[:, None] % T  # ragged: sample b has b fillers in front
+    query_valid = (
+        torch.arange(T) >= torch.arange(B)[:, None] % T
+    )  # ragged: sample b has b fillers in front
     valid = torch.arange(S) >= torch.arange(B)[:, None]  # ragged: b tokens of padding
     visual = valid & (torch.arange(S) < S - T)
     before = q.clone(), k.clone()
@@ -160,7 +220,10 @@ def test_visual_attention_equals_the_loops(B, heads, shared, T, S, d):
             want = [0.0] * S
             for t in rows:
                 seen = [s for s in range(int(query_idx[b, t]) + 1) if valid[b, s]]
-                e = {s: math.exp(0.7 * float(q[b, h, t] @ k[b, h * shared // heads, s])) for s in seen}
+                e = {
+                    s: math.exp(0.7 * float(q[b, h, t] @ k[b, h * shared // heads, s]))
+                    for s in seen
+                }
                 for s in seen:
                     want[s] += e[s] / sum(e.values()) / len(rows) * bool(visual[b, s])
             assert gap(got[b, h], torch.tensor(want)) < 1e-6
@@ -169,11 +232,15 @@ def test_visual_attention_equals_the_loops(B, heads, shared, T, S, d):
 def test_heads_by_hand():
     attention = torch.tensor([[[0.1, 0.1, 0.0], [0.4, 0.0, 0.2], [0.0, 0.3, 0.3], [0.0, 0.0, 0.0]]])
     torch.testing.assert_close(head_vav(attention), torch.tensor([[0.2, 0.6, 0.6, 0.0]]))
-    torch.testing.assert_close(text_relevance(attention, 1), torch.tensor([[0.4, 0.0, 0.2]]))  # a tie: head 1
+    torch.testing.assert_close(
+        text_relevance(attention, 1), torch.tensor([[0.4, 0.0, 0.2]])
+    )  # a tie: head 1
     torch.testing.assert_close(text_relevance(attention, 2), torch.tensor([[0.4, 0.3, 0.5]]))
     torch.testing.assert_close(text_relevance(attention, 4), attention.sum(dim=1))
     both = torch.cat([attention, attention.flip(1)])  # each sample has its own best head
-    torch.testing.assert_close(text_relevance(both, 1), torch.tensor([[0.4, 0.0, 0.2], [0.0, 0.3, 0.3]]))
+    torch.testing.assert_close(
+        text_relevance(both, 1), torch.tensor([[0.4, 0.0, 0.2], [0.0, 0.3, 0.3]])
+    )
 
 
 def test_adaptive_count_by_hand():
@@ -185,8 +252,14 @@ def test_adaptive_count_by_hand():
     assert adaptive_count(vav, 3.3, 2, there).tolist() == [2, 3]  # 2.475 and 3.3
     assert adaptive_count(vav, 0, 2, there).tolist() == [1, 1]
     assert adaptive_count(vav, 1e300, 2, torch.tensor([3, 4])).tolist() == [3, 4]
-    assert adaptive_count(vav, 10, 2, torch.tensor([0, 1])).tolist() == [0, 1]  # nothing there: nothing kept
-    assert adaptive_count(torch.zeros(2, 3), math.inf, 2, there).tolist() == [9, 9]  # not infinity x 0
+    assert adaptive_count(vav, 10, 2, torch.tensor([0, 1])).tolist() == [
+        0,
+        1,
+    ]  # nothing there: nothing kept
+    assert adaptive_count(torch.zeros(2, 3), math.inf, 2, there).tolist() == [
+        9,
+        9,
+    ]  # not infinity x 0
     assert {adaptive_count(vav, lam, 2, there).dtype for lam in (2, math.inf)} == {torch.int64}
 
 
@@ -200,10 +273,23 @@ def test_adaptive_count_equals_the_loop(lam):
 
 
 def test_select_by_hand():
-    score, visual = torch.tensor([[9.0, 1.0, 3.0, 3.0, 2.0]]), torch.tensor([[False, True, True, True, True]])
-    kept = [select(score, torch.tensor([n]), visual).nonzero()[:, 1].tolist() for n in (0, 1, 2, 3, 4)]
-    assert kept == [[], [2], [2, 3], [2, 3, 4], [1, 2, 3, 4]]  # text never counts; of equals the lower index
-    two = select(score.expand(2, 5), torch.tensor([1, 3]), torch.stack([visual[0], visual[0].flip(0)]))
+    score, visual = (
+        torch.tensor([[9.0, 1.0, 3.0, 3.0, 2.0]]),
+        torch.tensor([[False, True, True, True, True]]),
+    )
+    kept = [
+        select(score, torch.tensor([n]), visual).nonzero()[:, 1].tolist() for n in (0, 1, 2, 3, 4)
+    ]
+    assert kept == [
+        [],
+        [2],
+        [2, 3],
+        [2, 3, 4],
+        [1, 2, 3, 4],
+    ]  # text never counts; of equals the lower index
+    two = select(
+        score.expand(2, 5), torch.tensor([1, 3]), torch.stack([visual[0], visual[0].flip(0)])
+    )
     assert two.tolist() == [[False, False, True, False, False], [True, False, True, True, False]]
 
 
@@ -214,13 +300,19 @@ def test_select_equals_the_loop():
     count = torch.arange(40) % 9
     for b, got in enumerate(select(score, count, visual)):
         order = sorted(visual[b].nonzero().flatten().tolist(), key=lambda i: -score[b, i])
-        assert set(got.nonzero().flatten().tolist()) == set(order[:count[b]])
+        assert set(got.nonzero().flatten().tolist()) == set(order[: count[b]])
 
 
 def test_compact_by_hand_and_by_loop():
     idx, real = compact(torch.tensor([[True, False, True, True], [False, True, False, False]]))
-    assert idx.tolist() == [[0, 2, 3], [2, 3, 1]] and real.tolist() == [[True] * 3, [False, False, True]]
-    stays = torch.rand(20, 30, generator=torch.Generator().manual_seed(0)) < torch.arange(1, 21)[:, None] / 20
+    assert idx.tolist() == [[0, 2, 3], [2, 3, 1]] and real.tolist() == [
+        [True] * 3,
+        [False, False, True],
+    ]
+    stays = (
+        torch.rand(20, 30, generator=torch.Generator().manual_seed(0))
+        < torch.arange(1, 21)[:, None] / 20
+    )
     idx, real = compact(stays)
     assert idx.shape[1] == int(stays.sum(1).max())
     for b in range(20):
@@ -235,8 +327,12 @@ def test_average_tokens_gives_the_papers_rows():
         assert average_tokens(576, counts, [4, 12, 20], 32) == want
     assert round(average_tokens(576, (390, 172, 78), [4, 12, 20], 32)) == 242
     assert average_tokens(576, [288], [1], 32) == 297
-    assert average_tokens(576, (226, 80, 36), [4, 12, 20], 32) == 162  # the paper's table prints 126
-    per_sample = average_tokens(torch.tensor([8, 4]), [torch.tensor([4, 4]), torch.tensor([2, 1])], [2, 4], 8)
+    assert (
+        average_tokens(576, (226, 80, 36), [4, 12, 20], 32) == 162
+    )  # the paper's table prints 126
+    per_sample = average_tokens(
+        torch.tensor([8, 4]), [torch.tensor([4, 4]), torch.tensor([2, 1])], [2, 4], 8
+    )
     assert per_sample.tolist() == [(16 + 8 + 8) / 8, (8 + 8 + 4) / 8]
 
 
@@ -268,10 +364,13 @@ def test_solve_lambda_reaches_a_wanted_average_on_a_model():
 
 # ----------------------------------------------------------------------------- the whole, against the oracle
 
+
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("impl", ["sdpa", "eager"])
 def test_pruned_forward_equals_the_oracle_on_a_ragged_batch(family, impl):
-    dtype = torch.float64 if impl == "sdpa" else torch.float32  # the library's eager softmax is float32
+    dtype = (
+        torch.float64 if impl == "sdpa" else torch.float32
+    )  # the library's eager softmax is float32
     model = tiny(family, dtype, attn_implementation=impl)
     embeds, attention_mask, visual_mask = ragged(dtype)
     with prune(model, visual_mask) as pruner:
@@ -280,9 +379,13 @@ def test_pruned_forward_equals_the_oracle_on_a_ragged_batch(family, impl):
     assert len({tuple(K.tolist()) for K in pruner.counts.values()}) > 1  # later layers do drop more
     for b in range(len(embeds)):
         first = int((attention_mask[b] == 0).sum())
-        want, kept = oracle(model, embeds[b, first:], visual_mask[b, first:].tolist(), LAYERS, LAM, k=5)
+        want, kept = oracle(
+            model, embeds[b, first:], visual_mask[b, first:].tolist(), LAYERS, LAM, k=5
+        )
         assert kept_sets(pruner, b, first) == kept, f"sample {b}"
-        assert {i: len(s) for i, s in kept.items()} == {i: int(K[b]) for i, K in pruner.counts.items()}
+        assert {i: len(s) for i, s in kept.items()} == {
+            i: int(K[b]) for i, K in pruner.counts.items()
+        }
         alive = attention_mask[b].bool() & (~visual_mask[b] | pruner.kept[5][b])
         off = gap(logits[b, alive], want[alive[first:]])
         assert off < (1e-10 if impl == "sdpa" else 1e-4), f"sample {b}: logits differ by {off}"
@@ -317,9 +420,14 @@ def test_half_precision():
 def test_fixed_counts_equal_the_oracle():
     model = tiny("Llama", torch.float64)
     embeds, attention_mask, visual_mask = ragged(torch.float64)
-    with AdaptivePruner(model, visual_mask, k=None, counts={6: 4, 2: torch.tensor([5, 9, 20])}) as pruner:
+    with AdaptivePruner(
+        model, visual_mask, k=None, counts={6: 4, 2: torch.tensor([5, 9, 20])}
+    ) as pruner:
         logits = forward(model, embeds, attention_mask)
-    assert {i: K.tolist() for i, K in pruner.counts.items()} == {2: [5, 9, 15], 6: [4, 4, 4]}  # not 20 of 15
+    assert {i: K.tolist() for i, K in pruner.counts.items()} == {
+        2: [5, 9, 15],
+        6: [4, 4, 4],
+    }  # not 20 of 15
     for b in range(3):
         first = int((attention_mask[b] == 0).sum())
         counts = {2: [5, 9, 20][b], 6: 4}
@@ -332,8 +440,13 @@ def test_what_is_recorded_is_what_decided():
     embeds, attention_mask, visual_mask = ragged()
     calls = []
     with prune(tiny(), visual_mask) as pruner:
-        handle = tiny().model.layers[6].register_forward_pre_hook(  # after ours: the layer's own call
-            lambda module, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True)
+        handle = (
+            tiny()
+            .model.layers[6]
+            .register_forward_pre_hook(  # after ours: the layer's own call
+                lambda module, args, kwargs: calls.append((args[0], kwargs)), with_kwargs=True
+            )
+        )
         forward(tiny(), embeds, attention_mask)
         handle.remove()
     (hidden, kwargs), there = calls[0], visual_mask
@@ -342,12 +455,19 @@ def test_what_is_recorded_is_what_decided():
     for i in LAYERS:
         attention, vav = pruner.attention[i], pruner.vav[i]
         assert attention.shape == (3, H, embeds.shape[1]) and attention.dtype == torch.float32
-        assert not attention.transpose(1, 2)[~there].any() and (attention.transpose(1, 2)[there] > 0).all()
+        assert (
+            not attention.transpose(1, 2)[~there].any()
+            and (attention.transpose(1, 2)[there] > 0).all()
+        )
         torch.testing.assert_close(vav, head_vav(attention))
-        want = [min(n, max(1, math.floor(LAM * sum(sorted(row)[-5:]) + 0.5)))
-                for row, n in zip(vav.tolist(), there.sum(1).tolist())]
+        want = [
+            min(n, max(1, math.floor(LAM * sum(sorted(row)[-5:]) + 0.5)))
+            for row, n in zip(vav.tolist(), there.sum(1).tolist())
+        ]
         assert pruner.counts[i].tolist() == want  # round(lambda sum VAV), clamped, sample by sample
-        assert torch.equal(pruner.kept[i], select(text_relevance(attention, 5), pruner.counts[i], there))
+        assert torch.equal(
+            pruner.kept[i], select(text_relevance(attention, 5), pruner.counts[i], there)
+        )
         assert (pruner.kept[i] <= there).all()  # what is gone stays gone
         there = pruner.kept[i]
     want = average_tokens(visual_mask.sum(1), [K for K in pruner.counts.values()], LAYERS, L)
@@ -356,7 +476,12 @@ def test_what_is_recorded_is_what_decided():
 
 # ---------------------------------------------------------------------------------------- keeping everything
 
-SAMPLING = [dict(), dict(do_sample=True), dict(num_beams=3), dict(do_sample=True, num_return_sequences=2)]
+SAMPLING = [
+    dict(),
+    dict(do_sample=True),
+    dict(num_beams=3),
+    dict(do_sample=True, num_return_sequences=2),
+]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -383,12 +508,15 @@ def test_lambda_infinity_without_a_mask_is_bit_equal_everywhere():
 
 # ----------------------------------------------------------------------- generate: batches, caches, sampling
 
+
 def singles(model, embeds, attention_mask, visual_mask, lam=LAM, **options):
     """generate, one unpadded prompt at a time: tokens, kept sets and average tokens of each."""
     for b in range(len(embeds)):
         real = attention_mask[b].bool()
-        with prune(model, visual_mask[b:b + 1, real], lam=lam) as pruner:
-            ids = generate(model, embeds[b:b + 1, real], attention_mask[b:b + 1, real], **options)
+        with prune(model, visual_mask[b : b + 1, real], lam=lam) as pruner:
+            ids = generate(
+                model, embeds[b : b + 1, real], attention_mask[b : b + 1, real], **options
+            )
         yield ids, kept_sets(pruner, 0), float(pruner.average_tokens())
 
 
@@ -401,7 +529,9 @@ def test_ragged_batch_equals_singles(family):
         ids = generate(model, embeds, attention_mask)
     for a, b in zip(before, (embeds, attention_mask, visual_mask)):
         assert torch.equal(a, b)
-    assert not torch.equal(ids, generate(model, embeds, attention_mask)), "nothing changes: a weak test"
+    assert not torch.equal(ids, generate(model, embeds, attention_mask)), (
+        "nothing changes: a weak test"
+    )
     for b, (alone, kept, average) in enumerate(singles(model, embeds, attention_mask, visual_mask)):
         assert ids[b].tolist() == alone[0].tolist(), f"sample {b}"
         assert kept_sets(pruner, b, int((attention_mask[b] == 0).sum())) == kept
@@ -410,8 +540,8 @@ def test_ragged_batch_equals_singles(family):
         logits = forward(model, embeds, attention_mask)
     for b in range(3):
         real = attention_mask[b].bool()
-        with prune(model, visual_mask[b:b + 1, real]):
-            off = gap(logits[b, -1], forward(model, embeds[b:b + 1, real])[0, -1])
+        with prune(model, visual_mask[b : b + 1, real]):
+            off = gap(logits[b, -1], forward(model, embeds[b : b + 1, real])[0, -1])
         assert off < 1e-4, f"sample {b}: logits differ by {off}"
 
 
@@ -420,7 +550,9 @@ def test_beams_of_a_ragged_batch_equal_singles():
     with prune(tiny(), visual_mask) as pruner:
         ids = generate(tiny(), embeds, attention_mask, num_beams=3)
     assert pruner.kept[5].shape == visual_mask.shape  # one row for each sample, not for each beam
-    for b, (alone, kept, _) in enumerate(singles(tiny(), embeds, attention_mask, visual_mask, num_beams=3)):
+    for b, (alone, kept, _) in enumerate(
+        singles(tiny(), embeds, attention_mask, visual_mask, num_beams=3)
+    ):
         assert ids[b].tolist() == alone[0].tolist()
         assert kept_sets(pruner, b, int((attention_mask[b] == 0).sum())) == kept
 
@@ -436,7 +568,9 @@ def test_cached_generation_equals_recomputing_everything(options):
         runs.append((ids, pruner.kept))
     assert torch.equal(runs[0][0], runs[1][0])
     assert all(torch.equal(runs[0][1][i], runs[1][1][i]) for i in LAYERS)
-    assert torch.equal(generate_twice(options), runs[0][0])  # and a seed gives the same answer again
+    assert torch.equal(
+        generate_twice(options), runs[0][0]
+    )  # and a seed gives the same answer again
 
 
 def generate_twice(options):
@@ -452,13 +586,20 @@ def test_later_caches_are_shorter_by_what_was_dropped():
     with prune(tiny(), visual_mask) as pruner:
         out = generate(tiny(), embeds, attention_mask, return_dict_in_generate=True)
     real, had = attention_mask.sum(1), visual_mask.sum(1)
-    left = {i: int((real - had + K).max()) for i, K in pruner.counts.items()}  # the longest sample's
+    left = {
+        i: int((real - had + K).max()) for i, K in pruner.counts.items()
+    }  # the longest sample's
     assert left[1] < S and left[5] < left[1]
     want = [S, left[1], left[1], left[3], left[3], left[5], left[5], left[5]]
     layers = find_cache(out.values()).layers
-    assert [layer.get_seq_length() for layer in layers] == [n + 5 for n in want]  # the last is not cached
-    assert [layer.keys.shape[2] for layer in layers] == [layer.values.shape[2] for layer in layers] == \
-        [n + 5 for n in want]
+    assert [layer.get_seq_length() for layer in layers] == [
+        n + 5 for n in want
+    ]  # the last is not cached
+    assert (
+        [layer.keys.shape[2] for layer in layers]
+        == [layer.values.shape[2] for layer in layers]
+        == [n + 5 for n in want]
+    )
 
 
 def test_several_tokens_after_the_prompt_equal_one_forward_over_all():
@@ -468,7 +609,7 @@ def test_several_tokens_after_the_prompt_equal_one_forward_over_all():
     more = torch.randn(3, 6, D, generator=torch.Generator().manual_seed(5))
     whole = torch.cat([embeds, more.double()], dim=1)
     mask = torch.nn.functional.pad(attention_mask, (0, 6), value=1)
-    mask[0, S + 1:S + 3] = 0  # sample 0 says less: two tokens of padding
+    mask[0, S + 1 : S + 3] = 0  # sample 0 says less: two tokens of padding
     position = (mask.cumsum(1) - 1).clamp(min=0)
     pad = functools.partial(torch.nn.functional.pad, pad=(0, 6))
     with prune(model, pad(visual_mask), query_mask=pad(prune(model, visual_mask).asks)) as once:
@@ -477,8 +618,14 @@ def test_several_tokens_after_the_prompt_equal_one_forward_over_all():
         for cuts in ([0, S, S + 1, S + 4, S + 6], [0, S + 1, S + 4, S + 6]):
             cache, pieces = DynamicCache(config=model.config), []
             for start, end in zip(cuts, cuts[1:]):
-                pieces.append(model(inputs_embeds=whole[:, start:end], attention_mask=mask[:, :end],
-                                    position_ids=position[:, start:end], **{CACHE: cache}).logits)
+                pieces.append(
+                    model(
+                        inputs_embeds=whole[:, start:end],
+                        attention_mask=mask[:, :end],
+                        position_ids=position[:, start:end],
+                        **{CACHE: cache},
+                    ).logits
+                )
             assert all(torch.equal(pad(pruner.kept[i]), once.kept[i]) for i in LAYERS)
             real = mask.bool() & (torch.arange(S + 6) >= S)
             assert gap(torch.cat(pieces, dim=1)[real], want[real]) < 1e-10
@@ -498,18 +645,31 @@ def test_input_ids_positional_arguments_and_a_bare_decoder():
 
 def test_the_decoder_inside_a_vision_language_model():
     config = transformers.LlavaConfig(
-        text_config=tiny().config, image_token_index=3, image_token_id=3,
-        vision_config=transformers.CLIPVisionConfig(hidden_size=32, intermediate_size=32, num_hidden_layers=2,
-                                                    num_attention_heads=2, image_size=32, patch_size=8))
+        text_config=tiny().config,
+        image_token_index=3,
+        image_token_id=3,
+        vision_config=transformers.CLIPVisionConfig(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            image_size=32,
+            patch_size=8,
+        ),
+    )
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(config).eval()
     ids = torch.tensor([[1, 5] + [3] * 16 + [7, 8, 9, 10]])  # 4 x 4 patches
-    inputs = dict(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 32, 32))
+    inputs = dict(
+        input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=torch.randn(1, 3, 32, 32)
+    )
     inputs |= dict(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     run = lambda: model.generate(**inputs)
     with AdaptivePruner(model, ids == 3, counts={1: 9, 4: 5}) as pruner:
         run()
-    assert pruner.kept[4].sum() == 5 and pruner.average_tokens().tolist() == [(16 + 9 * 3 + 5 * 4) / 8]
+    assert pruner.kept[4].sum() == 5 and pruner.average_tokens().tolist() == [
+        (16 + 9 * 3 + 5 * 4) / 8
+    ]
     with prune(model, ids == 3, lam=math.inf):
         pruned = run()
     assert torch.equal(pruned, run())
@@ -517,34 +677,50 @@ def test_the_decoder_inside_a_vision_language_model():
 
 # -------------------------------------------------------------------------------------------------- training
 
+
 def training():
     """The ragged prompts as training data: the last two tokens are the answer, the one before them asks."""
     embeds, attention_mask, visual_mask = ragged(torch.float64)
     query_mask, labels = torch.zeros_like(visual_mask), torch.full(visual_mask.shape, -100)
     query_mask[:, -3] = True
     labels[:, -2:] = torch.tensor([[5, 6], [7, 8], [9, 10]])
-    inputs = dict(inputs_embeds=embeds.requires_grad_(), attention_mask=attention_mask, labels=labels)
+    inputs = dict(
+        inputs_embeds=embeds.requires_grad_(), attention_mask=attention_mask, labels=labels
+    )
     return inputs | dict(use_cache=False), visual_mask, query_mask
 
 
 def test_training_forward_lines_up_with_its_labels_and_carries_gradients():
     model, (inputs, visual_mask, query_mask), caught = build().double(), training(), {}
-    catch = lambda i: lambda module, args, output: (output.retain_grad(), caught.update({i: output}))[0]
-    handles = [model.model.layers[i - 1].register_forward_hook(catch(i)) for i in LAYERS]  # it prunes these
+    catch = lambda i: (
+        lambda module, args, output: (output.retain_grad(), caught.update({i: output}))[0]
+    )
+    handles = [
+        model.model.layers[i - 1].register_forward_hook(catch(i)) for i in LAYERS
+    ]  # it prunes these
     with prune(model, visual_mask, lam=1.5, query_mask=query_mask) as pruner:
         out = model(**inputs)
         out.loss.backward()
     for handle in handles:
         handle.remove()
     assert out.logits.shape == (*visual_mask.shape, VOCAB)
-    logits, labels = out.logits.detach()[:, -3:-1].reshape(-1, VOCAB), inputs["labels"][:, -2:].reshape(-1)
+    logits, labels = (
+        out.logits.detach()[:, -3:-1].reshape(-1, VOCAB),
+        inputs["labels"][:, -2:].reshape(-1),
+    )
     want = torch.nn.functional.cross_entropy(logits, labels)
-    assert float(out.loss.detach()) == pytest.approx(float(want), abs=1e-5)  # the library's loss is float32
+    assert float(out.loss.detach()) == pytest.approx(
+        float(want), abs=1e-5
+    )  # the library's loss is float32
     gone = visual_mask & ~pruner.kept[1]  # layer 1 has the prompt's numbering
     grad = caught[1].grad.abs().sum(dim=2)
     assert gone.any(dim=1).all() and not grad[gone].any() and (grad[pruner.kept[1]] > 0).all()
     assert all((caught[i].grad.abs().sum(dim=2) > 0).any(dim=1).all() for i in LAYERS)
-    assert all(p.grad.isfinite().all() for name, p in model.named_parameters() if "embed_tokens" not in name)
+    assert all(
+        p.grad.isfinite().all()
+        for name, p in model.named_parameters()
+        if "embed_tokens" not in name
+    )
 
 
 VERSION = tuple(map(int, transformers.__version__.split(".")[:2]))
@@ -576,7 +752,9 @@ def test_answers_left_out_of_query_mask_do_not_steer():
     with prune(model, pad(visual_mask, (0, 4))) as unmasked:
         forward(model, whole, mask)
     assert all(torch.equal(masked.kept[i], pad(prompt.kept[i], (0, 4))) for i in LAYERS)
-    assert any(not torch.equal(unmasked.kept[i], masked.kept[i]) for i in LAYERS)  # without it, they do
+    assert any(
+        not torch.equal(unmasked.kept[i], masked.kept[i]) for i in LAYERS
+    )  # without it, they do
 
 
 def test_right_padding_gives_the_same_states():
@@ -585,8 +763,10 @@ def test_right_padding_gives_the_same_states():
     with prune(model, visual_mask):
         left = forward(model, embeds, attention_mask)
     order = attention_mask.argsort(dim=1, descending=True, stable=True)  # padding to the end
-    turned = [torch.stack([row[idx] for row, idx in zip(x, order)])
-              for x in (embeds, attention_mask, visual_mask, left)]
+    turned = [
+        torch.stack([row[idx] for row, idx in zip(x, order)])
+        for x in (embeds, attention_mask, visual_mask, left)
+    ]
     with prune(model, turned[2]):
         right = forward(model, *turned[:2])
     assert gap(right, turned[3]) < 1e-10
@@ -594,18 +774,27 @@ def test_right_padding_gives_the_same_states():
 
 # --------------------------------------------------------------------------------------- what is left behind
 
+
 def state(model):
     """All that hooks or attributes could change: every module's dictionary, hooks and mode."""
-    look = lambda key, value: list(value) if "hooks" in key else value if key == "training" else id(value)
-    return {name: {key: look(key, value) for key, value in vars(module).items()}
-            for name, module in model.named_modules()}
+    look = lambda key, value: (
+        list(value) if "hooks" in key else value if key == "training" else id(value)
+    )
+    return {
+        name: {key: look(key, value) for key, value in vars(module).items()}
+        for name, module in model.named_modules()
+    }
 
 
 def test_nothing_stays_on_the_model():
     model = build()
     model.model.layers[2].mlp.train()  # a mode of its own must survive the check of the decoder
     embeds, attention_mask, visual_mask = ragged()
-    before, config, reference = state(model), model.config.to_dict(), forward(model, embeds, attention_mask)
+    before, config, reference = (
+        state(model),
+        model.config.to_dict(),
+        forward(model, embeds, attention_mask),
+    )
     model.train()
     model.eval()
     model.model.layers[2].mlp.train()
@@ -623,7 +812,10 @@ def test_nothing_stays_on_the_model():
     assert state(model) == before
     assert torch.equal(forward(model, embeds, attention_mask), reference)
     assert pruner._cache is None and not pruner._handles  # the KV cache is not held either
-    with prune(model, visual_mask) as one, pytest.raises(ValueError, match="must not be entered twice"):
+    with (
+        prune(model, visual_mask) as one,
+        pytest.raises(ValueError, match="must not be entered twice"),
+    ):
         forward(model, embeds, attention_mask)
         with one:
             pass
@@ -641,21 +833,32 @@ def test_check_uses_no_random_numbers_even_with_dropout():
 
 # -------------------------------------------------------------------------------------------------- refusals
 
+
 def small(name, **options):
     options |= dict(vocab_size=VOCAB, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     config = getattr(transformers, name + "Config")(**options)
-    return getattr(transformers, name + ("LMHeadModel" if name == "GPT2" else "ForCausalLM"))(config).eval()
+    return getattr(transformers, name + ("LMHeadModel" if name == "GPT2" else "ForCausalLM"))(
+        config
+    ).eval()
 
 
 LLAMA = dict(hidden_size=D, intermediate_size=96, num_hidden_layers=L, num_attention_heads=H)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: small("GPT2", n_embd=D, n_layer=L, n_head=H), lambda: torch.nn.Linear(3, 3), lambda: "a name",
-    lambda: small("OPT", ffn_dim=96, word_embed_proj_dim=D, **LLAMA), lambda: small("Olmo2", **LLAMA),
-    lambda: small("Phi3", **LLAMA), lambda: small("GPTNeoX", **LLAMA),
-    lambda: build(attn_implementation="flex_attention")],
-    ids=["GPT-2", "Linear", "str", "OPT", "OLMo-2", "Phi-3", "GPT-NeoX", "flex attention"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: small("GPT2", n_embd=D, n_layer=L, n_head=H),
+        lambda: torch.nn.Linear(3, 3),
+        lambda: "a name",
+        lambda: small("OPT", ffn_dim=96, word_embed_proj_dim=D, **LLAMA),
+        lambda: small("Olmo2", **LLAMA),
+        lambda: small("Phi3", **LLAMA),
+        lambda: small("GPTNeoX", **LLAMA),
+        lambda: build(attn_implementation="flex_attention"),
+    ],
+    ids=["GPT-2", "Linear", "str", "OPT", "OLMo-2", "Phi-3", "GPT-NeoX", "flex attention"],
+)
 def test_unsupported_decoders_are_refused(make):
     with pytest.raises(TypeError, match="decoder must be Llama, Mistral, Qwen2 or Qwen3, not"):
         AdaptivePruner(make(), ragged()[2], lam=1.0)
@@ -677,7 +880,9 @@ def test_attention_that_differs_from_our_q_and_k_is_refused():
 def test_a_decoders_layers_are_checked_once_and_its_attention_implementation_always(monkeypatch):
     model, calls = build(), []
     read = stage3_decode.queries_and_keys
-    monkeypatch.setattr(stage3_decode, "queries_and_keys", lambda *args: calls.append(1) or read(*args))
+    monkeypatch.setattr(
+        stage3_decode, "queries_and_keys", lambda *args: calls.append(1) or read(*args)
+    )
     for _ in range(2):
         AdaptivePruner(model, ragged()[2], lam=1.0)
         assert len(calls) == L
@@ -700,8 +905,11 @@ BAD_ARGUMENTS = {
     r"layers must be ascending numbers, 1 to 7 for this decoder, got \[5, 3\]": dict(layers=[5, 3]),
     r"layers must be ascending numbers, 1 to 7 for this decoder, got \[3, 3\]": dict(layers=[3, 3]),
     "layers must be None beside counts": dict(lam=None, counts={1: 4}, layers=[1]),
-    r"layers must be ascending numbers, 1 to 7 for this decoder, got \[0\]": dict(lam=None, counts={0: 4}),
-    r"layers must be ascending numbers.*, got \[\]": dict(lam=None, counts={})}
+    r"layers must be ascending numbers, 1 to 7 for this decoder, got \[0\]": dict(
+        lam=None, counts={0: 4}
+    ),
+    r"layers must be ascending numbers.*, got \[\]": dict(lam=None, counts={}),
+}
 
 
 @pytest.mark.parametrize("message", BAD_ARGUMENTS)
@@ -747,31 +955,88 @@ def test_bad_calls():
     nothing = "visual_mask must be followed by text, or query_mask mark some, in every sample"
     refuses(nothing, embeds, attention_mask, visual_mask | (torch.arange(S) == S - 1))
     refuses(nothing, embeds, attention_mask, visual_mask, query_mask=torch.zeros_like(visual_mask))
-    refuses(nothing, embeds, attention_mask, visual_mask, query_mask=visual_mask)  # visual tokens never ask
-    refuses("visual_mask must be False where attention_mask is 0", embeds, attention_mask,
-            visual_mask | (torch.arange(S) == 0))
-    refuses(f"the prompt must be visual_mask's {S} tokens, got {S - 2}", embeds[:, 2:], None, visual_mask)
-    refuses(f"the prompt must be visual_mask's {S - 2} tokens, got {S}", embeds, None, visual_mask[:, 2:])
-    refuses("the batch must be visual_mask's 3 samples, .*got 2", embeds[:2], attention_mask[:2], visual_mask)
-    refuses("the batch must be visual_mask's 3 samples, .*got 6", embeds.repeat(2, 1, 1), None, visual_mask)
-    refuses(r"attention_mask must be \(B, tokens so far\)", embeds, torch.ones(3, 1, S, S), visual_mask)
-    refuses(r"attention_mask must be \(B, tokens so far\)", embeds, attention_mask[:, 1:], visual_mask)
-    refuses("position_ids must count up by 1 where there is no attention_mask", embeds, None, visual_mask,
-            position_ids=torch.arange(S)[None] % 12)
-    refuses("the KV cache must be None, or a DynamicCache", embeds, attention_mask, visual_mask,
-            **{CACHE: StaticCache(config=tiny().config, max_cache_len=64)})
+    refuses(
+        nothing, embeds, attention_mask, visual_mask, query_mask=visual_mask
+    )  # visual tokens never ask
+    refuses(
+        "visual_mask must be False where attention_mask is 0",
+        embeds,
+        attention_mask,
+        visual_mask | (torch.arange(S) == 0),
+    )
+    refuses(
+        f"the prompt must be visual_mask's {S} tokens, got {S - 2}",
+        embeds[:, 2:],
+        None,
+        visual_mask,
+    )
+    refuses(
+        f"the prompt must be visual_mask's {S - 2} tokens, got {S}",
+        embeds,
+        None,
+        visual_mask[:, 2:],
+    )
+    refuses(
+        "the batch must be visual_mask's 3 samples, .*got 2",
+        embeds[:2],
+        attention_mask[:2],
+        visual_mask,
+    )
+    refuses(
+        "the batch must be visual_mask's 3 samples, .*got 6",
+        embeds.repeat(2, 1, 1),
+        None,
+        visual_mask,
+    )
+    refuses(
+        r"attention_mask must be \(B, tokens so far\)", embeds, torch.ones(3, 1, S, S), visual_mask
+    )
+    refuses(
+        r"attention_mask must be \(B, tokens so far\)", embeds, attention_mask[:, 1:], visual_mask
+    )
+    refuses(
+        "position_ids must count up by 1 where there is no attention_mask",
+        embeds,
+        None,
+        visual_mask,
+        position_ids=torch.arange(S)[None] % 12,
+    )
+    refuses(
+        "the KV cache must be None, or a DynamicCache",
+        embeds,
+        attention_mask,
+        visual_mask,
+        **{CACHE: StaticCache(config=tiny().config, max_cache_len=64)},
+    )
     filled = DynamicCache(config=tiny().config)
     forward(tiny(), embeds, attention_mask, **{CACHE: filled})
-    refuses("the KV cache must be None, or a DynamicCache that is empty or was filled in this block",
-            embeds[:, :1], torch.ones(3, S + 1), visual_mask, **{CACHE: filled})
+    refuses(
+        "the KV cache must be None, or a DynamicCache that is empty or was filled in this block",
+        embeds[:, :1],
+        torch.ones(3, S + 1),
+        visual_mask,
+        **{CACHE: filled},
+    )
     broken = embeds.clone()
     broken[1, 12] = math.nan
-    refuses("hidden states at layer 1 must be finite, but hold NaN or infinity", broken, None, visual_mask)
+    refuses(
+        "hidden states at layer 1 must be finite, but hold NaN or infinity",
+        broken,
+        None,
+        visual_mask,
+    )
     window = build("Mistral", sliding_window=S - 1)
-    refuses(f"the sequence must fit the decoder's sliding_window, but has {S} tokens", embeds, attention_mask,
-            visual_mask, window)
-    with pytest.raises(ValueError, match="the decoder did not run, or was compiled before"), \
-            prune(tiny(), visual_mask):
+    refuses(
+        f"the sequence must fit the decoder's sliding_window, but has {S} tokens",
+        embeds,
+        attention_mask,
+        visual_mask,
+        window,
+    )
+    with (
+        pytest.raises(ValueError, match="the decoder did not run, or was compiled before"),
+        prune(tiny(), visual_mask),
+    ):
         pass
 
 
@@ -815,18 +1080,27 @@ def test_a_cache_is_found_whatever_it_is_called():
 
 def test_a_cache_of_no_known_type_is_refused_and_not_overlooked():
     embeds, attention_mask, visual_mask = ragged()
-    refuses("the KV cache must be None, or a DynamicCache", embeds, attention_mask, visual_mask,
-            **{CACHE: Wrapped(DynamicCache(config=tiny().config))})
+    refuses(
+        "the KV cache must be None, or a DynamicCache",
+        embeds,
+        attention_mask,
+        visual_mask,
+        **{CACHE: Wrapped(DynamicCache(config=tiny().config))},
+    )
 
 
 @pytest.mark.parametrize("name", stage3_decode.DECODER_ARGUMENTS)
 def test_a_decoder_whose_argument_was_renamed_is_refused_with_the_name_and_the_versions(name):
     model = build()
     signature = inspect.signature(model.model.forward)
-    renamed = [p.replace(name="renamed") if p.name == name else p for p in signature.parameters.values()]
+    renamed = [
+        p.replace(name="renamed") if p.name == name else p for p in signature.parameters.values()
+    ]
     model.model.forward = lambda *args, **kwargs: None
     model.model.forward.__signature__ = inspect.Signature(renamed)
-    with pytest.raises(TypeError, match=f"its forward has no '{name}', which stage 3 needs .{VERSIONS}"):
+    with pytest.raises(
+        TypeError, match=f"its forward has no '{name}', which stage 3 needs .{VERSIONS}"
+    ):
         AdaptivePruner(model, ragged()[2], lam=1.0)
 
 
@@ -841,8 +1115,13 @@ def test_a_layer_whose_argument_was_renamed_is_refused_with_the_name_and_the_ver
         return (), kwargs
 
     model.model.layers[1].register_forward_pre_hook(rename, with_kwargs=True)
-    with pytest.raises(TypeError, match=f"call of a LlamaDecoderLayer has no '{name}', which stage 3 needs .{VERSIONS}"), \
-            prune(model, visual_mask):
+    with (
+        pytest.raises(
+            TypeError,
+            match=f"call of a LlamaDecoderLayer has no '{name}', which stage 3 needs .{VERSIONS}",
+        ),
+        prune(model, visual_mask),
+    ):
         forward(model, embeds, attention_mask)
 
 
@@ -855,8 +1134,13 @@ def test_a_layer_called_by_position_is_refused():
         return (*args, kwargs.pop("attention_mask")), kwargs
 
     model.model.layers[1].register_forward_pre_hook(by_position, with_kwargs=True)
-    refuses(f"call of a LlamaDecoderLayer must name all but its first argument .{VERSIONS}", embeds,
-            attention_mask, visual_mask, model)
+    refuses(
+        f"call of a LlamaDecoderLayer must name all but its first argument .{VERSIONS}",
+        embeds,
+        attention_mask,
+        visual_mask,
+        model,
+    )
 
 
 class Wrapped:
@@ -879,23 +1163,32 @@ def test_layers_that_are_given_another_cache_are_refused():
 
     for layer in model.model.layers:
         layer.register_forward_pre_hook(wrap, with_kwargs=True)
-    refuses(f"LlamaModel must hand its KV cache to the layers as it is .{VERSIONS}", embeds, attention_mask,
-            visual_mask, model)
+    refuses(
+        f"LlamaModel must hand its KV cache to the layers as it is .{VERSIONS}",
+        embeds,
+        attention_mask,
+        visual_mask,
+        model,
+    )
 
 
 def test_a_continuation_whose_cache_is_not_found_says_so():
     embeds, attention_mask, visual_mask = ragged()
     hint = f"; if this call continues the prompt, its KV cache was not found .{VERSIONS}"
-    for mask, message in ((torch.ones(3, embeds.shape[1] + 1), "attention_mask must be .B, tokens so far."),
-                          (None, "the prompt must be visual_mask's 24 tokens, got 1")):
-        with pytest.raises(ValueError, match=message + hint), \
-                prune(tiny(), visual_mask):
+    for mask, message in (
+        (torch.ones(3, embeds.shape[1] + 1), "attention_mask must be .B, tokens so far."),
+        (None, "the prompt must be visual_mask's 24 tokens, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message + hint), prune(tiny(), visual_mask):
             forward(tiny(), embeds, attention_mask)
             forward(tiny(), embeds[:, :1], mask)
 
 
-@pytest.mark.parametrize("wrap", [
-    lambda layer: torch.compile(layer, backend="eager"), lambda layer: AnyCall(layer)], ids=["compiled", "wrapped"])
+@pytest.mark.parametrize(
+    "wrap",
+    [lambda layer: torch.compile(layer, backend="eager"), lambda layer: AnyCall(layer)],
+    ids=["compiled", "wrapped"],
+)
 def test_layers_that_are_compiled_or_wrapped_one_by_one_are_pruned_as_before(wrap):
     embeds, attention_mask, visual_mask = ragged()
     model = build()
@@ -915,11 +1208,16 @@ def test_a_forward_whose_argument_was_renamed_is_refused_before_anything_runs(pa
     model = build()
     module = model.model.layers[2] if part == "layer" else model.model.layers[2].self_attn
     signature = inspect.signature(module.forward)
-    renamed = [p.replace(name="renamed") if p.name == name else p for p in signature.parameters.values()]
+    renamed = [
+        p.replace(name="renamed") if p.name == name else p for p in signature.parameters.values()
+    ]
     original = module.forward
     module.forward = lambda *args, **kwargs: original(*args, **kwargs)
     module.forward.__signature__ = inspect.Signature(renamed)
-    with pytest.raises(TypeError, match=f"{type(module).__name__}.forward has no '{name}', which stage 3 needs .{VERSIONS}"):
+    with pytest.raises(
+        TypeError,
+        match=f"{type(module).__name__}.forward has no '{name}', which stage 3 needs .{VERSIONS}",
+    ):
         AdaptivePruner(model, ragged()[2], lam=1.0)
 
 
@@ -942,16 +1240,26 @@ class AnyCall(torch.nn.Module):
 
 def test_a_bare_decoder_that_is_asked_for_a_tuple_is_refused():
     embeds, attention_mask, visual_mask = ragged()
-    with pytest.raises(ValueError, match="return_dict must be True, or not given"), prune(tiny(), visual_mask):
+    with (
+        pytest.raises(ValueError, match="return_dict must be True, or not given"),
+        prune(tiny(), visual_mask),
+    ):
         tiny().model(inputs_embeds=embeds, attention_mask=attention_mask, return_dict=False)
 
 
 def test_an_output_without_last_hidden_state_is_refused_with_the_name_and_the_versions():
     embeds, attention_mask, visual_mask = ragged()
     model = build()
-    model.model.register_forward_hook(lambda decoder, args, output: dict(states=output.last_hidden_state))
-    with pytest.raises(TypeError, match=f"output of LlamaModel has no 'last_hidden_state', which stage 3 needs .{VERSIONS}"), \
-            prune(model, visual_mask):
+    model.model.register_forward_hook(
+        lambda decoder, args, output: dict(states=output.last_hidden_state)
+    )
+    with (
+        pytest.raises(
+            TypeError,
+            match=f"output of LlamaModel has no 'last_hidden_state', which stage 3 needs .{VERSIONS}",
+        ),
+        prune(model, visual_mask),
+    ):
         forward(model, embeds, attention_mask)
 
 
@@ -967,6 +1275,7 @@ def test_an_attention_whose_part_was_renamed_is_refused_with_the_name_and_the_ve
 
 # -------------------------------------------------------------------------------------------------- the file
 
+
 def test_file_keeps_to_its_form():
     path = Path(stage3_decode.__file__)
     assert max(map(len, path.read_text().splitlines())) <= 110
@@ -978,6 +1287,8 @@ def test_file_keeps_to_its_form():
 
 def test_file_runs_alone(tmp_path):
     shutil.copy(stage3_decode.__file__, tmp_path)
-    run = subprocess.run([sys.executable, "stage3_decode.py"], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "stage3_decode.py"], cwd=tmp_path, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("KV cache [64, ") == 3 and "lambda inf: 48 -> [[48, 48]" in run.stdout

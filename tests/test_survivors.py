@@ -1,4 +1,5 @@
 """Figures: pixels of kept and dropped patches against the picture, captions against the counts."""
+
 import pytest
 import torch
 from PIL import Image, ImageDraw
@@ -15,8 +16,11 @@ def image():
 def written(monkeypatch):
     """Every text that is drawn."""
     texts, draw = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(ImageDraw.ImageDraw, "text",
-                        lambda self, xy, text, *a, **k: (texts.append(text), draw(self, xy, text, *a, **k)))
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw,
+        "text",
+        lambda self, xy, text, *a, **k: (texts.append(text), draw(self, xy, text, *a, **k)),
+    )
     return texts
 
 
@@ -30,7 +34,10 @@ def test_to_pillow_is_exact():
 def test_kept_patches_are_clear_and_framed_the_others_grey(image, h, w):
     alive = torch.rand(h, w, generator=torch.Generator().manual_seed(1)) < 0.4
     picture = to_pillow(image)
-    cell, clear = patch_map(picture, alive, COLORS[0]), picture.resize((CELL, CELL), Image.Resampling.BICUBIC)
+    cell, clear = (
+        patch_map(picture, alive, COLORS[0]),
+        picture.resize((CELL, CELL), Image.Resampling.BICUBIC),
+    )
     for row in range(h):
         for column in range(w):
             left, top = column * CELL // w, row * CELL // h
@@ -53,31 +60,59 @@ def test_small_patches_have_no_frame(image):
 
 
 def test_captions_carry_the_counts_and_texts(image, written):
-    kept = {stage: {"clip": torch.arange(144).view(12, 12) < n, "pix2struct": torch.arange(20).view(4, 5) < 3}
-            for stage, n in {"stage1": 50, "stage2": 20, "stage3": 0}.items()}
+    kept = {
+        stage: {
+            "clip": torch.arange(144).view(12, 12) < n,
+            "pix2struct": torch.arange(20).view(4, 5) < 3,
+        }
+        for stage, n in {"stage1": 50, "stage2": 20, "stage3": 0}.items()
+    }
     before = {stage: {name: m.clone() for name, m in maps.items()} for stage, maps in kept.items()}
     figure = survivor_figure(image, {"question": "is there a red star ?", "METEOR": "yes"}, kept)
     assert figure.mode == "RGB" and figure.width > figure.height > 500
-    assert {"question", "is there a red star ?", "METEOR", "yes", "Stage 1, encoding: 53 tokens",
-            "Stage 3, decoding (last LLM layer): 3 tokens"} < set(written)
-    assert [text for text in written if text.startswith("clip")] == [f"clip: {n} of 144" for n in (50, 20, 0)]
+    assert {
+        "question",
+        "is there a red star ?",
+        "METEOR",
+        "yes",
+        "Stage 1, encoding: 53 tokens",
+        "Stage 3, decoding (last LLM layer): 3 tokens",
+    } < set(written)
+    assert [text for text in written if text.startswith("clip")] == [
+        f"clip: {n} of 144" for n in (50, 20, 0)
+    ]
     assert written.count("pix2struct: 3 of 20") == 3
     assert all(torch.equal(before[s][n], kept[s][n]) for s in kept for n in kept[s])
 
 
 @pytest.mark.parametrize("encoders", [1, 4, 8])
 def test_any_number_of_encoders_and_long_texts_stay_inside(image, written, encoders):
-    maps = {f"an encoder with a name {e}": torch.ones(6, 6, dtype=torch.bool) for e in range(encoders)}
+    maps = {
+        f"an encoder with a name {e}": torch.ones(6, 6, dtype=torch.bool) for e in range(encoders)
+    }
     kept = {stage: maps for stage in ("stage1", "stage2", "stage3")}
-    figure = survivor_figure(image, {"question": "word " * 200, "answer": "x" * 300, "nothing": ""}, kept)
-    rim = [figure.crop(box).getextrema() for box in ((0, figure.height - 10, figure.width, figure.height),
-                                                     (figure.width - 10, 0, figure.width, figure.height))]
+    figure = survivor_figure(
+        image, {"question": "word " * 200, "answer": "x" * 300, "nothing": ""}, kept
+    )
+    rim = [
+        figure.crop(box).getextrema()
+        for box in (
+            (0, figure.height - 10, figure.width, figure.height),
+            (figure.width - 10, 0, figure.width, figure.height),
+        )
+    ]
     assert rim == [((255, 255),) * 3] * 2
 
 
 def test_wrap_loses_nothing_and_fits():
     small = font(17)
-    for text in ("short", "many words that do not fit into one line", "a " + "w" * 90 + " b", "", "i"):
+    for text in (
+        "short",
+        "many words that do not fit into one line",
+        "a " + "w" * 90 + " b",
+        "",
+        "i",
+    ):
         lines = wrap(text, 120, small)
         assert all(small.getlength(line) <= 120 for line in lines)
         assert "".join(lines).replace(" ", "") == text.replace(" ", "")

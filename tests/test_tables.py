@@ -1,4 +1,5 @@
 """The tables' arithmetic against cases by hand, and every table end to end on a handful of questions."""
+
 import itertools
 import json
 import math
@@ -47,12 +48,16 @@ def test_last_attention_equals_the_librarys_own_weights(model):
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
     model.decoder.set_attn_implementation("eager")
     try:
-        weights = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True).attentions[-1]
+        weights = model.decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
+        ).attentions[-1]
     finally:
         model.decoder.set_attn_implementation("sdpa")
     for b in range(2):
         places = visual_mask[b].nonzero()[:, 0]
-        expected = weights[b][:, places[-1] + 1:, places].mean(dim=(0, 1))  # heads, text after the picture
+        expected = weights[b][:, places[-1] + 1 :, places].mean(
+            dim=(0, 1)
+        )  # heads, text after the picture
         torch.testing.assert_close(got[b], expected / expected.sum(), atol=1e-5, rtol=1e-4)
 
 
@@ -61,10 +66,11 @@ SUPPLEMENT = {
     "1": "rank 67.99 average 66.87 rank_reverse 65.69",
     "2": "post-projection 86.7 72.2 513 collaborative 86.9 72.2 521 separate 87.3 66.2 502 random 84.9 43.0 432",
     "3": "upper 86.9 72.2 521 fixed 86.1 59.9 432 fixed 86.2 61.4 447 fixed 86.2 65.9 485 adaptive 86.4 70.1 552 "
-         "adaptive 86.2 69.0 550 adaptive 86.9 66.7 523",
+    "adaptive 86.2 69.0 550 adaptive 86.9 66.7 523",
     "6": "clip 62.0 85.9 58.2 PruMerge++-style 57.5 84.0 57.1 stage 58.6 84.5 57.3 stages 55.1 78.4 53.8",
     "7": "pix2struct 86.1 64.0 70.0 FastV 86.3 55.9 62.1 PyramidDrop 86.4 59.1 65.6 stage 86.1 61.8 67.5",
-    "8": "k 73.5 65.0 k 73.6 64.8 k 73.5 64.6 k 73.8 65.6 k 73.4 63.4"}
+    "8": "k 73.5 65.0 k 73.6 64.8 k 73.5 64.6 k 73.8 65.6 k 73.4 63.4",
+}
 
 
 @pytest.fixture(scope="module")
@@ -74,14 +80,22 @@ def rows(model):
 
 @pytest.mark.parametrize("name", SUPPLEMENT)
 def test_the_papers_numbers_stand_beside_the_right_rows(rows, name):
-    ours = [[row.label.replace(",", "").split()[0], *map(float, row.paper.values())] for row in rows[name] if row.paper]
+    ours = [
+        [row.label.replace(",", "").split()[0], *map(float, row.paper.values())]
+        for row in rows[name]
+        if row.paper
+    ]
     words, theirs = SUPPLEMENT[name].split(), []
     for word in words:
         theirs.append([word]) if not word[0].isdigit() else theirs[-1].append(float(word))
     for want in theirs:
         assert want in ours
     extra = [row for row in ours if row not in theirs]
-    assert name == "2" and all(row[0] in ("EAGLE-style", "Resampler", "MLP", "PixShuffle") for row in extra) or not extra
+    assert (
+        name == "2"
+        and all(row[0] in ("EAGLE-style", "Resampler", "MLP", "PixShuffle") for row in extra)
+        or not extra
+    )
 
 
 def test_rows_are_unique_and_compare_with_a_row_above(rows):
@@ -96,7 +110,9 @@ def test_labels_name_the_strategy_and_count_of_their_budget(rows):
     for row in rows["1"] + rows["2"][1:]:
         if isinstance(row.method, Budget):
             name, count = row.label.split(", ")
-            strategy = row.method.stage1_strategy if row in rows["1"] else row.method.stage2_strategy
+            strategy = (
+                row.method.stage1_strategy if row in rows["1"] else row.method.stage2_strategy
+            )
             left = row.method.stage1[-1] if row in rows["1"] else row.method.stage2
             assert (name, int(count)) == (strategy, left), row.label
     for total in {row.method.stage1[-1] for row in rows["1"]}:
@@ -105,13 +121,27 @@ def test_labels_name_the_strategy_and_count_of_their_budget(rows):
 
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_rows_have_the_averages_that_their_labels_say(model, rows):
-    wanted = {row.label: int(row.label.split(", ")[1]) for row in rows["3"] if row.label.startswith("adaptive")}
+    wanted = {
+        row.label: int(row.label.split(", ")[1])
+        for row in rows["3"]
+        if row.label.startswith("adaptive")
+    }
     wanted |= {row.label: model.budget.stage3 for row in rows["3"] if row.label.startswith("fixed")}
     for result in report.measure_rows(model, [row for row in rows["3"][1:]], 32, {}):
-        slack = 3 if result["label"].startswith("adaptive") else 0.6  # lambda was solved on other questions
+        slack = (
+            3 if result["label"].startswith("adaptive") else 0.6
+        )  # lambda was solved on other questions
         assert abs(result["average_tokens"] - wanted[result["label"]]) <= slack, result["label"]
     stage3 = [row for row in rows["7"] if row.label.startswith("stage 3")]
-    assert abs(report.measure_rows(model, [replace(stage3[0], against=None)], 32, {})[0]["average_tokens"] - 65) <= 4
+    assert (
+        abs(
+            report.measure_rows(model, [replace(stage3[0], against=None)], 32, {})[0][
+                "average_tokens"
+            ]
+            - 65
+        )
+        <= 4
+    )
 
 
 def test_controls_differ_in_one_thing_from_the_row_above(model, rows):
@@ -125,52 +155,98 @@ def test_controls_differ_in_one_thing_from_the_row_above(model, rows):
     early = next(row for row in rows["3"] if row.label.endswith("layer 1"))
     encoded = model.encode(images, replace(model.budget, stage2=81))
     answers = early.method(model, images, ["describe the picture ."] * 2)
-    assert all(len(set(a.layers[1:])) == 1 and a.layers[0] == encoded.fused.tokens.shape[1] for a in answers)
+    assert all(
+        len(set(a.layers[1:])) == 1 and a.layers[0] == encoded.fused.tokens.shape[1]
+        for a in answers
+    )
 
 
 def test_a_rows_figures_by_hand(model):
     """Two methods that know the answers of some families: groups, intervals, differences, FLOPs."""
-    truths = [(family, truth) for part in evaluate.batches("test", 16) for family, _, _, truth in part]
+    truths = [
+        (family, truth) for part in evaluate.batches("test", 16) for family, _, _, truth in part
+    ]
 
     def knows(families, layers):
         asked = iter(truths)
+
         def method(model, images, questions):
-            return [Answer(truth if family in families else "?", {"stage3": sum(layers) / 8}, layers, {}, {})
-                    for family, truth in itertools.islice(asked, len(questions))]
+            return [
+                Answer(
+                    truth if family in families else "?",
+                    {"stage3": sum(layers) / 8},
+                    layers,
+                    {},
+                    {},
+                )
+                for family, truth in itertools.islice(asked, len(questions))
+            ]
+
         return method
 
     half = lambda m, x: m.encoders["clip"](x)
-    rows = [tables.Row("some", knows({"presence", "cell", "value"}, [10] * 8), half),
-            tables.Row("more", knows({"presence", "color", "cell"}, [8] * 4 + [4] * 4), half, "some")]
+    rows = [
+        tables.Row("some", knows({"presence", "cell", "value"}, [10] * 8), half),
+        tables.Row("more", knows({"presence", "color", "cell"}, [8] * 4 + [4] * 4), half, "some"),
+    ]
     some, more = report.measure_rows(model, rows, 16, {})
     value = lambda row, kind: row["accuracy"][kind][0]
-    assert [value(some, k) for k in ("all", "General", "OCR & Chart", "cell", "color")] == [37.5, 25, 50, 100, 0]
+    assert [value(some, k) for k in ("all", "General", "OCR & Chart", "cell", "color")] == [
+        37.5,
+        25,
+        50,
+        100,
+        0,
+    ]
     assert [value(more, k) for k in ("all", "General", "OCR & Chart")] == [37.5, 50, 25]
     assert [more["differences"][k][0] for k in ("all", "General", "OCR & Chart")] == [0, 25, -25]
     low, high = some["accuracy"]["General"][1:]
     assert 0 <= low < 25 < high <= 100 and some["accuracy"]["cell"] == (100, 100, 100)
-    lengths = [len(ids) + 1 for part in evaluate.batches("test", 16) for ids in model.tokenize([e[2] for e in part])]
-    llm = sum(evaluate.prefill_flops(model.decoder.config, [8] * 4 + [4] * 4, n) for n in lengths) / 16
-    assert more["flops"] == pytest.approx(llm + evaluate.encoding_flops(model, half)) and more["average_tokens"] == 6
+    lengths = [
+        len(ids) + 1
+        for part in evaluate.batches("test", 16)
+        for ids in model.tokenize([e[2] for e in part])
+    ]
+    llm = (
+        sum(evaluate.prefill_flops(model.decoder.config, [8] * 4 + [4] * 4, n) for n in lengths)
+        / 16
+    )
+    assert (
+        more["flops"] == pytest.approx(llm + evaluate.encoding_flops(model, half))
+        and more["average_tokens"] == 6
+    )
 
 
 def test_flops_are_of_what_a_row_encodes(model, rows):
-    flops = {row.label: evaluate.encoding_flops(model, row.encode) for row in rows["main"] + rows["6"]}
+    flops = {
+        row.label: evaluate.encoding_flops(model, row.encode) for row in rows["main"] + rows["6"]
+    }
     own = next(row for row in rows["main"] if row.label.startswith("stages 1+2, FastV"))
-    assert flops[own.label] == evaluate.encoding_flops(model, lambda m, x: m.encode(x, model.budget))
-    assert flops[own.label] < flops["unpruned"] and flops["stage 1, 39"] < flops["clip alone"] < flops["unpruned"] / 2
+    assert flops[own.label] == evaluate.encoding_flops(
+        model, lambda m, x: m.encode(x, model.budget)
+    )
+    assert (
+        flops[own.label] < flops["unpruned"]
+        and flops["stage 1, 39"] < flops["clip alone"] < flops["unpruned"] / 2
+    )
 
 
 def test_lambda_for_solves_the_wanted_average_on_validation_questions(model, monkeypatch):
     budget, splits = Budget(stage1=model.budget.stage1, stage2=model.budget.stage2), []
-    monkeypatch.setattr(tables, "batches", lambda split, *a, **k: splits.append(split) or evaluate.batches(split, *a, **k))
+    monkeypatch.setattr(
+        tables,
+        "batches",
+        lambda split, *a, **k: splits.append(split) or evaluate.batches(split, *a, **k),
+    )
     encode = lambda m, x: m.encode(x, budget)
     examples = [e for part in evaluate.batches("val", 96, first=50_000) for e in part]
     encoded = encode(model, evaluate.to_images([picture.image for _, picture, _, _ in examples]))
     for average, k in ((40, 5), (60, 3)):
         own = replace(budget, k=k, layers=[2, 5])
         lam = tables.lambda_for(model, encode, average, own)
-        _, pruner = model.generate(encoded, [e[2] for e in examples], budget, tables.adaptive(own, lam), max_new_tokens=1)
+        _, pruner = model.generate(
+            encoded, [e[2] for e in examples], budget, tables.adaptive(own, lam), max_new_tokens=1
+        )
         assert pruner.average_tokens().mean().item() == pytest.approx(average, abs=0.11)
         assert pruner.k == k and pruner.layers == [2, 5]
     assert splits == ["val", "val"]
@@ -187,23 +263,36 @@ def test_an_average_out_of_reach_is_refused(average):
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_masked_encoders_are_zero_and_the_others_are_not_touched(model, monkeypatch):
     seen, fuse = [], model.fuse
-    monkeypatch.setattr(model, "fuse", lambda features, *rest: seen.append(features) or fuse(features, *rest))
+    monkeypatch.setattr(
+        model, "fuse", lambda features, *rest: seen.append(features) or fuse(features, *rest)
+    )
     tables.redundancy(model, 8)
     full = seen[0]
     masks = [[bool((x == 0).all()) for x in features] for features in seen]
     assert len(masks) == 15 == len(set(map(tuple, masks))) and masks[0] == [False] * 4
-    assert all(torch.equal(x, y) for features, mask in zip(seen, masks) for x, y, m in zip(features, full, mask) if not m)
+    assert all(
+        torch.equal(x, y)
+        for features, mask in zip(seen, masks)
+        for x, y, m in zip(features, full, mask)
+        if not m
+    )
 
 
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_the_information_gap_and_full_subset_agree_with_the_accuracies(model):
     result = tables.redundancy(model, 8)
-    assert len(result["subsets"]) == 15 and len(result["kl"]) == 4 and all(v >= 0 for v in result["kl"].values())
+    assert (
+        len(result["subsets"]) == 15
+        and len(result["kl"]) == 4
+        and all(v >= 0 for v in result["kl"].values())
+    )
     full = result["subsets"]["clip+convnext+eva+pix2struct"]["all"][0]
     for e, cur in result["cur"]["all"].items():
         rest = "+".join(n for n in model.encoders if n != e)
         assert cur == pytest.approx((full - result["subsets"][rest]["all"][0]) / full)
-    assert result["ig"]["all"] == pytest.approx(max(result["cur"]["all"].values()) - min(result["cur"]["all"].values()))
+    assert result["ig"]["all"] == pytest.approx(
+        max(result["cur"]["all"].values()) - min(result["cur"]["all"].values())
+    )
 
 
 @pytest.mark.slow  # half a minute: many runs of the whole model
@@ -214,28 +303,52 @@ def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path,
     video = first["video"]["colors"]
     assert video["unpruned"]["average_tokens"] == 576 and video["METEOR"]["average_tokens"] < 100
     text = (tmp_path / "README.md").read_text()
-    assert all(report.TITLES[name] in text for name in ("2", "figure1", "video")) and "paper: DocVQA" in text
+    assert (
+        all(report.TITLES[name] in text for name in ("2", "figure1", "video"))
+        and "paper: DocVQA" in text
+    )
     assert json.loads((tmp_path / "tables.json").read_text()).keys() == {"2", "figure1", "video"}
     assert report.TITLES["2"] in capsys.readouterr().out
 
 
 def test_coverage_is_of_stage_2_in_any_encoder_by_strategy(model, monkeypatch):
-    said = lambda _, budget: {"stage1": {"any": "early"}, "stage2": {"any": budget.stage2_strategy, "clip": "one"}, "stage3": {"any": "late"}}
+    said = lambda _, budget: {
+        "stage1": {"any": "early"},
+        "stage2": {"any": budget.stage2_strategy, "clip": "one"},
+        "stage3": {"any": "late"},
+    }
     monkeypatch.setattr(tables, "recall", said)
     K = model.budget.stage1 // 3
-    assert tables.coverage(model) == {f"{s}, {K}": s for s in ("collaborative", "separate", "random", "greedy")}
+    assert tables.coverage(model) == {
+        f"{s}, {K}": s for s in ("collaborative", "separate", "random", "greedy")
+    }
 
 
 def test_tokens_by_group_are_means_over_its_own_questions(model, monkeypatch):
     family = np.array(["presence", "number", "color", "cell"])
-    measured = {"accuracy": 0.0, "average_tokens": 33.0, "families": {}, "family_tokens": {}, "right": np.array([True, False, True, True]),
-                "tokens": np.array([30.0, 34.0, 32.0, 36.0]), "family": family, "llm_flops": 1.0, "survivors": {}}
+    measured = {
+        "accuracy": 0.0,
+        "average_tokens": 33.0,
+        "families": {},
+        "family_tokens": {},
+        "right": np.array([True, False, True, True]),
+        "tokens": np.array([30.0, 34.0, 32.0, 36.0]),
+        "family": family,
+        "llm_flops": 1.0,
+        "survivors": {},
+    }
     monkeypatch.setattr(report, "accuracy", lambda *args: measured)
     monkeypatch.setattr(report, "encoding_flops", lambda *args: 1)
-    monkeypatch.setattr(report, "FAMILIES", {f: g for f, g in report.FAMILIES.items() if f in family})
+    monkeypatch.setattr(
+        report, "FAMILIES", {f: g for f, g in report.FAMILIES.items() if f in family}
+    )
     row = report.measure_rows(model, [tables.meteor_row(Budget.none(), "all")], 4, {})[0]
     (general, low, high), (ocr, least, most) = (row["group_tokens"][g] for g in tables.GROUPS)
-    assert (general, ocr) == (31.0, 35.0) and 30 <= low <= 31 <= high <= 32 and 34 <= least <= 35 <= most <= 36
+    assert (
+        (general, ocr) == (31.0, 35.0)
+        and 30 <= low <= 31 <= high <= 32
+        and 34 <= least <= 35 <= most <= 36
+    )
 
 
 def test_the_committed_report_is_what_its_numbers_say(tmp_path):
@@ -243,26 +356,58 @@ def test_the_committed_report_is_what_its_numbers_say(tmp_path):
     if not folder.is_dir():
         pytest.skip("no checkout: the wheel has no results/")
     committed = (folder / "README.md").read_text()
-    report.write(tmp_path, json.loads((folder / "tables.json").read_text()), committed.split("\n\n")[1])
+    report.write(
+        tmp_path, json.loads((folder / "tables.json").read_text()), committed.split("\n\n")[1]
+    )
     assert (tmp_path / "README.md").read_text() == committed
 
 
 def test_an_order_is_shown_where_its_interval_keeps_to_one_side_of_0():
     best = {"label": "rank, 9", "against": None, "average_tokens": 9.0}
-    row = lambda label, low, high, n=9.4: {"label": label, "against": "rank, 9", "average_tokens": n,
-                                           "differences": {"all": ((low + high) / 2, low, high)}}
-    text = report.verdicts({"1": {"rows": [best, row("average, 9", -5, -1), row("rank_reverse, 9", -3, 1), row("average, 12", 1, 2, 12.0)]},
-                            "6": {"rows": [best, row("stage 1, 9", -5, -1)]}, "7": {"rows": [best, row("stage 3, 9", 1, 2)]}})
-    said = {line.split(" | ")[2].split(" - ")[0]: line.split(" | ")[-1].strip(" |") for line in text.splitlines() if " - rank" in line}
-    assert said == {"average, 9": "**yes**", "rank_reverse, 9": "not shown", "stage 1, 9": "no, the reverse", "stage 3, 9": "**yes**"}
-    assert report.WHY["6"] in text and report.WHY["2"] not in text  # "average, 12" keeps more tokens: no comparison
+    row = lambda label, low, high, n=9.4: {
+        "label": label,
+        "against": "rank, 9",
+        "average_tokens": n,
+        "differences": {"all": ((low + high) / 2, low, high)},
+    }
+    text = report.verdicts(
+        {
+            "1": {
+                "rows": [
+                    best,
+                    row("average, 9", -5, -1),
+                    row("rank_reverse, 9", -3, 1),
+                    row("average, 12", 1, 2, 12.0),
+                ]
+            },
+            "6": {"rows": [best, row("stage 1, 9", -5, -1)]},
+            "7": {"rows": [best, row("stage 3, 9", 1, 2)]},
+        }
+    )
+    said = {
+        line.split(" | ")[2].split(" - ")[0]: line.split(" | ")[-1].strip(" |")
+        for line in text.splitlines()
+        if " - rank" in line
+    }
+    assert said == {
+        "average, 9": "**yes**",
+        "rank_reverse, 9": "not shown",
+        "stage 1, 9": "no, the reverse",
+        "stage 3, 9": "**yes**",
+    }
+    assert (
+        report.WHY["6"] in text and report.WHY["2"] not in text
+    )  # "average, 12" keeps more tokens: no comparison
 
 
 def test_what_cannot_be_measured_is_refused_first(model, monkeypatch):
     monkeypatch.setattr(report, "accuracy", None)  # nothing is measured
     with pytest.raises(ValueError, match="samples must be 8 or more"):
         report.report(model, ["1"], 7, None)
-    for change, message in (({"budget": None}, "budget with an int for each stage"), ({"ranks": None}, "must have ranks")):
+    for change, message in (
+        ({"budget": None}, "budget with an int for each stage"),
+        ({"ranks": None}, "must have ranks"),
+    ):
         monkeypatch.setattr(model, "config", model.config | change)
         with pytest.raises(ValueError, match=message):
             report.report(model, ["1"], 8, None)
@@ -276,4 +421,7 @@ def test_without_git_the_commit_is_unknown(monkeypatch):
 
 
 def test_nan_becomes_none():
-    assert report.plain({"a": [float("nan"), 1.5], "b": ("x", None)}) == {"a": [None, 1.5], "b": ["x", None]}
+    assert report.plain({"a": [float("nan"), 1.5], "b": ("x", None)}) == {
+        "a": [None, 1.5],
+        "b": ["x", None],
+    }

@@ -3,6 +3,7 @@
 Cells tagged "varies" hold timings, "close" numbers that may differ a little from machine to machine; the text of all
 others must come out the same. Run: pytest tests/test_tutorial.py, and with -m slow for the execution.
 """
+
 import ast
 import os
 import re
@@ -14,13 +15,21 @@ import stage1_encode
 import stage2_fuse
 import stage3_decode
 
-nbformat = pytest.importorskip("nbformat", reason="nbformat is not installed: pip install -e '.[tutorial]'")
+nbformat = pytest.importorskip(
+    "nbformat", reason="nbformat is not installed: pip install -e '.[tutorial]'"
+)
 ROOT = Path(__file__).parents[1]
 PATH = ROOT / "tutorial.ipynb"
 NOTEBOOK = nbformat.read(PATH, as_version=4)
 CODE = [cell for cell in NOTEBOOK.cells if cell.cell_type == "code"]
 PROSE = "\n".join(cell.source for cell in NOTEBOOK.cells if cell.cell_type == "markdown")
-HELPERS = {"milliseconds", "found", "measure", "cache_bytes", "by_group"}  # of measurement; no part of the method
+HELPERS = {
+    "milliseconds",
+    "found",
+    "measure",
+    "cache_bytes",
+    "by_group",
+}  # of measurement; no part of the method
 
 
 def test_is_valid_small_and_short():
@@ -34,7 +43,11 @@ def test_is_valid_small_and_short():
 def test_was_executed_in_order_without_errors():
     assert [cell.execution_count for cell in CODE] == list(range(1, len(CODE) + 1))
     outputs = [(cell.id, output) for cell in CODE for output in cell.outputs]
-    assert not [id for id, output in outputs if output.output_type == "error" or output.get("name") == "stderr"]
+    assert not [
+        id
+        for id, output in outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
     assert sum("image/png" in output.get("data", {}) for _, output in outputs) >= 20
 
 
@@ -43,7 +56,9 @@ def test_defines_no_algorithm_of_its_own():
     assert not [node.name for node in nodes if isinstance(node, ast.ClassDef)]
     defined = {node.name for node in nodes if isinstance(node, ast.FunctionDef)}
     assert defined == HELPERS
-    library = {name for module in (stage1_encode, stage2_fuse, stage3_decode) for name in vars(module)}
+    library = {
+        name for module in (stage1_encode, stage2_fuse, stage3_decode) for name in vars(module)
+    }
     assert not defined & library
 
 
@@ -52,9 +67,17 @@ def test_each_equation_stands_once_beside_the_line_that_computes_it():
     assert tags == list(range(1, len(tags) + 1)) and len(tags) >= 15
     assert PROSE.count("$$") == 2 * len(tags)
     for number in tags:
-        place = next(i for i, cell in enumerate(NOTEBOOK.cells) if rf"\tag{{{number}}}" in cell.source)
-        near = "".join(cell.source for cell in NOTEBOOK.cells[place + 1:place + 3] if cell.cell_type == "code")
-        assert f"# equation ({number})" in near, f"equation ({number}) is not computed right after it stands"
+        place = next(
+            i for i, cell in enumerate(NOTEBOOK.cells) if rf"\tag{{{number}}}" in cell.source
+        )
+        near = "".join(
+            cell.source
+            for cell in NOTEBOOK.cells[place + 1 : place + 3]
+            if cell.cell_type == "code"
+        )
+        assert f"# equation ({number})" in near, (
+            f"equation ({number}) is not computed right after it stands"
+        )
 
 
 def test_sections_links_and_exercises():
@@ -67,7 +90,9 @@ def test_sections_links_and_exercises():
 
 
 def test_exercise_answers_with_numbers_are_right():
-    share = lambda total, ranks, strategy: stage1_encode.allocate_budget(total, ranks, [144] * 4, strategy)
+    share = lambda total, ranks, strategy: stage1_encode.allocate_budget(
+        total, ranks, [144] * 4, strategy
+    )
     assert share(25, [40, 30, 20, 10], "rank") == [10, 8, 5, 2]
     assert share(25, [40, 30, 20, 10], "rank_reverse") == [3, 4, 6, 12]
     assert share(4, [100, 1, 1, 1], "rank") == [1, 1, 1, 1]
@@ -78,13 +103,17 @@ def test_exercise_answers_with_numbers_are_right():
 
 def text(cell) -> str:
     """What the cell printed, without stderr and figures."""
-    return "".join(output.get("text", "") for output in cell.outputs if output.get("name") == "stdout")
+    return "".join(
+        output.get("text", "") for output in cell.outputs if output.get("name") == "stdout"
+    )
 
 
 def agree(stored: str, fresh: str) -> bool:
     """The same words, and numbers that differ by at most 3 or 10 %."""
     number = r"-?\d+\.?\d*"
-    if re.sub(r"[+\s]", "", re.sub(number, "#", stored)) != re.sub(r"[+\s]", "", re.sub(number, "#", fresh)):
+    if re.sub(r"[+\s]", "", re.sub(number, "#", stored)) != re.sub(
+        r"[+\s]", "", re.sub(number, "#", fresh)
+    ):
         return False
     pairs = zip(map(float, re.findall(number, stored)), map(float, re.findall(number, fresh)))
     return all(abs(a - b) <= max(3, 0.1 * abs(a)) for a, b in pairs)
@@ -92,23 +121,46 @@ def agree(stored: str, fresh: str) -> bool:
 
 def test_agree_tells_near_from_far():
     assert agree("a 10.0 tokens", "a  11 tokens") and agree("x -1.0", "x +1.0")
-    assert not agree("a 10 tokens", "a 20 tokens") and not agree("x -3", "x +3") and not agree("clip 3", "eva 3")
+    assert (
+        not agree("a 10 tokens", "a 20 tokens")
+        and not agree("x -3", "x +3")
+        and not agree("clip 3", "eva 3")
+    )
 
 
 @pytest.mark.slow  # two minutes: it runs every cell
 def test_runs_offline_and_gives_the_stored_outputs_again():
-    nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed: pip install -e '.[tutorial]'")
-    pytest.importorskip("ipykernel", reason="ipykernel is not installed: pip install -e '.[tutorial]'")
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed: pip install -e '.[tutorial]'")
+    nbclient = pytest.importorskip(
+        "nbclient", reason="nbclient is not installed: pip install -e '.[tutorial]'"
+    )
+    pytest.importorskip(
+        "ipykernel", reason="ipykernel is not installed: pip install -e '.[tutorial]'"
+    )
+    pytest.importorskip(
+        "matplotlib", reason="matplotlib is not installed: pip install -e '.[tutorial]'"
+    )
     fresh = nbformat.read(PATH, as_version=4)
-    client = nbclient.NotebookClient(fresh, timeout=600, kernel_name="python3", coalesce_streams=True,
-                                     resources={"metadata": {"path": str(ROOT)}})
+    client = nbclient.NotebookClient(
+        fresh,
+        timeout=600,
+        kernel_name="python3",
+        coalesce_streams=True,
+        resources={"metadata": {"path": str(ROOT)}},
+    )
     client.execute(env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"})
     different = []
     for old, new in zip(CODE, (cell for cell in fresh.cells if cell.cell_type == "code")):
         tags = old.metadata.get("tags", [])
-        same = True if "varies" in tags else agree(text(old), text(new)) if "close" in tags else text(old) == text(new)
+        same = (
+            True
+            if "varies" in tags
+            else agree(text(old), text(new))
+            if "close" in tags
+            else text(old) == text(new)
+        )
         if not same:
             different.append(f"{old.id}\n  stored: {text(old)}\n  fresh:  {text(new)}")
-        assert [o.output_type for o in old.outputs if "data" in o] == [o.output_type for o in new.outputs if "data" in o]
+        assert [o.output_type for o in old.outputs if "data" in o] == [
+            o.output_type for o in new.outputs if "data" in o
+        ]
     assert not different, "\n".join(different)
