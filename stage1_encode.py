@@ -1,103 +1,169 @@
-r"""METEOR stage 1: prune the tokens of C vision encoders while they encode, each to a count set by rank.
+r"""METEOR stage 1: prune the tokens of C vision encoders while they encode, each to its own count.
 
-Paper: METEOR (ICCV 2025, arXiv 2507.20842), rank-guided collaborative token assignment; supplement A, B.1.
-Blocks form three equal parts; tokens are pruned after the last block of each part b = 0, 1, 2:
+Paper: METEOR (ICCV 2025, https://arxiv.org/abs/2507.20842), rank-guided collaborative token
+assignment; supplement A and B.1. The blocks of an encoder are cut into three equal parts.
+Tokens are pruned after the last block of each part b = 0, 1, 2.
 
-    R_i   = cos(x_i, 1/N \sum_j x_j)           b = 0: redundancy, likeness to the background; lowest stay
-    s_i   = 1/H \sum_h softmax(q_cls^h K^h)_i  b > 0: score, attention from CLS in that block; highest stay
-    k_b^l = k_b r_b^l / \sum_m r_b^m           tokens left to encoder l; r_b^l: expected rank of its features
+    R_i   = cos(x_i, 1/N \sum_j x_j)           b = 0: redundancy; tokens like the mean token go
+    s_i   = 1/H \sum_h softmax(q_cls^h K^h)_i  b > 0: score; tokens that CLS attends to stay
+    k_b^l = k_b r_b^l / \sum_m r_b^m           how many tokens encoder l keeps: in proportion to
+                                               the expected rank r_b^l of its feature map
 
-In:   C library models, unmodified; images (B, 3, H, W) in [0, 1]; a total k_2; ranks (3, C).
-Out:  per encoder: tokens (B, n_l, D_l) after its final norm; keep_idx (B, n_l): which patches, raster order.
-Change here: `RTOL`, `feature_rank` (what rank means), `allocate_budget` (how many stay), `mean_similarity`,
-`received_attention` (which stay), `FAMILIES` (another encoder: an `Adapter` and a line).
-Not from the paper: rank = singular values above RTOL times the largest; largest remainder, counts of 1 to all
-there are; k_0, k_1 fall geometrically unless given; which criterion serves which part; without CLS, the mean
-attention from all tokens; a ConvNet, which needs its dense grid, is pruned at its output, by similarity.
+In:   encoders of open_clip, timm and transformers, unmodified; for each the pixels that its own
+      preprocessing makes; how many tokens to keep.
+Out:  per encoder, tokens (B, K, D) without CLS, and keep_idx (B, K): which patches they are.
+
+    with EncoderPruner(encoder, keep=(300, 200, 100)) as pruner:
+        encoder(pixels)
+    pruner.tokens, pruner.keep_idx  # (B, 100, D), (B, 100)
+
+Change here: `mean_similarity` and `received_attention` (which tokens stay), `feature_rank` and
+`RTOL` (what rank means), `allocate_budget` (how encoders share), `FAMILIES` (one more encoder).
+
+Not from the paper: rank counts the singular values above RTOL times the largest. Shares are rounded
+by largest remainder, and lie between one token and all there are. k_0 and k_1 fall geometrically
+unless given. Part 0 uses similarity, the later parts attention. Where there is no CLS, the score is
+the mean attention from all tokens. A ConvNet needs its dense grid, and is pruned at its output
+only.
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RTOL = 1e-2  # at 1e-3 float features are all but full rank; at 1e-1 ranks vary by a third between pictures
-CRITERIA = ("similarity", "attention", "attention")  # of parts 0, 1, 2
-STRATEGIES = {
-    "rank": lambda r: r,
-    "average": lambda r: 1,
-    "rank_reverse": lambda r: 1 / r,
-}  # of rank r
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+RTOL = 1e-2  # at 1e-3 float features have all but full rank; at 1e-1 the rank varies by a third
+POINTS = 3  # pruning points of the paper: after each third of the blocks
+STRATEGIES = ("rank", "average", "rank_reverse")
 
 
-def require(condition, message: str, error: type = ValueError) -> None:
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
     if not condition:
         raise error(message)
 
 
-def singular_values(tokens: Tensor) -> Tensor:
-    """Roots of the eigenvalues of the smaller Gram matrix. (B, N, D) -> (B, min(N, D)) float64, ascending."""
-    require(
-        tokens.dim() == 3 and tokens.isfinite().all(),
-        f"tokens must be finite, of shape (B, N, D), got shape {tuple(tokens.shape)}",
-    )
-    A = tokens.double()
-    gram = A @ A.mT if A.shape[1] <= A.shape[2] else A.mT @ A
-    return torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()  # rounding leaves zeros just below 0
-
-
-def feature_rank(tokens: Tensor, rtol: float = RTOL) -> Tensor:
-    """#{j: sigma_j > rtol sigma_max}. (B, N, D) -> (B,) int64.  Source: [paper; our choice of rtol]"""
-    require(
-        1e-6 <= rtol < 1, f"rtol must be at least 1e-6 and below 1, got {rtol}"
-    )  # a Gram matrix's limit
-    sigma = singular_values(tokens)
-    return (sigma > rtol * sigma[:, -1:]).sum(dim=1)
-
-
-def nuclear_diversity(tokens: Tensor) -> Tensor:
-    """||A||_* / N, rows normalised. (B, N, D) -> (B,) in [0, sqrt(min(N, D) / N)].  Source: [supplement A]"""
-    return singular_values(F.normalize(tokens.double(), dim=-1)).sum(dim=1) / tokens.shape[1]
+# ----------------------------------------------------------------------- which tokens are redundant
 
 
 def mean_similarity(tokens: Tensor) -> Tensor:
-    r"""R_i = cos(x_i, 1/N \sum_j x_j). (B, N, D) -> redundancy (B, N) float32.  Source: [paper, Finding 1]"""
-    x = tokens.float()
-    return F.cosine_similarity(x, x.mean(dim=1, keepdim=True), dim=-1)
+    r"""R_i = cos(x_i, 1/N \sum_j x_j): how much a token looks like the background.
 
-
-def received_attention(
-    q: Tensor, k: Tensor, scale: float, from_cls: bool, chunk: int = 256
-) -> Tensor:
-    r"""s_i = 1/H \sum_h softmax(scale q^h K^h)_i; q of token 0 if from_cls, else the mean over all queries.
-    q, k (B, H, N, d) -> score (B, N) float32 of row sum 1; by `chunk` queries, to hold no N x N matrix.
-    Source: [paper, Finding 2]; without CLS [our choice]
+    Args: tokens (B, N, D) float.
+    Returns: redundancy (B, N) float32, -1..1; the lowest stay.
+    Source: [paper, Finding 1]
     """
-    q, k = (q[:, :, :1] if from_cls else q).float(), k.float()
+    tokens = tokens.float()
+    mean_token = tokens.mean(dim=1, keepdim=True)  # (B, 1, D)
+    return F.cosine_similarity(tokens, mean_token, dim=-1)  # (B, N)
+
+
+def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 256) -> Tensor:
+    r"""s_i = 1/H \sum_h softmax(scale q^h K^h)_i, averaged over the queries that are given.
+
+    Args:
+        q (B, H, Q, d) float: the query of CLS alone (Q = 1), or of all tokens (Q = N).
+        k (B, H, N, d) float: keys of all tokens.
+        scale: factor of q . k, as the encoder's own attention has it.
+        chunk: queries computed at a time, so that no N x N matrix is held.
+    Returns: score (B, N) float32, 0..1; each row sums to 1; the highest stay.
+    Source: [paper, Finding 2]; all tokens as queries where there is no CLS [our choice]
+    """
+    q, k = q.float(), k.float()
+    total = 0
     with torch.autocast(q.device.type, enabled=False):
-        parts = [
-            (scale * rows @ k.mT).softmax(-1).mean(dim=1).sum(dim=1)
-            for rows in q.split(chunk, dim=2)
-        ]
-    return sum(parts) / q.shape[2]
+        for some in q.split(chunk, dim=2):
+            attention = (scale * some @ k.mT).softmax(dim=-1)  # (B, H, chunk, N)
+            total = total + attention.mean(dim=1).sum(dim=1)  # (B, N)
+    return total / q.shape[2]
+
+
+def highest(score: Tensor, K: int) -> Tensor:
+    """Places of the K highest scores of each row, ascending; ties go to the lower place.
+
+    Args: score (B, N) float. Returns: (B, K) int64.
+    """
+    order = score.argsort(dim=1, descending=True, stable=True)  # (B, N)
+    return order[:, :K].sort(dim=1).values
+
+
+# ----------------------------------------------------------------------- how many tokens each keeps
+
+
+def singular_values(tokens: Tensor) -> Tensor:
+    """Singular values of each token matrix: roots of the eigenvalues of its smaller Gram matrix.
+
+    Args: tokens (B, N, D) float, finite.
+    Returns: (B, min(N, D)) float64, ascending.
+    Raises: ValueError for another shape, NaN or infinity.
+    """
+    require(
+        tokens.dim() == 3 and bool(tokens.isfinite().all()),
+        f"tokens must be finite, of shape (B, N, D), got shape {tuple(tokens.shape)}",
+    )
+    A = tokens.double()
+    N, D = A.shape[1:]
+    gram = A @ A.mT if N <= D else A.mT @ A  # (B, min(N, D), min(N, D))
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    return eigenvalues.clamp(min=0).sqrt()  # rounding leaves some just below 0
+
+
+def feature_rank(tokens: Tensor, rtol: float = RTOL) -> Tensor:
+    r"""#{j: \sigma_j > rtol \sigma_max}: how many directions the tokens really use.
+
+    Args: tokens (B, N, D) float; rtol: 1e-6 (what a Gram matrix resolves) to below 1.
+    Returns: (B,) int64, 0..min(N, D).
+    Source: [paper]; counting by rtol [our choice]
+    """
+    require(1e-6 <= rtol < 1, f"rtol must be at least 1e-6 and below 1, got {rtol}")
+    sigma = singular_values(tokens)
+    largest = sigma[:, -1:]
+    return (sigma > rtol * largest).sum(dim=1)
+
+
+def nuclear_diversity(tokens: Tensor) -> Tensor:
+    r"""||A||_* / N for the row-normalised tokens A: 1 where all differ, low where all are alike.
+
+    Args: tokens (B, N, D) float.
+    Returns: (B,) float64, 0..sqrt(min(N, D) / N).
+    Source: [supplement A]
+    """
+    N = tokens.shape[1]
+    A = F.normalize(tokens.double(), dim=-1)
+    return singular_values(A).sum(dim=1) / N
+
+
+def strategy_weights(ranks: Sequence[float], strategy: str) -> list[Fraction]:
+    """What the shares are in proportion to. Exact fractions, so that equal shares are equal."""
+    if strategy == "rank":
+        return [Fraction(r) for r in ranks]
+    if strategy == "rank_reverse":
+        return [1 / Fraction(r) for r in ranks]
+    return [Fraction(1) for _ in ranks]  # "average"
 
 
 def allocate_budget(
     total: int, ranks: Sequence[float], available: Sequence[int], strategy: str = "rank"
 ) -> list[int]:
-    r"""k^l = k r^l / \sum_m r^m in whole tokens, 1 <= k^l <= available[l], their sum exactly `total`.
+    r"""k^l = k r^l / \sum_m r^m: share `total` tokens among encoders in proportion to their ranks.
 
-    A share that meets a bound is held there, and the others divide the rest by the same rule, in fractions;
-    then largest remainder, ties to the lower index. `STRATEGIES` may replace r by 1 or by 1 / r.
-    Raises: ValueError for a total outside C..sum(available), ranks not C positive numbers, another strategy.
+    No encoder gets more than it has, and each gets at least one token. Who meets such a bound is
+    settled there, and the others share what is left by the same rule.
+
+    Args:
+        total: k, from C to sum(available); ranks: r^l, C positive numbers.
+        available: tokens that each encoder has; strategy: one of `STRATEGIES`.
+    Returns: C whole numbers, 1 <= k^l <= available[l], whose sum is exactly `total`.
+    Raises: ValueError for arguments not as above.
     Source: [paper, Eq. of k_b^l; supplement Table 1]; bounds and rounding [our choice]
     """
-    C, ranks = len(available), [float(r) for r in ranks]
-    require(strategy in STRATEGIES, f"strategy must be one of {(*STRATEGIES,)}, got {strategy!r}")
+    C = len(available)
+    ranks = [float(r) for r in ranks]
+    require(strategy in STRATEGIES, f"strategy must be one of {STRATEGIES}, got {strategy!r}")
     require(
         isinstance(total, int) and C <= total <= sum(available) and min(available) >= 1,
         f"total must be an int from {C}, one each, to all of {[*available]}, got {total}",
@@ -106,17 +172,34 @@ def allocate_budget(
         len(ranks) == C and all(0 < r < math.inf for r in ranks),
         f"ranks must be {C} positive numbers, one for each encoder, got {ranks}",
     )
-    # A share is t w, held to 1..available: the sum of all rises with t, in straight lines from bend to bend.
-    weights = [Fraction(STRATEGIES[strategy](Fraction(r))) for r in ranks]
-    held = lambda t: [min(max(t * w, 1), n) for w, n in zip(weights, available)]
-    bends = [bound / w for w, n in zip(weights, available) for bound in (1, n)]
-    t = max(bend for bend in bends if sum(held(bend)) <= total)
-    slope = sum(w for w, n in zip(weights, available) if 1 <= t * w < n) or 1
-    shares = held(t + Fraction(total - sum(held(t))) / slope)
-    counts = [math.floor(s) for s in shares]
-    for l in sorted(range(C), key=lambda l: counts[l] - shares[l])[
-        : total - sum(counts)
-    ]:  # a stable sort
+    weights = strategy_weights(ranks, strategy)
+    shares = {}  # encoder -> its share, once that is settled
+    waiting = set(range(C))
+    while waiting:
+        left = total - sum(shares.values())
+        weight_sum = sum(weights[l] for l in waiting)
+        wanted = {l: left * weights[l] / weight_sum for l in waiting}
+        bounded = {l: min(max(wanted[l], 1), available[l]) for l in waiting}
+        too_much = sum(bounded.values()) - left
+        if too_much > 0:  # the others will get less than now: who is at one token stays there
+            settled = {l for l in waiting if bounded[l] > wanted[l]}
+        elif too_much < 0:  # the others will get more: who is given all it has stays there
+            settled = {l for l in waiting if bounded[l] < wanted[l]}
+        else:
+            settled = set(waiting)
+        for l in settled:
+            shares[l] = bounded[l]
+        waiting -= settled
+    return largest_remainder([shares[l] for l in range(C)], total)
+
+
+def largest_remainder(shares: Sequence[Fraction], total: int) -> list[int]:
+    """Round down, then one more for the largest remainders; ties go to the lower index."""
+    counts = [math.floor(share) for share in shares]
+    remainders = [share - count for share, count in zip(shares, counts)]
+    by_remainder = sorted(range(len(shares)), key=remainders.__getitem__, reverse=True)  # stable
+    missing = total - sum(counts)
+    for l in by_remainder[:missing]:
         counts[l] += 1
     return counts
 
@@ -127,188 +210,597 @@ def plan_budgets(
     available: Sequence[int],
     inside: Sequence[bool],
     strategy: str = "rank",
-) -> list[tuple]:
-    """Tokens left to each encoder at the points 0, 1, 2: C triples, never rising; the last entries make k_2.
-    totals: k_2, or (k_0, k_1, k_2), or None to keep all; ranks: (3, C), or None with "average". Those pruned
-    `inside` (C bool) share k_0 and k_1, which fall geometrically to their part of k_2 unless given.
-    Raises: ValueError for totals or ranks not as above.  Source: [paper]; k_0, k_1 [our choice]
+) -> list[tuple[int, ...]]:
+    """How many tokens each encoder keeps at each pruning point.
+
+    Args:
+        totals: k_2, the tokens of all encoders together at their output; or (k_0, k_1, k_2), one
+            total for each point; or None to keep all. With k_2 alone, k_0 and k_1 fall
+            geometrically.
+        ranks: (points, C), as `expected_ranks` gives them; may be None with strategy "average".
+        available: C counts of tokens, unpruned.
+        inside: C bool: whether an encoder can be pruned before its output. Those that cannot share
+            the last total only, and the totals before are shared among the others.
+        strategy: one of `STRATEGIES`.
+    Returns: for each encoder its counts at the points, never rising; the last ones sum to k_2.
+    Raises: ValueError for totals or ranks not as above.
+    Source: [paper]; totals that fall geometrically [our choice]
     """
-    C, part = len(available), [l for l, prunable in enumerate(inside) if prunable]
+    C = len(available)
+    given = None if totals is None or isinstance(totals, int) else len(totals)
+    points = given or (POINTS if ranks is None else len(ranks))
     if totals is None:
-        return [(n, n, n) for n in available]
-    ranks = [[1.0] * C] * 3 if ranks is None and strategy == "average" else ranks
+        return [(n,) * points for n in available]
+    if ranks is None and strategy == "average":
+        ranks = [[1.0] * C] * points
     require(
-        ranks is not None and len(ranks) == 3 and all(len(row) == C for row in ranks),
-        f"ranks must be (3, {C}), points by encoders, as expected_ranks gives, got {ranks}",
+        ranks is not None and len(ranks) == points and all(len(row) == C for row in ranks),
+        f"ranks must be ({points}, {C}), points by encoders, as expected_ranks gives, got {ranks}",
     )
+    prunable = [l for l in range(C) if inside[l]]
     require(
-        isinstance(totals, int) or len(totals) == 3 and part,
-        f"totals must be an int, or 3 where an encoder is pruned inside, got {totals}",
+        given is None or given == 1 or len(prunable) > 0,
+        f"totals must be an int where no encoder is pruned before its output, got {totals}",
     )
-    if isinstance(totals, int):
-        last, n = (
-            allocate_budget(totals, ranks[2], available, strategy),
-            sum(available[l] for l in part),
-        )
-        fall = sum(last[l] for l in part) / max(n, 1)
-        totals = [round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), totals]
-    left, plan = list(available), []
-    for total, row, who in zip(totals, ranks, (part, part, range(C))):
-        if who:
-            counts = allocate_budget(total, [row[l] for l in who], [left[l] for l in who], strategy)
-            left = [dict(zip(who, counts)).get(l, n) for l, n in enumerate(left)]
-        plan.append(left)
+    if given is None:
+        last = allocate_budget(totals, ranks[-1], available, strategy)
+        totals = geometric_totals(totals, last, available, prunable, points)
+    left = list(available)
+    plan = []
+    for b in range(points):
+        sharing = list(range(C)) if b == points - 1 else prunable
+        if sharing:
+            point_ranks = [ranks[b][l] for l in sharing]
+            still_there = [left[l] for l in sharing]
+            counts = allocate_budget(totals[b], point_ranks, still_there, strategy)
+            for l, count in zip(sharing, counts):
+                left[l] = count
+        plan.append(tuple(left))
     return list(zip(*plan))
+
+
+def geometric_totals(
+    total: int,
+    last: Sequence[int],
+    available: Sequence[int],
+    prunable: Sequence[int],
+    points: int,
+) -> list[int]:
+    """Totals of all points but the last, each the same fraction of the one before; then `total`."""
+    start = sum(available[l] for l in prunable)
+    end = sum(last[l] for l in prunable)
+    fall = end / max(start, 1)
+    return [round(start * fall ** ((b + 1) / points)) for b in range(points - 1)] + [total]
+
+
+# -------------------------------------------------------------------------------- inside an encoder
+
+
+class EncoderPruner:
+    """Prunes an encoder's tokens inside a `with` block, by hooks; after it the model is as it was.
+
+    Modifications: the blocks are cut into as many equal parts as `keep` has entries. After the last
+    block of a part, the dropped patches leave the sequence; tokens in front of the patches (CLS,
+    registers) always stay. Blocks that follow get the rotary positions of the tokens that are left.
+
+    Args:
+        encoder: a model of `FAMILIES`, or one that holds such a model, as a LLaVA does.
+        keep: tokens left after each part, never rising; None keeps all that are there.
+        criteria: "similarity" or "attention" for each part; None: similarity first, then attention.
+        depth: number of blocks to use, without the final norm; None: all, and the norm that the
+            library applies to patches. LLaVA reads the last block but one: depth = blocks - 1.
+    After a forward:
+        tokens (B, K, D): the patches that are left, as the encoder returns them; with gradient.
+        keep_idx (B, K) int64: their numbers among all patches, ascending; ties to the lower index.
+    Raises: TypeError for a model that is not supported; ValueError for arguments not as above, for
+        features that are not finite, and for a forward with patch dropout or an attention mask.
+    Source: [paper, rank-guided collaborative token assignment]
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        keep: Sequence[int | None],
+        criteria: Sequence[str] | None = None,
+        depth: int | None = None,
+    ):
+        self.encoder, self.family = find_encoder(encoder)
+        name = type(self.encoder).__name__
+        require(
+            not self.family.dense,
+            f"a {name} needs its dense grid and is not pruned inside: use encode",
+            TypeError,
+        )
+        self.blocks = self.encoder.get_submodule(self.family.blocks)
+        check_blocks(self.encoder, self.blocks, self.family)
+        self.depth = len(self.blocks) if depth is None else depth
+        require(
+            1 <= self.depth <= len(self.blocks),
+            f"depth must be 1 to {len(self.blocks)}, the blocks of a {name}, got {depth}",
+        )
+        self.keep = tuple(keep)
+        self.criteria = default_criteria(len(self.keep)) if criteria is None else tuple(criteria)
+        require(
+            len(self.criteria) == len(self.keep)
+            and {*self.criteria} <= {"similarity", "attention"},
+            "criteria must be 'similarity' or 'attention' for each of the "
+            f"{len(self.keep)} entries of keep, got {self.criteria}",
+        )
+        self.points = pruning_points(self.depth, len(self.keep))
+        self.prefix, self.has_cls = self.family.prefix(self.encoder)
+        self.tokens, self.keep_idx = None, None
+        self._handles = []
+
+    def __enter__(self) -> "EncoderPruner":
+        require(not self._handles, "this EncoderPruner must not be entered twice at a time")
+        self.tokens, self.keep_idx = None, None
+        for i, block in enumerate(self.blocks):
+            before = partial(self._before_block, i)
+            self._handles.append(block.register_forward_pre_hook(before, with_kwargs=True))
+        for b, i in enumerate(self.points):
+            after = partial(self._after_part, b)
+            self._handles.append(self.blocks[i].register_forward_hook(after, with_kwargs=True))
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        ran = kind is not None or self.tokens is not None
+        require(ran, "the encoder did not run inside the block, or was compiled before it")
+
+    def _before_block(self, i: int, block: nn.Module, args: tuple, kwargs: dict) -> tuple:
+        """Call a block with what belongs to the tokens that are left."""
+        x = args[0]  # (B, P + N, D)
+        rope = kwargs.get(ROPE)  # rotary table of the patches, (N, 2 d) or (1 or B, 1, N, 2 d)
+        masks = [m for m in args[1:] if torch.is_tensor(m)]
+        masks += [m for name, m in kwargs.items() if torch.is_tensor(m) and name != ROPE]
+        if i == 0:
+            require(
+                not any(hides_tokens(mask) for mask in masks) and not drops_patches(self.encoder),
+                "the encoder must see all its patches: without padding or an attention mask, and "
+                "with patch dropout switched off",
+            )
+            N = x.shape[1] - self.prefix
+            self.keep_idx = torch.arange(N, device=x.device).expand(len(x), N)  # (B, N)
+            self._pruned = False
+            self.tokens = None
+        if not self._pruned:
+            return args, kwargs
+        args = (
+            x,
+            *(None if torch.is_tensor(m) else m for m in args[1:]),
+        )  # a mask that hid nothing
+        kwargs = {name: None if torch.is_tensor(m) else m for name, m in kwargs.items()}
+        if rope is not None:
+            table = rope.reshape(-1, *rope.shape[-2:])  # (1 or B, N, 2 d)
+            kept_rows = table.take_along_dim(self.keep_idx[..., None], dim=1)  # (B, K, 2 d)
+            kwargs[ROPE] = kept_rows[:, None]  # an axis for heads, or B would be read as heads
+        return args, kwargs
+
+    def _after_part(self, b: int, block: nn.Module, args: tuple, kwargs: dict, output):
+        """Stage 1 itself: score the patches that leave this block, and keep the best."""
+        x = output[0] if isinstance(output, tuple) else output  # (B, P + N, D)
+        P, N, K = self.prefix, x.shape[1] - self.prefix, self.keep[b]
+        finite = x.sum(dtype=torch.float32).isfinite()  # one NaN or infinity spoils the sum
+        require(
+            bool(finite),
+            f"features of {type(self.encoder).__name__} must be finite, got NaN or inf",
+        )
+        require(
+            K is None or (isinstance(K, int) and 1 <= K <= N),
+            f"keep[{b}] must be None or an int, 1 to {N} here, got {K}",
+        )
+        if K is not None and K < N:
+            with torch.no_grad():
+                if self.criteria[b] == "similarity":
+                    score = -mean_similarity(x[:, P:])  # (B, N)
+                else:
+                    score = self._attention_score(block, args[0], kwargs.get(ROPE))
+                stay = highest(score, K)  # (B, K)
+            patches = x[:, P:].take_along_dim(stay[..., None], dim=1)  # (B, K, D)
+            x = torch.cat([x[:, :P], patches], dim=1)  # (B, P + K, D)
+            self.keep_idx = self.keep_idx.gather(1, stay)
+            self._pruned = True
+        if b == len(self.keep) - 1:
+            self.tokens = self._final_norm(x)[:, P:]  # (B, K, D)
+        return (x, *output[1:]) if isinstance(output, tuple) else x
+
+    def _attention_score(self, block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
+        """Attention in the block that has just run, from its own input x, q and k. -> (B, N)"""
+        queries = 1 if self.has_cls else x.shape[1]
+        q, k, scale = self.family.queries_and_keys(block, x, queries, rope)
+        return received_attention(q, k, scale)[:, self.prefix :]
+
+    def _final_norm(self, x: Tensor) -> Tensor:
+        """The norm that the library applies to all tokens after its last block, where it does."""
+        norm, uses_all_blocks = self.family.norm, self.depth == len(self.blocks)
+        if norm is None or not uses_all_blocks or pools_before_norm(self.encoder):
+            return x
+        return self.encoder.get_submodule(norm)(x)
+
+
+def default_criteria(parts: int) -> tuple[str, ...]:
+    """Similarity where attention is still dense and unstable, attention in the deeper parts."""
+    return ("similarity",) + ("attention",) * (parts - 1)
+
+
+def pruning_points(blocks: int, parts: int) -> list[int]:
+    """The last block of each part, from 0: of 24 blocks in 3 parts 7, 15, 23.  Source: [paper]"""
+    require(
+        1 <= parts <= blocks,
+        f"keep must have 1 to {blocks} entries, at most one for each block, got {parts}",
+    )
+    return [blocks * (b + 1) // parts - 1 for b in range(parts)]
+
+
+def hides_tokens(mask: Tensor) -> bool:
+    """Whether an attention mask hides anything: False if it is bool, below 0 if it is added."""
+    hidden = ~mask if mask.dtype == torch.bool else mask < 0
+    return bool(hidden.any())
+
+
+def drops_patches(encoder: nn.Module) -> bool:
+    """Whether patch dropout, open_clip's or timm's, is active: it would change patches' numbers."""
+    for module in encoder.modules():
+        if type(module).__name__.startswith("PatchDropout") and module.training and module.prob > 0:
+            return True
+    return False
+
+
+# ----------------------------------------------------------------------------------- whole encoders
 
 
 def encode(
     encoder: nn.Module,
-    images: Tensor,
-    keep: Sequence[int | None] = (None, None, None),
-    part_criteria: Sequence[str] = CRITERIA,
+    pixels: Tensor,
+    keep: Sequence[int | None] = (None,),
+    criteria: Sequence[str] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Run an encoder, pruning at the points 0, 1, 2; with nothing pruned, the library's own tokens.
+    """Run one encoder under `EncoderPruner`, or a ConvNeXt under `encode_dense`.
 
-    Args: images (B, 3, H, W) float in [0, 1], any size; keep: tokens left at each point, never rising, None
-    for all (inside, a ConvNet keeps all); part_criteria: "similarity" or "attention" for each part.
-    Returns: tokens (B, K, D), no CLS; keep_idx (B, K) int64, ascending, ties to the lower index, no gradient.
-    Raises: ValueError for arguments not as above or features that are not finite; TypeError: see `adapter`.
+    Args: encoder, keep, criteria: as in `EncoderPruner`; of a ConvNeXt only the last entry of keep
+        may prune; pixels: what the encoder's own preprocessing makes, (B, 3, H, W), or the
+        flattened patches (B, N, 2 + 3 p^2) of a Pix2Struct.
+    Returns: tokens (B, K, D) without CLS; keep_idx (B, K) int64, ascending.
+    Raises: as `EncoderPruner`.
     """
-    a = adapter(encoder)
+    model, family = find_encoder(encoder)
+    if not family.dense:
+        with EncoderPruner(model, keep, criteria) as pruner:
+            model(pixels)
+        return pruner.tokens, pruner.keep_idx
+    N = count_tokens(model, pixels)
+    for b, K in enumerate(keep[:-1]):
+        require(
+            K is None or K == N,
+            f"keep[{b}] must be None or {N} here, as a {type(model).__name__} is pruned at its "
+            f"output only, got {K}",
+        )
+    return encode_dense(model, pixels, keep[-1])
+
+
+def encode_dense(encoder: nn.Module, pixels: Tensor, keep: int | None) -> tuple[Tensor, Tensor]:
+    """Run a timm ConvNeXt, which needs its dense grid, and prune its output by similarity.
+
+    Args: pixels (B, 3, H, W) float; keep: K, 1 to h w, or None for all.
+    Returns: tokens (B, K, D); keep_idx (B, K) int64, ascending.
+    Source: [our choice]
+    """
+    grid = encoder.forward_features(pixels)  # (B, D, h, w)
+    tokens = grid.flatten(2).mT  # (B, N, D), N = h w
+    B, N, _ = tokens.shape
+    finite = bool(tokens.sum(dtype=torch.float32).isfinite())
+    require(finite, f"features of {type(encoder).__name__} must be finite, got NaN or inf")
     require(
-        len(keep) == len(part_criteria) == 3 and {*part_criteria} <= {*CRITERIA},
-        "keep and part_criteria ('similarity' or 'attention') must have 3 entries, one a part, "
-        f"got {keep} and {part_criteria}",
+        keep is None or (isinstance(keep, int) and 1 <= keep <= N),
+        f"keep must end in None or an int, 1 to {N} here, got {keep}",
     )
-    x, rope = a.embed(images)  # (B, P + N, D); (B, N, 2 d), or None
-    P, keep_idx = a.prefix, torch.arange(a.num_tokens, device=x.device).expand(len(x), -1)  # (B, N)
-    for b, (part, K, criterion) in enumerate(zip(a.parts, keep, part_criteria)):
-        for i in part:
-            x_in, x = x, a.block(i, x, rope)
-        require(
-            x.sum(dtype=torch.float32).isfinite(),  # one NaN or inf spoils the sum
-            f"features of {type(encoder).__name__} must be finite, got NaN or inf",
-        )
-        N, least = x.shape[1] - P, 1 if a.prunable_inside or b == 2 else a.num_tokens
-        require(
-            K is None or isinstance(K, int) and least <= K <= N,
-            f"keep[{b}] must be None or an int, {least} to {N} here, got {K}",
-        )
-        if K in (None, N):
-            continue
-        with torch.no_grad():
-            if criterion == "similarity" or not a.prunable_inside:
-                score = -mean_similarity(x[:, P:])
-            else:  # attention in the block that has just run, from its own q and k
-                score = received_attention(*a.attention(i, x_in, rope), a.from_cls)[:, P:]
-            stay = (
-                score.argsort(dim=1, descending=True, stable=True)[:, :K].sort(dim=1).values
-            )  # (B, K)
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        x = torch.cat([x[:, :P], x[:, P:][rows, stay]], dim=1)  # (B, P + K, D)
-        rope = rope if rope is None else rope[rows, stay]
-        keep_idx = keep_idx.gather(1, stay)
-    return a.norm(x)[:, P:], keep_idx
+    if keep is None or keep == N:
+        return tokens, torch.arange(N, device=tokens.device).expand(B, N)
+    with torch.no_grad():
+        keep_idx = highest(-mean_similarity(tokens), keep)  # (B, K)
+    return tokens.take_along_dim(keep_idx[..., None], dim=1), keep_idx
 
 
 def encode_all(
     encoders: Sequence[nn.Module],
-    images: Tensor,
+    pixels: Sequence[Tensor],
     total: int | Sequence[int] | None,
     ranks: Tensor | Sequence[Sequence[float]] | None = None,
     strategy: str = "rank",
-    part_criteria: Sequence[str] = CRITERIA,
+    criteria: Sequence[str] | None = None,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """`plan_budgets`, then `encode` with each encoder: C x tokens (B, n_l, D_l), C x keep_idx (B, n_l)."""
-    adapters = [adapter(e) for e in encoders]
-    sizes, inside = [a.num_tokens for a in adapters], [a.prunable_inside for a in adapters]
-    plan = plan_budgets(total, ranks, sizes, inside, strategy)
-    encoded = [encode(e, images, keep, part_criteria) for e, keep in zip(encoders, plan)]
-    return [tokens for tokens, _ in encoded], [keep_idx for _, keep_idx in encoded]
+    """All encoders under one budget: `plan_budgets`, then `encode` for each.
+
+    Args: encoders, pixels: C of each; the others as in `plan_budgets` and `EncoderPruner`.
+    Returns: C tensors of tokens (B, n_l, D_l); C tensors keep_idx (B, n_l) int64.
+    """
+    available = [count_tokens(encoder, x) for encoder, x in zip(encoders, pixels)]
+    inside = [can_prune_inside(encoder) for encoder in encoders]
+    plan = plan_budgets(total, ranks, available, inside, strategy)
+    tokens, keep_idx = [], []
+    for encoder, x, keep in zip(encoders, pixels, plan):
+        kept_tokens, kept_places = encode(encoder, x, keep, criteria)
+        tokens.append(kept_tokens)
+        keep_idx.append(kept_places)
+    return tokens, keep_idx
 
 
 @torch.no_grad()
 def expected_ranks(
-    encoders: Sequence[nn.Module], batches: Iterable[Tensor], rtol: float = RTOL
+    encoders: Sequence[nn.Module],
+    batches: Iterable[Sequence[Tensor]],
+    rtol: float = RTOL,
+    points: int = POINTS,
 ) -> Tensor:
-    """r_b^l: mean rank over all pictures of the patch tokens at each point, unpruned. -> (3, C) float64.
-    Models in eval mode, 64 pictures or more; a ConvNet's three are its output's.  Source: [supplement B.1]
+    """r_b^l: the mean rank over pictures of each encoder's patches at each pruning point, unpruned.
+
+    Args: encoders: C models in eval mode; batches: each a list of the C encoders' pixels for the
+        same pictures, 64 pictures or more in all; rtol: as in `feature_rank`; points: how many.
+    Returns: (points, C) float64. A ConvNeXt has the rank of its output at every point.
+    Source: [supplement B.1]
     """
-    adapters, pictures = [adapter(e) for e in encoders], 0
-    ranks = torch.zeros(3, len(adapters), dtype=torch.float64)
-    for images in batches:
-        pictures += len(images)
-        for l, a in enumerate(adapters):
-            x, rope = a.embed(images)
-            for b, part in enumerate(a.parts):
-                for i in part:
-                    x = a.block(i, x, rope)
-                ranks[b, l] += feature_rank(x[:, a.prefix :], rtol).sum().item()
-    require(pictures, "batches must hold at least one picture, got none")
+    ranks = torch.zeros(points, len(encoders), dtype=torch.float64)
+    pictures = 0
+    for pixels in batches:
+        pictures += len(pixels[0])
+        for l, (encoder, x) in enumerate(zip(encoders, pixels)):
+            for b, features in enumerate(features_at_points(encoder, x, points)):
+                ranks[b, l] += feature_rank(features, rtol).sum().item()
+    require(pictures > 0, "batches must hold at least one picture, got none")
     return ranks / pictures
 
 
-class Adapter:
-    """What `encode` must know of a family: blocks; norm, the final one; dim D; grid (h, w) of patches; size
-    (H, W) of its pictures; prefix P, the tokens before the patches; from_cls: the first is a CLS. Methods:
-    patchify(pixels) -> x (B, P + N, D), rotary table (N, 2 d) or None; attention(i, x, rope) -> q, k
-    (B, H, P + N, d), scale, as block i computes them from x; q of the CLS alone if from_cls.
+def features_at_points(encoder: nn.Module, pixels: Tensor, points: int = POINTS) -> list[Tensor]:
+    """The patches (B, N, D) after the last block of each part, nothing pruned, before any norm."""
+    model, family = find_encoder(encoder)
+    if family.dense:
+        return [encode_dense(model, pixels, None)[0]] * points
+    blocks = model.get_submodule(family.blocks)
+    prefix, _ = family.prefix(model)
+    features = []
+
+    def note(block, args, output):
+        x = output[0] if isinstance(output, tuple) else output
+        features.append(x[:, prefix:])
+
+    handles = [blocks[i].register_forward_hook(note) for i in pruning_points(len(blocks), points)]
+    try:
+        model(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return features
+
+
+def count_tokens(encoder: nn.Module, pixels: Tensor) -> int:
+    """How many patches the encoder makes of pixels (B, 3, H, W) or flattened patches (B, N, _)."""
+    h, w = patch_grid(encoder, pixels)
+    return h * w
+
+
+def patch_grid(encoder: nn.Module, pixels: Tensor) -> tuple[int, int]:
+    """(h, w) patches; of a Pix2Struct by the row and column, from 1, in front of each patch."""
+    model, family = find_encoder(encoder)
+    if pixels.dim() == 3:
+        rows, columns = pixels[0, :, :2].amax(dim=0).long().tolist()
+        return rows, columns
+    H, W = pixels.shape[-2:]
+    if family.dense:
+        stride = (model.feature_info[-1]["reduction"],) * 2
+    else:  # a vision transformer cuts its patches by the one convolution that it has
+        stride = next(m.stride for m in model.modules() if isinstance(m, nn.Conv2d))
+    return H // stride[0], W // stride[1]
+
+
+def can_prune_inside(encoder: nn.Module) -> bool:
+    """False for a ConvNeXt, which needs its dense grid up to the output."""
+    return not find_encoder(encoder)[1].dense
+
+
+# ------------------------------------------------------------------------- the libraries' own names
+# A family is a row of `FAMILIES`: where a library keeps its blocks and its final norm, which tokens
+# stand before the patches, and how a block makes q and k. tests/test_library_names.py tests them.
+
+ROPE = "rope"  # the argument by which timm hands a rotary table to a block
+
+
+@dataclass(frozen=True)
+class Family:
+    """What stage 1 must know of a class of encoders; a path is attributes joined by dots."""
+
+    blocks: str = ""  # path of the list of blocks
+    norm: str | None = None  # path of the norm that the library applies to all tokens at the end
+    prefix: Callable | None = None  # encoder -> tokens before the patches, whether the first is CLS
+    queries_and_keys: Callable | None = (
+        None  # block, x (B, N, D), Q, rope -> q of the first Q, k, scale
+    )
+    kinds: tuple[str, ...] = ()  # classes "block.attention" that queries_and_keys is written for
+    dense: bool = False  # no blocks: a ConvNeXt
+
+
+def cls_only(encoder) -> tuple[int, bool]:
+    return 1, True
+
+
+def no_prefix(encoder) -> tuple[int, bool]:
+    return 0, False
+
+
+def cls_and_registers(encoder) -> tuple[int, bool]:
+    return 1 + encoder.config.num_register_tokens, True
+
+
+def timm_prefix(encoder) -> tuple[int, bool]:
+    return encoder.num_prefix_tokens, encoder.cls_token is not None
+
+
+def split_heads(x: Tensor, d: int) -> Tensor:
+    return x.unflatten(-1, (-1, d)).transpose(1, 2)  # (B, N, H d) -> (B, H, N, d)
+
+
+def open_clip_queries_and_keys(
+    block, x: Tensor, Q: int, rope: None
+) -> tuple[Tensor, Tensor, float]:
+    """open_clip's ResidualAttentionBlock: torch's own attention, q, k and v in one matrix."""
+    attention, h = block.attn, block.ln_1(x)
+    W_q, W_k, _ = attention.in_proj_weight.chunk(3)
+    b_q, b_k, _ = attention.in_proj_bias.chunk(3)
+    d = attention.head_dim
+    q = split_heads(F.linear(h[:, :Q], W_q, b_q), d)  # (B, H, Q, d)
+    k = split_heads(F.linear(h, W_k, b_k), d)  # (B, H, N, d)
+    return q, k, d**-0.5
+
+
+def timm_queries_and_keys(
+    block, x: Tensor, Q: int, rope: Tensor | None
+) -> tuple[Tensor, Tensor, float]:
+    """timm's ViT and EVA blocks: q and k fused or apart, normed where there are norms, rotated."""
+    attention, h = block.attn, block.norm1(x)
+    d = attention.head_dim
+    if attention.qkv is not None:
+        W_q, W_k, _ = attention.qkv.weight.chunk(3)
+        bias = attention.qkv.bias
+        b_q, b_k, _ = (None, None, None) if bias is None else bias.chunk(3)
+        q, k = F.linear(h[:, :Q], W_q, b_q), F.linear(h, W_k, b_k)
+    else:
+        q, k = attention.q_proj(h[:, :Q]), attention.k_proj(h)
+    if getattr(attention, "q_bias", None) is not None:  # EVA's k has no bias
+        q = q + attention.q_bias
+    q = attention.q_norm(split_heads(q, d))  # (B, H, Q, d)
+    k = attention.k_norm(split_heads(k, d))  # (B, H_kv, N, d)
+    if rope is not None:
+        P = x.shape[1] - rope.shape[-2]  # tokens before the patches have no position
+        k = rotate_patches(k, rope, P, attention)
+        if Q > 1:  # Q = 1 is CLS, which has none
+            q = rotate_patches(q, rope, P, attention)
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped keys: (B, H, N, d)
+    return q, k, attention.scale
+
+
+def rotate_patches(x: Tensor, rope: Tensor, P: int, attention) -> Tensor:
+    from timm.layers import apply_rot_embed_cat
+
+    rotated = apply_rot_embed_cat(x[:, :, P:], rope, half=attention.rotate_half)
+    return torch.cat([x[:, :, :P], rotated], dim=2)  # (B, H, N, d)
+
+
+def transformers_queries_and_keys(
+    norm: str, attention: str, query: str, key: str, block, x: Tensor, Q: int, rope: None
+) -> tuple[Tensor, Tensor, float]:
+    """A block of transformers: its norm, attention, and what makes q and k, by their names."""
+    h = block.get_submodule(norm)(x)
+    attn = block.get_submodule(attention)
+    d = attn.key_value_proj_dim if hasattr(attn, "key_value_proj_dim") else attn.head_dim
+    scale = attn.scaling if hasattr(attn, "scaling") else attn.scale
+    q = split_heads(attn.get_submodule(query)(h[:, :Q]), d)  # (B, H, Q, d)
+    k = split_heads(attn.get_submodule(key)(h), d)  # (B, H, N, d)
+    return q, k, scale
+
+
+TIMM_KINDS = ("Block.Attention", "EvaBlock.EvaAttention", "EvaBlock.AttentionRope")
+CLIP_NAMES = ("layer_norm1", "self_attn", "q_proj", "k_proj")
+VIT_NAMES = ("layernorm_before", "attention", "q_proj", "k_proj")
+DINO_NAMES = ("norm1", "attention", "q_proj", "k_proj")
+PIX2STRUCT_NAMES = ("pre_attention_layer_norm", "attention", "query", "key")
+
+FAMILIES = {  # by name, so that only the libraries of your encoders are needed
+    "open_clip.transformer.VisionTransformer": Family(
+        blocks="transformer.resblocks",
+        norm="ln_post",
+        prefix=cls_only,
+        queries_and_keys=open_clip_queries_and_keys,
+        kinds=("ResidualAttentionBlock.MultiheadAttention",),
+    ),
+    "timm.models.vision_transformer.VisionTransformer": Family(
+        blocks="blocks",
+        norm="norm",
+        prefix=timm_prefix,
+        queries_and_keys=timm_queries_and_keys,
+        kinds=TIMM_KINDS,
+    ),
+    "timm.models.eva.Eva": Family(
+        blocks="blocks",
+        norm="norm",
+        prefix=timm_prefix,
+        queries_and_keys=timm_queries_and_keys,
+        kinds=TIMM_KINDS,
+    ),
+    "timm.models.convnext.ConvNeXt": Family(dense=True),
+    "transformers.models.clip.modeling_clip.CLIPVisionModel": Family(
+        blocks="encoder.layers",
+        prefix=cls_only,
+        queries_and_keys=partial(transformers_queries_and_keys, *CLIP_NAMES),
+    ),
+    "transformers.models.siglip.modeling_siglip.SiglipVisionModel": Family(
+        blocks="encoder.layers",
+        norm="post_layernorm",
+        prefix=no_prefix,
+        queries_and_keys=partial(transformers_queries_and_keys, *CLIP_NAMES),
+    ),
+    "transformers.models.vit.modeling_vit.ViTModel": Family(
+        blocks="layers",
+        norm="layernorm",
+        prefix=cls_only,
+        queries_and_keys=partial(transformers_queries_and_keys, *VIT_NAMES),
+    ),
+    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": Family(
+        blocks="encoder.layer",
+        norm="layernorm",
+        prefix=cls_only,
+        queries_and_keys=partial(transformers_queries_and_keys, *DINO_NAMES),
+    ),
+    "transformers.models.dinov2_with_registers.modeling_dinov2_with_registers"
+    ".Dinov2WithRegistersModel": Family(
+        blocks="encoder.layer",
+        norm="layernorm",
+        prefix=cls_and_registers,
+        queries_and_keys=partial(transformers_queries_and_keys, *DINO_NAMES),
+    ),
+    "transformers.models.pix2struct.modeling_pix2struct.Pix2StructVisionModel": Family(
+        blocks="encoder.layer",
+        norm="layernorm",
+        prefix=no_prefix,
+        queries_and_keys=partial(transformers_queries_and_keys, *PIX2STRUCT_NAMES),
+    ),
+}
+
+
+def find_encoder(model: nn.Module) -> tuple[nn.Module, Family]:
+    """The first module of a class of `FAMILIES`, the model itself or one inside, and its row.
+
+    Raises: TypeError where there is none.
     """
+    for module in model.modules():
+        for cls in type(module).__mro__:
+            name = f"{cls.__module__}.{cls.__qualname__}"
+            if name in FAMILIES:
+                return module, FAMILIES[name]
+    raise TypeError(
+        f"encoder must be or hold one of {', '.join(FAMILIES)}, got {type(model).__name__}: "
+        "for another, add a row to FAMILIES"
+    )
 
-    prunable_inside, mode = True, "bicubic"
-    kinds = ()  # "block.attention" classes that `attention` is written for
 
-    def __init__(self, model, outer, blocks, norm, dim, grid, size, prefix=0, from_cls=False):
-        self.model, self.blocks, self.norm, self.dim, L = model, blocks, norm, dim, len(blocks)
-        self.grid, self.num_tokens, self.size = tuple(grid), grid[0] * grid[1], tuple(size)
-        self.num_blocks, self.prefix, self.from_cls = L, prefix, from_cls
-        self.parts = [
-            range(L * b // 3, L * (b + 1) // 3) for b in range(3)
-        ]  # of 24: they end at 7, 15, 23
-        self.cfg = (
-            getattr(outer, "preprocess_cfg", None) or getattr(model, "pretrained_cfg", None) or {}
-        )
-        found = {block_kind(block) for block in blocks}
-        require(
-            not self.kinds or found <= {*self.kinds},
-            f"blocks of {type(model).__name__} must be {self.kinds}, got {sorted(found)}",
-            TypeError,
-        )
-        require(L >= 3 or not self.prunable_inside, f"encoder must have at least 3 blocks, got {L}")
+def check_blocks(encoder: nn.Module, blocks: Iterable[nn.Module], family: Family) -> None:
+    """TypeError for variants of a class whose q and k the family's function would get wrong."""
+    name = type(encoder).__name__
+    found = {block_kind(block) for block in blocks}
+    require(
+        not family.kinds or found <= {*family.kinds},
+        f"blocks of {name} must be {family.kinds}, got {sorted(found)}",
+        TypeError,
+    )
+    one_table = not getattr(encoder, "rope_mixed", False)
+    require(one_table, f"{name} must have one rotary table, got 'mixed'", TypeError)
 
-    def embed(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Resize, normalise and embed images: x (B, P + N, D) and rope (B, N, 2 d) or None."""
-        require(
-            images.dim() == 4 and images.shape[1] == 3 and images.is_floating_point(),
-            f"images must be float (B, 3, H, W), got {images.dtype} {tuple(images.shape)}",
-        )
-        require(
-            ((images >= 0) & (images <= 1)).all(), "images must be in [0, 1]: divide bytes by 255"
-        )
-        mean, std = self.statistics(images)
-        if images.shape[-2:] != self.size:
-            images = F.interpolate(images, self.size, mode=self.mode, antialias=True).clamp(
-                0, 1
-            )  # overshoot
-        dtype = max(
-            self.model.parameters(), key=Tensor.dim
-        ).dtype  # of a weight, not of a norm or a bias
-        x, rope = self.patchify(((images - mean) / std).to(dtype))
-        N = x.shape[1] - self.prefix
-        require(
-            N == self.num_tokens,
-            f"encoder must embed {self.num_tokens} patches, got {N}: switch patch dropout off",
-        )
-        return x, rope if rope is None else rope.expand(len(x), -1, -1)
 
-    def statistics(self, images):
-        constants = self.cfg.get("mean", CLIP_MEAN), self.cfg.get("std", CLIP_STD)
-        return [images.new_tensor(c).view(3, 1, 1) for c in constants]
-
-    def block(self, i, x, rope):
-        # rope gets an axis for the heads: (B, N, 2 d) would be read as (H, N, 2 d)
-        out = self.blocks[i](x) if rope is None else self.blocks[i](x, rope=rope[:, None])
-        return out[0] if isinstance(out, tuple) else out  # transformers gives a tuple
+def pools_before_norm(encoder: nn.Module) -> bool:
+    """Whether an open_clip model norms only what it pools from the patches, and not the patches."""
+    if not hasattr(encoder, "final_ln_after_pool"):
+        return False
+    return encoder.final_ln_after_pool or encoder.attn_pool is not None
 
 
 def block_kind(block: nn.Module) -> str:
@@ -318,226 +810,32 @@ def block_kind(block: nn.Module) -> str:
     return f"{type(block).__name__}.{type(block.attn).__name__}"
 
 
-def heads(t: Tensor, d: int) -> Tensor:
-    return t.unflatten(-1, (-1, d)).transpose(1, 2)  # (B, N, H d) -> (B, H, N, d)
-
-
-class ClipViT(Adapter):
-    """open_clip's VisionTransformer."""
-
-    kinds = ("ResidualAttentionBlock.MultiheadAttention",)
-
-    def __init__(self, v, outer):
-        norm = v.ln_post if v.attn_pool is None and not v.final_ln_after_pool else nn.Identity()
-        super().__init__(
-            v,
-            outer,
-            v.transformer.resblocks,
-            norm,
-            v.conv1.out_channels,
-            v.grid_size,
-            v.image_size,
-            prefix=1,
-            from_cls=True,
-        )
-
-    def patchify(self, pixels):
-        return self.model._embeds(pixels), None
-
-    def attention(self, i, x, rope):
-        attn, h = self.blocks[i].attn, self.blocks[i].ln_1(x)
-        (Wq, Wk, _), (bq, bk, _) = attn.in_proj_weight.chunk(3), attn.in_proj_bias.chunk(3)
-        q, k = F.linear(h[:, :1], Wq, bq), F.linear(h, Wk, bk)
-        return heads(q, attn.head_dim), heads(k, attn.head_dim), attn.head_dim**-0.5
-
-
-class TimmViT(Adapter):
-    """timm's VisionTransformer (SigLIP: no CLS) and Eva (EVA-02: rotary positions go with their tokens)."""
-
-    kinds = ("Block.Attention", "EvaBlock.EvaAttention", "EvaBlock.AttentionRope")
-
-    def __init__(self, v, outer):
-        require(
-            not getattr(v, "rope_mixed", False),
-            "Eva must have one rotary table, got 'mixed'",
-            TypeError,
-        )
-        super().__init__(
-            v,
-            outer,
-            v.blocks,
-            v.norm,
-            v.embed_dim,
-            v.patch_embed.grid_size,
-            v.patch_embed.img_size,
-            v.num_prefix_tokens,
-            v.cls_token is not None,
-        )
-
-    def patchify(self, pixels):
-        v = self.model
-        x = v._pos_embed(v.patch_embed(pixels))
-        x, rope = x if isinstance(x, tuple) else (v.patch_drop(x), None)
-        return v.norm_pre(x), rope
-
-    def attention(self, i, x, rope):
-        attn, h, P = self.blocks[i].attn, self.blocks[i].norm1(x), self.prefix
-        asks = h[:, :1] if self.from_cls else h
-        if attn.qkv:
-            bias = [None] * 3 if attn.qkv.bias is None else attn.qkv.bias.chunk(3)
-            q, k = (F.linear(y, W, b) for y, W, b in zip((asks, h), attn.qkv.weight.chunk(3), bias))
-        else:
-            q, k = attn.q_proj(asks), attn.k_proj(h)
-        q = q if getattr(attn, "q_bias", None) is None else q + attn.q_bias  # k has none
-        q, k = attn.q_norm(heads(q, attn.head_dim)), attn.k_norm(heads(k, attn.head_dim))
-        if rope is not None:
-            from timm.layers import apply_rot_embed_cat
-
-            turn = lambda t: torch.cat(
-                [
-                    t[:, :, :P],
-                    apply_rot_embed_cat(t[:, :, P:], rope[:, None], half=attn.rotate_half),
-                ],
-                dim=2,
-            )
-            q, k = q if self.from_cls else turn(q), turn(k)
-        return q, k.repeat_interleave(q.shape[1] // k.shape[1], dim=1), attn.scale
-
-
-class ConvNeXt(Adapter):
-    """timm's ConvNeXt: a dense map, no blocks to stop at."""
-
-    prunable_inside = False
-
-    def __init__(self, v, outer):
-        size = getattr(outer, "image_size", None) or getattr(v, "pretrained_cfg", {}).get(
-            "input_size"
-        )
-        require(
-            size, "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}"
-        )
-        grid = [s // v.feature_info[-1]["reduction"] for s in size[-2:]]
-        super().__init__(v, outer, (), nn.Identity(), v.num_features, grid, size[-2:])
-
-    def patchify(self, pixels):
-        return self.model.forward_features(pixels).flatten(
-            2
-        ).mT, None  # (B, D, h, w) -> (B, h w, D)
-
-
-class Pix2Struct(Adapter):
-    """transformers' Pix2StructVisionModel: config.meteor_grid = (h, w) patches, or the largest square."""
-
-    mode = "bilinear"
-
-    def __init__(self, v, outer):
-        c, p, side = (
-            v.config,
-            math.isqrt(v.config.patch_embed_hidden_size // 3),
-            math.isqrt(v.config.seq_len),
-        )
-        self.p, grid = p, getattr(c, "meteor_grid", (side, side))
-        super().__init__(
-            v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, [s * p for s in grid]
-        )
-
-    def statistics(self, images):  # each picture's own
-        std = images.flatten(1).std(dim=1).clamp(min=images[0].numel() ** -0.5)
-        return images.mean(dim=(1, 2, 3), keepdim=True), std.view(-1, 1, 1, 1)
-
-    def patchify(
-        self, pixels
-    ):  # a patch: its row and column, from 1, then its pixels, channels last
-        cells = torch.cartesian_prod(*(torch.arange(1, s + 1) for s in self.grid)).to(
-            pixels
-        )  # (N, 2)
-        patches = (
-            F.unfold(pixels, self.p, stride=self.p)
-            .unflatten(1, (3, -1))
-            .permute(0, 3, 2, 1)
-            .flatten(2)
-        )
-        return self.model.embeddings(
-            torch.cat([cells.expand(len(pixels), -1, -1), patches], dim=-1)
-        ), None
-
-    def attention(self, i, x, rope):
-        attn, h = self.blocks[i].attention, self.blocks[i].pre_attention_layer_norm(x)
-        q, k = (heads(project(h), attn.key_value_proj_dim) for project in (attn.query, attn.key))
-        return q, k, attn.scaling
-
-
-class Dinov2(Adapter):
-    """transformers' Dinov2Model: config.meteor_grid = (h, w) patches, or those of config.image_size."""
-
-    def __init__(self, v, outer):
-        c, embed = v.config, v.embeddings.patch_embeddings
-        grid = getattr(
-            c, "meteor_grid", [s // p for s, p in zip(embed.image_size, embed.patch_size)]
-        )
-        size = [n * p for n, p in zip(grid, embed.patch_size)]
-        super().__init__(v, outer, v.encoder.layer, v.layernorm, c.hidden_size, grid, size, 1, True)
-        self.cfg = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # ImageNet's
-
-    def patchify(self, pixels):
-        return self.model.embeddings(pixels), None
-
-    def attention(self, i, x, rope):
-        attn, h = self.blocks[i].attention, self.blocks[i].norm1(x)
-        return (
-            heads(attn.q_proj(h[:, :1]), attn.head_dim),
-            heads(attn.k_proj(h), attn.head_dim),
-            attn.scaling,
-        )
-
-
-FAMILIES = {  # by name: only the libraries of your encoders are needed
-    "open_clip.transformer.VisionTransformer": ClipViT,
-    "timm.models.vision_transformer.VisionTransformer": TimmViT,
-    "timm.models.eva.Eva": TimmViT,
-    "timm.models.convnext.ConvNeXt": ConvNeXt,
-    "transformers.models.pix2struct.modeling_pix2struct.Pix2StructVisionModel": Pix2Struct,
-    "transformers.models.dinov2.modeling_dinov2.Dinov2Model": Dinov2,
-}
-
-
-def adapter(encoder: nn.Module) -> Adapter:
-    """For a model of `FAMILIES`, or an open_clip or Pix2Struct model around it; TypeError for any other."""
-    visual = getattr(encoder, "visual", encoder)
-    for model in (getattr(encoder, "encoder", None), getattr(visual, "trunk", None), visual):
-        for cls in type(model).__mro__:
-            if (name := f"{cls.__module__}.{cls.__qualname__}") in FAMILIES:
-                return FAMILIES[name](model, visual)
-    raise TypeError(
-        f"encoder must be or hold one of {', '.join(FAMILIES)}, got {type(model).__name__}: for "
-        "another, list an Adapter that embeds, runs a block and gives its q and k"
-    )
-
-
 def main() -> None:
     """What the libraries' own models, with random weights, keep of 300 tokens, by strategy."""
     import timm
     from open_clip.transformer import VisionTransformer
-    from transformers import Pix2StructVisionConfig, Pix2StructVisionModel
+    from transformers import CLIPVisionConfig, CLIPVisionModel
 
     torch.manual_seed(0)
-    config = Pix2StructVisionConfig(num_hidden_layers=3, seq_len=144, initializer_range=0.02)
+    clip = CLIPVisionConfig(num_hidden_layers=3, image_size=192, patch_size=16)
     encoders = [
-        VisionTransformer(96, 8, 96, 3, 6, 2.0),
-        Pix2StructVisionModel(config),
+        VisionTransformer(96, 8, width=96, layers=3, heads=6, mlp_ratio=2.0),
+        CLIPVisionModel(clip),
         timm.create_model("eva02_tiny_patch14_224", img_size=168),
         timm.create_model("vit_base_patch16_siglip_224", img_size=192, depth=3),
-        timm.create_model("convnext_atto", pretrained_cfg_overlay={"input_size": (3, 384, 384)}),
+        timm.create_model("convnext_atto"),
     ]
-    images = F.interpolate(torch.rand(4, 3, 7, 7), 80)
-    ranks = expected_ranks([e.eval() for e in encoders], [images])
-    for encoder, r in zip(encoders, ranks.T.tolist()):
-        print(
-            f"{type(encoder).__name__:>21}: {adapter(encoder).num_tokens} tokens, expected ranks {r}"
-        )
+    sides = [96, 192, 168, 192, 384]
+    pictures = F.interpolate(torch.rand(4, 3, 7, 7), 80)
+    pixels = [F.interpolate(pictures, side, mode="bilinear") for side in sides]
+
+    ranks = expected_ranks([encoder.eval() for encoder in encoders], [pixels])
+    for l, encoder in enumerate(encoders):
+        tokens = count_tokens(encoder, pixels[l])
+        print(f"{type(encoder).__name__:>17}: {tokens} tokens, ranks {ranks[:, l].tolist()}")
     for strategy in STRATEGIES:
-        tokens, _ = encode_all(encoders, images, 300, ranks, strategy)
-        print(f"{strategy:>21}: {[x.shape[1] for x in tokens]}")
+        tokens, _ = encode_all(encoders, pixels, 300, ranks, strategy)
+        print(f"{strategy:>17}: {[x.shape[1] for x in tokens]}")
 
 
 if __name__ == "__main__":

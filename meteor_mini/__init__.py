@@ -1,15 +1,17 @@
-"""meteor_mini: METEOR (ICCV 2025), three-stage visual token pruning for VLMs with several vision encoders.
+"""meteor_mini: METEOR (ICCV 2025), three-stage visual token pruning for VLMs with several encoders.
 
-The method is in three files at the top level, each of which stands alone: `stage1_encode`, `stage2_fuse` and
-`stage3_decode`; here they are composed, trained, measured and shown.
+The method is in three files at the top level, each of which stands alone: `stage1_encode`,
+`stage2_fuse` and `stage3_decode`. `model.py` composes them. Two wings hold the rest: `glyph/`, the
+embedded model and the world that it was trained on, and `lab/`, what is measured and drawn.
 """
 
 import stage1_encode
 import stage2_fuse
 import stage3_decode
 
-from .calibration import calibrate
-from .model import CHECKPOINTS, Answer, Budget, Encoded, Meteor
+from .budgets import Budget, budget_for, calibrate
+from .model import Answer, Encoded, Meteor
+from .weights import CHECKPOINTS
 
 __all__ = [
     "CHECKPOINTS",
@@ -17,6 +19,7 @@ __all__ = [
     "Budget",
     "Encoded",
     "Meteor",
+    "budget_for",
     "calibrate",
     "load",
     "stage1_encode",

@@ -1,4 +1,5 @@
-"""The command line, `meteor-mini demo | ask | eval | bench | calibrate | train`: a model unpruned and with METEOR's three stages.
+"""The command line, `meteor-mini demo | ask | eval | bench | calibrate | train`: a model unpruned
+and with METEOR's three stages.
 
     demo [--out DIR]           a question of every family answered both ways: tokens, time, a figure
     ask IMAGE QUESTION         a question about your own picture
@@ -180,7 +181,9 @@ def number(text: str) -> int | float:
 
 
 def check_output(path: Path, directory: bool = False) -> None:
-    """Raise ValueError where a file (or directory) cannot be written, before anything is computed for it."""
+    """Raise ValueError where a file (or directory) cannot be written, before anything is computed
+    for it.
+    """
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ValueError(f"cannot write {path}: the directory {parent} does not exist")
@@ -239,7 +242,8 @@ def demo_question(
 ) -> dict:
     """Answer one question under each budget, print it and draw it.
 
-    Returns: {budget name: {"tokens": mean per LLM layer, "right": bool, "prefill": ms, "answer": ms}}.
+    Returns: {budget name: {"tokens": mean per LLM layer, "right": bool, "prefill": ms, "answer":
+        ms}}.
     """
     picture, question, truth = glyphworld.example(index, "test", family)
     images = evaluate.to_images([picture.image])
@@ -268,7 +272,8 @@ def demo_question(
 def timings(model: Meteor, images: torch.Tensor, question: str, budgets: dict[str, Budget]) -> dict:
     """Median milliseconds of RUNS runs, the budgets taking turns.
 
-    Returns: {budget name: {"prefill": from picture to first new token, "answer": to the answer's end}}.
+    Returns: {budget name: {"prefill": from picture to first new token, "answer": to the answer's
+        end}}.
     """
     options, runs = {"prefill": {"max_new_tokens": 1}, "answer": {}}, {}
     for _ in range(RUNS):
@@ -291,7 +296,9 @@ def short(count: float) -> str:
 
 
 def token_line(answer: Answer) -> str:
-    """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, per LLM layer on average."""
+    """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, per LLM layer on
+    average.
+    """
     return " -> ".join(
         short(answer.tokens[key]) for key in ("encoders", "stage1", "stage2", "stage3")
     )
@@ -311,7 +318,9 @@ def survivor_lines(answer: Answer) -> list[str]:
 
 
 def figure(images: torch.Tensor, texts: dict[str, str], answers: dict[str, Answer]) -> Image.Image:
-    """The figure of the last of `answers`, with what all of them said and how many tokens that took."""
+    """The figure of the last of `answers`, with what all of them said and how many tokens that
+    took.
+    """
     heading = "{}, {} tokens per LLM layer".format
     texts = texts | {
         heading(name, short(a.tokens["stage3"])): said(a) for name, a in answers.items()
@@ -539,7 +548,9 @@ def run_train(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 after one sentence on stderr about wrong input."""
+    """Run a command; returns the exit code: 0, or 2 after one sentence on stderr about wrong
+    input.
+    """
     transformers.logging.set_verbosity_error()  # what is wrong is said once, below
     hub_logging.set_verbosity_error()
     try:

@@ -1,11 +1,12 @@
-"""Trains a Meteor of pretrained parts on a user's pictures and dialogues, with transformers' Trainer.
+"""Trains a Meteor of pretrained parts on a user's dialogues, with transformers' Trainer.
 
-    meteor-mini train --preset small --data FILE --out DIR                  phase 1: the projectors alone
-    meteor-mini train --model DIR --data FILE --out DIR2 --phase all        phase 2: everything but the encoders
+    meteor-mini train --preset small --data FILE --out DIR         phase 1: the projectors alone
+    meteor-mini train --model DIR --data FILE --out DIR2 --phase all    phase 2: all but the
+    encoders
 
-Stages 1 and 2 are active at the model's own budget while it trains, stage 3 is not (the paper's recipe). Several GPUs, bf16,
-accumulation, logging and resuming are the Trainer's: `accelerate launch -m meteor_mini train ...`, more options in `Trainer`'s
-own words with --set, as `--set bf16=true --set gradient_accumulation_steps=4`.
+Stages 1 and 2 are active at the model's own budget while it trains, stage 3 is not (the paper's
+recipe). Several GPUs, bf16, accumulation, logging and resuming are the Trainer's: `accelerate
+launch -m meteor_mini.cli train ...`, and --set for its own options, as `--set bf16=true`.
 """
 
 import json
@@ -14,31 +15,40 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from .calibration import calibrate_model
-from .model import Meteor
-from .pictures import load_picture, to_square
+from .budgets import calibrate
+from .model import Encoded, Meteor
+from .pictures import load_picture, resize_square, to_square
+from .weights import own_weights
 
 PHASES = {"projectors": ["projectors"], "all": ["projectors", "decoder"]}
 RATES = {"projectors": 1e-3, "all": 2e-5}  # LLaVA's
 CALIBRATION = 64  # pictures that measure ranks and lambda
+Dialogue = list[tuple[str, str]]  # questions with true answers about one picture
+
+
+# ------------------------------------------------------------------------------------ a user's data
 
 
 class Dialogues(Dataset):
-    """Pictures with questions and answers. rows: dictionaries, either LLaVA's {"image": file, "conversations": [{"from":
-    "human" | "gpt", "value"}, ...]}, its files in `folder`, or {"image": a file or a Pillow image, "question", "answer"},
-    as in many Hugging Face datasets, which may be given as they are; side: pixels of the square that all pictures become.
+    """Pictures with questions and answers.
 
     An item: {"images": (3, side, side) float in [0, 1], "dialogues": [(question, answer), ...]}.
+
+    Args:
+        rows: dictionaries, either LLaVA's {"image": file, "conversations": [{"from": "human" |
+            "gpt", "value"}, ...]}, or {"image": a file or a Pillow image, "question", "answer"}, as
+            in many Hugging Face datasets, which may be given as they are.
+        side: pixels of the square that all pictures become; folder: where the files are.
     """
 
     def __init__(self, rows, side: int, folder: str | Path = "."):
-        self.rows, self.side, self.folder = rows, side, Path(folder)
-        if not len(rows):
+        if len(rows) == 0:
             raise ValueError("data must hold at least one row, got none")
+        self.rows, self.side, self.folder = rows, side, Path(folder)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -46,18 +56,14 @@ class Dialogues(Dataset):
     def __getitem__(self, i: int) -> dict:
         row = self.rows[i]
         image = row["image"]
-        image = (
-            load_picture(self.folder / image)
-            if isinstance(image, (str, Path))
-            else to_square(image.convert("RGB"))
-        )
-        image = F.interpolate(image, (self.side, self.side), mode="bicubic", antialias=True).clamp(
-            0, 1
-        )[0]
-        return {"images": image, "dialogues": pairs(row)}
+        if isinstance(image, (str, Path)):
+            image = load_picture(self.folder / image)
+        else:
+            image = to_square(image.convert("RGB"))
+        return {"images": resize_square(image, self.side)[0], "dialogues": pairs(row)}
 
 
-def pairs(row: dict) -> list[tuple[str, str]]:
+def pairs(row: dict) -> Dialogue:
     """A row's questions with answers, without LLaVA's placeholder for the picture.
 
     Raises: ValueError for a row of neither form.
@@ -65,19 +71,22 @@ def pairs(row: dict) -> list[tuple[str, str]]:
     if "conversations" in row:
         turns = row["conversations"]
         said = [turn["value"].replace("<image>", "").strip() for turn in turns]
-        if [turn["from"] for turn in turns] == ["human", "gpt"] * (len(turns) // 2) and turns:
+        in_turns = ["human", "gpt"] * (len(turns) // 2)
+        if turns and [turn["from"] for turn in turns] == in_turns:
             return list(zip(said[::2], said[1::2]))
     elif {"image", "question", "answer"} <= set(row):
         return [(row["question"], row["answer"])]
     raise ValueError(
-        "data must hold rows of image and conversations (human and gpt in turns), or of image, question and "
-        f"answer, got {json.dumps(row, default=str)[:150]}"
+        "data must hold rows of image and conversations (human and gpt in turns), or of image, "
+        f"question and answer, got {json.dumps(row, default=str)[:150]}"
     )
 
 
 def read_rows(file: str | Path):
-    """The rows of a JSON file, each of a known form and with a picture that exists; or of a directory from `save_to_disk` of
-    Hugging Face's datasets, pictures inside.
+    """The rows of a JSON file, or of a directory that `save_to_disk` of Hugging Face's datasets
+    wrote.
+
+    Every row of a JSON file is checked: it must be of a known form, with a picture that exists.
 
     Raises: ValueError that names the file, or the row (from 0).
     """
@@ -94,9 +103,10 @@ def read_rows(file: str | Path):
         raise ValueError(f"data {file} must be a list of one row or more")
     for number, row in enumerate(rows):
         pairs(row)
-        if not (file.parent / str(row.get("image"))).is_file():
+        picture = row.get("image")
+        if not (file.parent / str(picture)).is_file():
             raise ValueError(
-                f"data {file}, row {number}: picture {row.get('image')} does not exist in {file.parent}"
+                f"data {file}, row {number}: picture {picture} does not exist in {file.parent}"
             )
     return rows
 
@@ -104,22 +114,19 @@ def read_rows(file: str | Path):
 def read_dataset(folder: Path):
     try:
         from datasets import load_from_disk  # nothing else here needs it
-
-        pairs((rows := load_from_disk(str(folder)))[0])  # columns are the same in all rows
-        return rows
     except ImportError as error:
         raise ValueError(
             f"data {folder} is a directory: reading one of save_to_disk needs `pip install datasets`"
         ) from error
+    try:
+        rows = load_from_disk(str(folder))
+        pairs(rows[0])  # columns are the same in all rows
     except (OSError, LookupError) as error:  # of another kind; several datasets; no row
         raise ValueError(
-            f"data {folder} must hold one dataset with a row or more, from save_to_disk of datasets: {error}"
+            f"data {folder} must hold one dataset with a row or more, from save_to_disk of "
+            f"datasets: {error}"
         ) from error
-
-
-def load_data(file: str | Path, side: int) -> Dialogues:
-    """What `read_rows` reads; pictures of a JSON file are found from its folder."""
-    return Dialogues(read_rows(file), side, Path(file).parent)
+    return rows
 
 
 def collate(items: list[dict]) -> dict:
@@ -129,19 +136,130 @@ def collate(items: list[dict]) -> dict:
     }
 
 
+def check_dialogues(model: Meteor, data: Dialogues) -> None:
+    """ValueError that names the first row with a word that the model's tokenizer does not know."""
+    if model.tokenizer.unk_token_id is None:
+        return
+    for number in range(len(data)):
+        texts = [text for pair in pairs(data.rows[number]) for text in pair]
+        try:
+            model.tokenize(texts)
+        except ValueError as error:
+            raise ValueError(f"data, row {number}: {error}") from error
+
+
+# ----------------------------------------------------------------------------------------- the loss
+
+
+def training_loss(
+    model: Meteor, images: Tensor | Encoded, dialogues: list[Dialogue]
+) -> dict[str, Tensor]:
+    """Mean cross-entropy of the answers' tokens, with stages 1 and 2 active at the model's own
+    budget.
+
+    Args: images (B, 3, H, W) float in [0, 1], or an `Encoded` batch; dialogues: one for each
+        picture.
+    Returns: {"loss": scalar, "logits": (n, V), "labels": (n,)} of the n tokens of all answers, each
+        answer's <eos> with them.
+    """
+    encoded = images if isinstance(images, Encoded) else model.encode(images)
+    return answer_loss(model, encoded.fused.tokens, dialogues)
+
+
+def answer_loss(model: Meteor, visual: Tensor, dialogues: list[Dialogue]) -> dict[str, Tensor]:
+    """`training_loss` from visual tokens (B, K, D), however they were made."""
+    embeds, mask, position, labels = pack(model, visual, dialogues)
+    hidden = model.decoder.model(
+        inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
+    )[0]  # (B, S, D)
+    labels = labels[:, 1:]  # position t predicts token t + 1
+    asked = labels != -100
+    logits = model.decoder.lm_head(hidden[:, :-1][asked])  # (n, V)
+    return {
+        "loss": F.cross_entropy(logits, labels[asked]),
+        "logits": logits,
+        "labels": labels[asked],
+    }
+
+
+def pack(
+    model: Meteor, visual: Tensor, dialogues: list[Dialogue]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[text before] [visual tokens] [question 1, answer 1, <eos>] [question 2, ...]: one row a
+    picture.
+
+    No question sees another, and each has the positions that it would have alone.
+
+    Args: visual (B, K, D).
+    Returns: embeddings (B, S, D); mask (B, 1, S, S) bool, True where a query sees a key; positions
+        (B, S) int64; labels (B, S) int64, -100 where nothing is asked (labels[t] is predicted at t
+        - 1).
+    """
+    B, K, _ = visual.shape
+    device = visual.device
+    start = len(model.before_ids) + K  # where the first question begins
+    packed = [pack_dialogue(model, dialogue, start) for dialogue in dialogues]
+    pad = model.decoder.generation_config.pad_token_id
+    ids, owner, position, labels = (
+        filled_up([row[key] for row in packed], filler, device)
+        for key, filler in (("ids", pad), ("owner", -1), ("position", 0), ("labels", -100))
+    )  # (B, T) each
+    embed = model.decoder.get_input_embeddings()
+    before = embed(torch.tensor(model.before_ids, device=device)).expand(B, -1, -1)
+    embeds = torch.cat([before, visual.to(before.dtype), embed(ids)], dim=1)  # (B, start + T, D)
+
+    owner = F.pad(owner, (start, 0))  # 0: the text before and the picture, which all questions see
+    S = owner.shape[1]
+    causal = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+    key_is_shared = owner[:, None, :] == 0
+    same_question = owner[:, None, :] == owner[:, :, None]  # (B, S, S)
+    mask = causal & (key_is_shared | same_question)
+
+    position = torch.cat([torch.arange(start, device=device).expand(B, -1), position], dim=1)
+    labels = F.pad(labels, (start, 0), value=-100)
+    return embeds, mask[:, None], position, labels
+
+
+def pack_dialogue(model: Meteor, dialogue: Dialogue, start: int) -> dict[str, list[int]]:
+    """All questions of one picture in a row: per token its id, question number, position and
+    label.
+    """
+    questions = model.tokenize([question for question, _ in dialogue])
+    answers = [answer for _, answer in dialogue]
+    answers = model.tokenizer(answers, add_special_tokens=False).input_ids
+    row = {"ids": [], "owner": [], "position": [], "labels": []}
+    for number, (question, answer) in enumerate(zip(questions, answers), 1):
+        said = answer + [model.tokenizer.eos_token_id]
+        length = len(question) + len(said)
+        row["ids"] += question + said
+        row["owner"] += [number] * length
+        row["position"] += range(start, start + length)
+        row["labels"] += [-100] * len(question) + said
+    return row
+
+
+def filled_up(rows: list[list[int]], filler: int, device: torch.device) -> Tensor:
+    """Rows of different lengths -> (B, T) int64, filled up behind."""
+    T = max(map(len, rows))
+    return torch.tensor([row + [filler] * (T - len(row)) for row in rows], device=device)
+
+
+# -------------------------------------------------------------------------------------- the
+# training
+
+
 class Loss(nn.Module):
     """What the Trainer trains. It would take a `Meteor`'s own config for one of transformers'."""
 
-    _keys_to_ignore_on_save = (
-        None  # asked for where a checkpoint lacks a key: tied word embeddings stand in it once
-    )
+    # Asked for where a checkpoint lacks a key: tied word embeddings stand in it once.
+    _keys_to_ignore_on_save = None
 
     def __init__(self, meteor: Meteor):
         super().__init__()
         self.meteor = meteor
 
-    def forward(self, images: torch.Tensor, dialogues: list) -> dict:
-        return {"loss": self.meteor(images, dialogues)["loss"]}
+    def forward(self, images: Tensor, dialogues: list[Dialogue]) -> dict:
+        return {"loss": training_loss(self.meteor, images, dialogues)["loss"]}
 
 
 class MeteorTrainer(Trainer):
@@ -150,13 +268,14 @@ class MeteorTrainer(Trainer):
     def _save(self, output_dir=None, state_dict=None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        weights = self.accelerator.unwrap_model(self.model).meteor.weights()
-        arrays = {f"meteor.{k}": v.contiguous() for k, v in weights.items()}
+        stored = own_weights(self.accelerator.unwrap_model(self.model).meteor)
+        arrays = {f"meteor.{key}": tensor.contiguous() for key, tensor in stored.items()}
         save_file(arrays, folder / "model.safetensors", metadata={"format": "pt"})
 
 
 def side_of(model: Meteor) -> int:
-    return max(max(adapter.size) for adapter in model.adapters)
+    """Pixels of the largest picture that one of the encoders reads."""
+    return max(max(view.size) for view in model.views.values())
 
 
 def finetune(
@@ -167,54 +286,49 @@ def finetune(
     resume: bool = False,
     **options,
 ) -> Trainer:
-    """Train; a model that lacks ranks is calibrated first, lambda is measured again afterwards; the result goes into `out`.
+    """Train, and write the result into `out`.
 
-    Args: phase: of `PHASES`; resume: from the last checkpoint in out/checkpoints; options: of `TrainingArguments`.
+    A model that lacks ranks is calibrated first; lambda is measured again afterwards.
+
+    Args: phase: of `PHASES`; resume: from the last checkpoint in out/checkpoints; options: of
+        `TrainingArguments`.
+    Raises: ValueError for another phase, nothing to resume from, or words that nobody knows.
     """
     if phase not in PHASES:
         raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
-    out = Path(out)
-    if resume and not list((out / "checkpoints").glob("checkpoint-*")):
-        raise ValueError(
-            f"resume finds no checkpoint in {out / 'checkpoints'}: run once without it"
-        )
-    for number in (
-        range(len(data)) if model.config["words"] else ()
-    ):  # a tokenizer that does not know every word
-        try:
-            model.tokenize([text for pair in pairs(data.rows[number]) for text in pair])
-        except ValueError as error:
-            raise ValueError(f"data, row {number}: {error}") from error
+    checkpoints = Path(out) / "checkpoints"
+    if resume and not list(checkpoints.glob("checkpoint-*")):
+        raise ValueError(f"resume finds no checkpoint in {checkpoints}: run once without it")
+    check_dialogues(model, data)
     first = [data[i] for i in range(min(CALIBRATION, len(data)))]
-    batches = [
-        torch.stack([item["images"] for item in first[i : i + 8]]) for i in range(0, len(first), 8)
-    ]
+    pictures = torch.stack([item["images"] for item in first])
+    batches = list(pictures.split(8))
     questions = [item["dialogues"][0][0] for item in first]
     if model.config["ranks"] is None:
-        calibrate_model(model, batches, questions)
+        calibrate(model, batches, questions)
     model.requires_grad_(False)
     for part in PHASES[phase]:
         getattr(model, part).requires_grad_(True)
-    defaults = dict(
-        output_dir=str(out / "checkpoints"),
-        learning_rate=RATES[phase],
-        lr_scheduler_type="cosine",
-        warmup_steps=20,
-        per_device_train_batch_size=8,
-        num_train_epochs=1,
-        remove_unused_columns=False,
-        report_to="none",
-        seed=0,
-    )
+    defaults = {
+        "output_dir": str(checkpoints),
+        "learning_rate": RATES[phase],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "seed": 0,
+    }
     trainer = MeteorTrainer(
         Loss(model),
         TrainingArguments(**defaults | options),
         data_collator=collate,
         train_dataset=data,
     )
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=True if resume else None)
     model.eval().requires_grad_(False)
-    calibrate_model(model, batches, questions)
+    calibrate(model, batches, questions)
     model.config["trained"] = True
     if trainer.is_world_process_zero():
         model.save_pretrained(out)

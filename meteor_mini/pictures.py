@@ -1,20 +1,37 @@
-"""A user's picture file -> one square (1, 3, S, S) float tensor in [0, 1], the same for every encoder."""
+"""A user's picture file -> one square tensor in [0, 1] -> the pixels that each encoder reads.
 
+`load_picture` makes the square, which is the same for all encoders. `EncoderView` makes of it what
+one encoder's own preprocessing would: its size, its mean and standard deviation, its patches.
+"""
+
+import math
 import struct
 import sys
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torch import Tensor, nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from stage1_encode import find_encoder, patch_grid
 
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 8, 10_000, 20  # pixels, pixels, longer side : shorter side
 MAX_SQUARE = 1024  # larger pictures are scaled down; each encoder resizes to its own input anyway
-LIMITS = f"sides of {MIN_SIDE} to {MAX_SIDE} px and an aspect ratio of at most {MAX_ASPECT}:1 are allowed"
+SIDES = f"sides of {MIN_SIDE} to {MAX_SIDE} px"
+LIMITS = f"{SIDES} and an aspect ratio of at most {MAX_ASPECT}:1 are allowed"
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 # What Pillow's decoders raise on broken bytes. AttributeError and its like are missing on purpose.
 BROKEN = (
     OSError,
@@ -33,31 +50,28 @@ BROKEN = (
 def load_picture(path: str | Path) -> torch.Tensor:
     """Read a picture of any format and mode that Pillow reads; of an animation its first frame.
 
-    EXIF rotation is applied, transparency laid on white, and the picture padded to a square in its mean
-    colour. That an animation has more frames is noted on stderr.
+    EXIF rotation is applied, transparency laid on white, and the picture padded to a square in its
+    mean colour. That an animation has more frames is noted on stderr.
 
     Returns: (1, 3, S, S) float32 in [0, 1]; S is the longer side, at most 1024.
-    Raises: ValueError, one sentence that names the file, where it is missing, empty, no picture or broken,
-    and for sides or an aspect ratio outside the limits above.
+    Raises: ValueError, one sentence that names the file, where it is missing, empty, no picture or
+    broken, and for sides or an aspect ratio outside the limits above.
     """
     path = Path(path)
+    if not path.exists():
+        raise ValueError(f"picture {path} does not exist")
     if not path.is_file():
-        raise ValueError(
-            f"picture {path} " + ("is not a file" if path.exists() else "does not exist")
-        )
+        raise ValueError(f"picture {path} is not a file")
     if path.stat().st_size == 0:
         raise ValueError(f"picture {path} is an empty file")
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # Pillow's remarks on odd headers; what matters becomes an error
+        warnings.simplefilter("ignore")  # Pillow's remarks on odd headers: what matters is raised
         with decoding(path):
             image = Image.open(path)  # reads the header alone
         with image:
-            width, height = image.size
-            if not MIN_SIDE <= min(width, height) <= max(width, height) <= MAX_SIDE or max(
-                width, height
-            ) > MAX_ASPECT * min(width, height):
+            short, long = sorted(image.size)
+            if short < MIN_SIDE or long > MAX_SIDE or long > MAX_ASPECT * short:
+                width, height = image.size
                 raise ValueError(f"picture {path} has {width} x {height} px; {LIMITS}")
             with decoding(path):
                 animated = getattr(image, "is_animated", False)
@@ -81,7 +95,7 @@ def decoding(path: Path) -> Iterator[None]:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode -> RGB, transparent pixels on white, deep grey scaled to 8 bits rather than clipped."""
+    """Any mode -> RGB: transparent pixels on white, deep grey scaled to 8 bits, not clipped."""
     if image.mode.startswith(("I", "F")):
         return Image.fromarray(deep_grey(np.asarray(image), image.mode)).convert("RGB")
     if image.has_transparency_data:
@@ -93,8 +107,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def deep_grey(values: np.ndarray, mode: str) -> np.ndarray:
     """(H, W) values of more than 8 bits -> uint8.
 
-    Modes "I;16*", and "I" where all values fit 16 bits: 65535 is white. "F" in [0, 1]: 1 is white. Other
-    ranges carry no white point, so their minimum becomes black and their maximum white.
+    Modes "I;16*", and "I" where all values fit 16 bits: 65535 is white. "F" in [0, 1]: 1 is white.
+    Other ranges carry no white point, so their minimum becomes black and their maximum white.
     """
     values = values.astype(np.float64)
     if not np.isfinite(values).all():
@@ -102,13 +116,184 @@ def deep_grey(values: np.ndarray, mode: str) -> np.ndarray:
     low, high = values.min(), values.max()
     white = 1 if mode == "F" else 65535
     if low < 0 or high > white:
-        values, white = values - low, high - low or 1  # all alike: black
+        values = values - low
+        white = high - low if high > low else 1  # all alike: black
     return (values / white * 255).round().astype(np.uint8)
 
 
 def to_square(image: Image.Image) -> torch.Tensor:
-    """RGB picture -> (1, 3, S, S), padded in its mean colour; a square of up to 1024 px stays as it is."""
+    """RGB picture -> (1, 3, S, S), padded in its mean colour; a small square stays as it is."""
     side = min(max(image.size), MAX_SQUARE)
     mean = tuple(np.asarray(image).mean(axis=(0, 1)).round().astype(int).tolist())
     square = ImageOps.pad(image, (side, side), method=Image.Resampling.BICUBIC, color=mean)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1)[None].float() / 255
+
+
+def resize_square(image: Tensor, side: int) -> Tensor:
+    """(B, 3, S, S) in [0, 1] -> (B, 3, side, side)."""
+    bicubic = InterpolationMode.BICUBIC
+    return transforms.resize(image, [side, side], bicubic, antialias=True).clamp(0, 1)
+
+
+# ------------------------------------------------------------------------- what each encoder reads
+
+
+@dataclass(frozen=True)
+class EncoderView:
+    """What one encoder reads of a picture, and what it makes of it.
+
+    size: (H, W) pixels; grid: (h, w) patches; width: D of its tokens; mean, std: of each colour, or
+    None for those of each picture (Pix2Struct); interpolation: how pictures are resized; patch:
+    side of the flattened patches that a Pix2Struct reads instead of pixels, None for other
+    encoders.
+    """
+
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    width: int
+    mean: tuple[float, ...] | None
+    std: tuple[float, ...] | None
+    interpolation: InterpolationMode = InterpolationMode.BICUBIC
+    patch: int | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        h, w = self.grid
+        return h * w
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Resize and normalise, in float32.
+
+        Args: images (B, 3, any H, any W) float in [0, 1].
+        Returns: pixels (B, 3, H, W), or flattened patches (B, N, 2 + 3 p^2) for a Pix2Struct.
+        Raises: ValueError for images of another shape, type or range.
+        """
+        check_images(images)
+        if self.mean is None:
+            mean, std = picture_statistics(images)
+        else:
+            mean, std = (images.new_tensor(c).view(3, 1, 1) for c in (self.mean, self.std))
+        if images.shape[-2:] != self.size:
+            images = transforms.resize(images, list(self.size), self.interpolation, antialias=True)
+            images = images.clamp(0, 1)  # bicubic overshoots
+        pixels = (images - mean) / std
+        return pixels if self.patch is None else flatten_patches(pixels, self.patch)
+
+
+def pixels_for(
+    encoders: dict[str, nn.Module],
+    views: dict[str, EncoderView],
+    images: Tensor,
+    device: torch.device,
+) -> list[Tensor]:
+    """What each encoder reads of pictures (B, 3, H, W) float in [0, 1]; in the encoder's dtype.
+
+    Raises: TypeError for anything but a tensor; ValueError for one that is not as above.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(
+            "images must be a tensor (B, 3, H, W) in [0, 1], as meteor_mini.pictures.load_picture"
+            f"(file) gives, or an Encoded batch, got {type(images).__name__}"
+        )
+    images, pixels = images.to(device), []
+    for name, encoder in encoders.items():
+        dtype = max(encoder.parameters(), key=Tensor.dim).dtype  # of a weight, not of a norm
+        pixels.append(views[name](images).to(dtype))
+    return pixels
+
+
+def check_images(images: Tensor) -> None:
+    if not images.is_floating_point() or images.dim() != 4 or images.shape[1] != 3:
+        got = f"{images.dtype} {tuple(images.shape)}"
+        raise ValueError(f"images must be float (B, 3, H, W), got {got}")
+    if not ((images >= 0) & (images <= 1)).all():
+        raise ValueError("images must be in [0, 1]: divide bytes by 255")
+
+
+def picture_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each picture over all its values, as Pix2Struct takes them."""
+    mean = images.mean(dim=(1, 2, 3), keepdim=True)  # (B, 1, 1, 1)
+    least = images[0].numel() ** -0.5  # of a picture of one colour
+    std = images.flatten(1).std(dim=1).clamp(min=least)
+    return mean, std.view(-1, 1, 1, 1)
+
+
+def flatten_patches(pixels: Tensor, p: int) -> Tensor:
+    """Pix2Struct's input: of each patch its row and column, from 1, then its pixels, channels last.
+
+    Args: pixels (B, 3, h p, w p). Returns: (B, h w, 2 + 3 p^2).
+    """
+    B, _, H, W = pixels.shape
+    rows, columns = torch.arange(1, H // p + 1), torch.arange(1, W // p + 1)
+    places = torch.cartesian_prod(rows, columns).to(pixels)  # (N, 2)
+    patches = F.unfold(pixels, p, stride=p).mT  # (B, N, 3 p^2), channels first
+    patches = patches.unflatten(2, (3, p * p)).transpose(2, 3).flatten(2)  # channels last
+    return torch.cat([places.expand(B, -1, -1), patches], dim=2)
+
+
+def view_of(encoder: nn.Module) -> EncoderView:
+    """The view of an encoder that a Meteor may have: of open_clip or timm, Pix2Struct or DINOv2.
+
+    Mean and std: those of open_clip's preprocess_cfg, else of timm's pretrained_cfg, else CLIP's.
+    Pix2Struct and DINOv2 take any grid: config.meteor_grid, where it is set.
+    """
+    model, family = find_encoder(encoder)
+    if hasattr(getattr(model, "config", None), "patch_embed_hidden_size"):
+        return pix2struct_view(model)
+    if hasattr(model, "config"):
+        return dinov2_view(model)
+    tower = getattr(encoder, "visual", encoder)
+    open_clip_cfg = getattr(tower, "preprocess_cfg", None)
+    timm_cfg = getattr(model, "pretrained_cfg", None)
+    statistics = open_clip_cfg or timm_cfg or {}
+    if family.dense:
+        size = getattr(tower, "image_size", None) or (timm_cfg or {}).get("input_size")
+        if size is None:
+            raise ValueError(
+                "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}"
+            )
+        size, width = size[-2:], model.num_features
+    elif hasattr(model, "patch_embed"):  # timm
+        size, width = model.patch_embed.img_size, model.embed_dim
+    else:
+        size, width = model.image_size, model.conv1.out_channels
+    size = tuple(size)
+    return EncoderView(
+        size=size,
+        grid=patch_grid(model, torch.empty(0, 3, *size)),
+        width=width,
+        mean=tuple(statistics.get("mean", CLIP_MEAN)),
+        std=tuple(statistics.get("std", CLIP_STD)),
+    )
+
+
+def pix2struct_view(model: nn.Module) -> EncoderView:
+    """A fixed grid: the library's own preprocessing gives 31 x 31 patches for some square
+    pictures.
+    """
+    config = model.config
+    patch = math.isqrt(config.patch_embed_hidden_size // 3)
+    side = math.isqrt(config.seq_len)
+    h, w = getattr(config, "meteor_grid", (side, side))
+    return EncoderView(
+        size=(h * patch, w * patch),
+        grid=(h, w),
+        width=config.hidden_size,
+        mean=None,
+        std=None,
+        interpolation=InterpolationMode.BILINEAR,
+        patch=patch,
+    )
+
+
+def dinov2_view(model: nn.Module) -> EncoderView:
+    config, patch = model.config, model.config.patch_size
+    side = config.image_size // patch
+    h, w = getattr(config, "meteor_grid", (side, side))
+    return EncoderView(
+        size=(h * patch, w * patch),
+        grid=(h, w),
+        width=config.hidden_size,
+        mean=IMAGENET_MEAN,
+        std=IMAGENET_STD,
+    )

@@ -1,6 +1,6 @@
-"""Stage 3 on vision-language models of transformers as they come, training-free: LLaVA, LLaVA-NeXT, SmolVLM, Idefics3,
-DeepSeek-VL-hybrid; and stage 1 on LLaVA's CLIP (the paper's Table 6). What `meteor-mini ask --model llava-hf/llava-1.5-7b-hf`
-calls; copy from here into your own code.
+"""Stage 3 on vision-language models of transformers as they come, training-free: LLaVA, LLaVA-NeXT,
+SmolVLM, Idefics3, DeepSeek-VL-hybrid; and stage 1 on LLaVA's CLIP (the paper's Table 6). What
+`meteor-mini ask --model llava-hf/llava-1.5-7b-hf` calls; copy from here into your own code.
 """
 
 import math
@@ -46,7 +46,9 @@ def inputs_of(model, processor, image: Image.Image, question: str) -> dict:
 
 @torch.no_grad()
 def lambda_for(model, inputs: dict, visual_mask: torch.Tensor, average: float) -> float:
-    """lambda that keeps `average` visual tokens per layer on these prompts. To serve many, solve it once on typical ones."""
+    """lambda that keeps `average` visual tokens per layer on these prompts. To serve many, solve it
+    once on typical ones.
+    """
 
     def measure(lam: float) -> float:
         with AdaptivePruner(model, visual_mask, lam=lam) as pruner:
@@ -65,9 +67,11 @@ def ask(
     keep_all: bool = False,
     **options,
 ) -> dict:
-    """Answer a question about a picture; tokens: wanted visual tokens per layer, `SHARE` of them where None.
+    """Answer a question about a picture; tokens: wanted visual tokens per layer, `SHARE` of them
+    where None.
 
-    Returns: {"answer", "visual_tokens": what came in, "average_tokens": mean per layer, "counts": {layer: tokens from there on}}.
+    Returns: {"answer", "visual_tokens": what came in, "average_tokens": mean per layer, "counts":
+        {layer: tokens from there on}}.
     Raises: ValueError for tokens out of reach.
     """
     inputs = inputs_of(model, processor, image, question)
@@ -95,7 +99,9 @@ def ask(
 
 
 class LlavaTower(nn.Module):
-    """A LLaVA's CLIP, up to the layer that it reads (the last but one), as `stage1_encode.encode` takes it."""
+    """A LLaVA's CLIP, up to the layer that it reads (the last but one), as `stage1_encode.encode`
+    takes it.
+    """
 
     def __init__(self, llava):
         super().__init__()
@@ -151,10 +157,13 @@ def encode_llava(
     pixel_values: torch.Tensor,
     keep: tuple[int | None, int | None, int | None],
 ) -> tuple[dict, torch.Tensor]:
-    """Stage 1 on a LLaVA-1.5: each picture keeps `keep` tokens at the three points, and as many placeholders in the prompt.
+    """Stage 1 on a LLaVA-1.5: each picture keeps `keep` tokens at the three points, and as many
+    placeholders in the prompt.
 
-    Args: input_ids, attention_mask (B, S), pixel_values (pictures, 3, H, W): as the processor gives them.
-    Returns: {"inputs_embeds" (B, S', D), "attention_mask" (B, S')} for `generate`, padded on the left, and the visual mask.
+    Args: input_ids, attention_mask (B, S), pixel_values (pictures, 3, H, W): as the processor gives
+        them.
+    Returns: {"inputs_embeds" (B, S', D), "attention_mask" (B, S')} for `generate`, padded on the
+        left, and the visual mask.
     """
     statistics = stage1_encode.CLIP_MEAN, stage1_encode.CLIP_STD
     mean, std = (torch.tensor(c, device=pixel_values.device).view(3, 1, 1) for c in statistics)

@@ -7,7 +7,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import glyphworld
+from . import world as glyphworld
 from .glyphworld import FAMILIES
 from .model import Answer, Budget, Meteor
 

@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import stage1_encode
 
-from . import glyphworld
+from . import world as glyphworld
 from .calibration import calibrate
 from .evaluate import accuracy, batches, print_recall, recall, to_images
 from .model import CHECKPOINTS, Budget, Meteor

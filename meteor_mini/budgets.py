@@ -1,0 +1,229 @@
+"""How many visual tokens each stage leaves, and what must be measured before that can be asked for.
+
+A user asks for token counts (`Budget`). Stage 1 turns its count into one for each encoder by their
+ranks, stage 3 turns a wanted average into lambda by a table; `calibrate` measures both.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import stage1_encode
+import stage3_decode
+
+PAPER_TOKENS = (1193, 576, 242)  # after stages 1 and 2, and per LLM layer: the paper's main result
+LAMBDAS = [0.0, *(2.0**i for i in range(10))]
+SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of all tokens: where the table of lambda is measured
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How many visual tokens each stage leaves; None keeps all.
+
+    stage1: total over the encoders at their output, or (k_0, k_1, k_2) for the pruning points.
+    stage2: K in the fused sequence.
+    stage3: wanted mean number per LLM layer, averaged over layers and questions.
+    stage1_strategy, stage2_strategy, k, layers (of the LLM; None: L/8, 3L/8, 5L/8): as in the
+    stages.
+    """
+
+    stage1: int | tuple[int, ...] | None = None
+    stage2: int | None = None
+    stage3: float | None = None
+    stage1_strategy: str = "rank"
+    stage2_strategy: str = "collaborative"
+    k: int = 5
+    layers: tuple[int, ...] | None = None
+
+    @classmethod
+    def none(cls) -> "Budget":
+        """The unpruned model: every token goes through everything."""
+        return cls()
+
+
+# ------------------------------------------------------------------- a budget from one wanted
+# number
+
+
+def proportions(budget: Budget) -> tuple[float, float]:
+    """Tokens after stage 1 for each after stage 2, and after stage 2 for each per LLM layer.
+
+    The first is that of the model's own budget, the second the paper's: a model's own may leave
+    stage 3 little room below its own average.
+    """
+    one, two, three = PAPER_TOKENS
+    stage1 = budget.stage1
+    if isinstance(stage1, (tuple, list)):
+        stage1 = stage1[-1]
+    if stage1 is None or budget.stage2 is None:
+        return one / two, two / three
+    return stage1 / budget.stage2, two / three
+
+
+def budget_for(model, tokens: float) -> Budget:
+    """A budget that leaves a mean of `tokens` per LLM layer; the model's own where it has this
+    average.
+
+    Otherwise stages 1 and 2 follow from `proportions`, and a stage whose share exceeds the tokens
+    there are keeps all of them. So counts near the model's own average do not rise smoothly: its
+    own budget was tuned, the others follow a rule.
+
+    Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
+    Source: [our choice]
+    """
+    total, own = model.num_tokens, model.budget
+    if not 4 <= tokens <= total:
+        raise ValueError(
+            f"tokens must be 4 to {total}, the visual tokens of all encoders, got {tokens}"
+        )
+    if tokens == total:
+        return Budget.none()
+    if tokens == own.stage3:
+        return own
+    one_per_two, two_per_three = proportions(own)
+    stage2 = round(tokens * two_per_three)
+    stage1 = round(stage2 * one_per_two)
+    return replace(
+        own,
+        stage1=stage1 if stage1 < total else None,
+        stage2=stage2 if stage2 < total else None,
+        stage3=tokens,
+    )
+
+
+# ---------------------------------------------------------------------- lambda from a wanted
+# average
+
+
+def stage3_lambda(config: dict, budget: Budget, K: int) -> float:
+    """Lambda for the budget's average when K tokens enter the LLM; infinity where it keeps all."""
+    if budget.stage3 is None:
+        return float("inf")
+    return lambda_from_table(config.get("lambda_table"), K, budget.stage3)
+
+
+def lambda_from_table(table: dict | None, K: int, target: float) -> float:
+    """Lambda for a wanted average of `target` tokens per LLM layer when K enter it.
+
+    The rows of the two nearest K are mixed linearly; then the curve, which does not fall, is
+    inverted, linearly too.
+
+    Args: table: {"K": [..ascending], "lam": [..ascending], "average": one row for each K}, as
+        `measure_lambda` makes it.
+    Raises: ValueError without a table, for one that is not as above, or for a target outside what
+        the table reaches at this K.
+    """
+    if not table:
+        raise ValueError(
+            "stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first"
+        )
+    Ks, lams, averages = read_table(table)
+    if not Ks[0] <= K <= Ks[-1]:
+        raise ValueError(
+            f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, "
+            f"got {K}"
+        )
+    above = place(Ks, K)
+    mix = (K - Ks[above - 1]) / (Ks[above] - Ks[above - 1])
+    curve = (1 - mix) * averages[above - 1] + mix * averages[above]  # (lams,)
+    curve = curve.cummax(0).values
+    if not curve[0] <= target <= curve[-1]:
+        raise ValueError(
+            f"stage3 must be {curve[0]:.1f} to {curve[-1]:.1f} tokens when stage2 leaves {K}, "
+            f"got {target}"
+        )
+    i = place(curve, target)
+    step = (curve[i] - curve[i - 1]).clamp(min=1e-9)
+    return float(lams[i - 1] + (target - curve[i - 1]) / step * (lams[i] - lams[i - 1]))
+
+
+def place(ascending: Tensor, value: float) -> int:
+    """i such that value lies between ascending[i - 1] and ascending[i]."""
+    i = torch.searchsorted(ascending, torch.tensor(float(value), dtype=torch.float64))
+    return int(i.clamp(1, len(ascending) - 1))
+
+
+def read_table(table: dict) -> tuple[Tensor, Tensor, Tensor]:
+    """Ks (n,), lams (m,), averages (n, m), all float64, of a table as `measure_lambda` makes it.
+
+    Raises: ValueError for any other, as an edited config.json may hold.
+    """
+    wrong = ValueError(
+        "lambda_table must hold K and lam, 2 or more ascending numbers each, and average, a row of "
+        "len(lam) numbers for each K: measure it again with meteor_mini.calibrate"
+    )
+    try:
+        Ks, lams, averages = (
+            torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average")
+        )
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise wrong from error
+    for ascending in (Ks, lams):
+        if ascending.dim() != 1 or len(ascending) < 2 or not (ascending.diff() > 0).all():
+            raise wrong
+    finite = all(numbers.isfinite().all() for numbers in (Ks, lams, averages))
+    if averages.shape != (len(Ks), len(lams)) or not finite:
+        raise wrong
+    return Ks, lams, averages
+
+
+# ---------------------------------------------------------------------------------- what is
+# measured
+
+
+@torch.no_grad()
+def measure_ranks(model, batches: list[Tensor]) -> list[list[float]]:
+    """Stage 1's expected ranks, points x encoders, on pictures (b, 3, H, W) in [0, 1]."""
+    pixels = (model.pixels(images) for images in batches)
+    return stage1_encode.expected_ranks(list(model.encoders.values()), pixels).tolist()
+
+
+@torch.no_grad()
+def measure_lambda(
+    model, images: Tensor, questions: list[str], Ks: list[int], lams: list[float]
+) -> dict:
+    """Stage 3's average tokens for each K that enters the LLM and each lambda:
+    `lambda_from_table`'s.
+
+    Args: model: a `Meteor`; images (B, 3, H, W) in [0, 1] and B questions typical of the use; Ks,
+        lams ascending. Stage 1 leaves each K the tokens that `proportions` gives it.
+    """
+    averages = []
+    for K in Ks:
+        stage1 = round(K * proportions(model.budget)[0])
+        stage1 = stage1 if stage1 < model.num_tokens else None
+        budget = replace(model.budget, stage1=stage1, stage2=K)
+        encoded = model.encode(images, budget)
+        embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
+        row = []
+        for lam in lams:
+            pruner = stage3_decode.AdaptivePruner(
+                model.decoder, visual_mask, budget.layers, lam=lam, k=budget.k
+            )
+            with pruner:
+                model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+            row.append(round(float(pruner.average_tokens().mean()), 3))
+        averages.append(row)
+    return {"K": list(Ks), "lam": list(lams), "average": averages}
+
+
+def calibrate(model, images: list[Tensor], questions: list[str]) -> None:
+    """Measure ranks and lambda: all that a model of pretrained parts lacks, besides training.
+
+    Writes config["ranks"] and config["lambda_table"].
+
+    Args: images: pictures (b, 3, H, W) in [0, 1] typical of the use, 64 or more in all; questions:
+        one for each picture. The first 16 pictures and questions measure lambda.
+    Raises: ValueError where questions and pictures differ in number.
+    """
+    pictures = sum(map(len, images))
+    if len(questions) != pictures:
+        raise ValueError(
+            f"questions must be one for each of the {pictures} pictures, got {len(questions)}"
+        )
+    images = [part.to(model.device) for part in images]
+    model.config["ranks"] = measure_ranks(model, images)
+    Ks = sorted({max(8, round(share * model.num_tokens)) for share in SHARES})
+    some = torch.cat(images)[:16]
+    model.config["lambda_table"] = measure_lambda(model, some, questions[:16], Ks, LAMBDAS)

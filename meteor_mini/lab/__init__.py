@@ -1,0 +1,1 @@
+"""What is measured and drawn: tables, peers, speed, figures."""
