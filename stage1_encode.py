@@ -227,7 +227,11 @@ def plan_budgets(
     Source: [paper]; totals that fall geometrically [our choice]
     """
     C = len(available)
-    given = None if totals is None or isinstance(totals, int) else len(totals)
+    require(
+        totals is None or isinstance(totals, (int, list, tuple)),
+        f"totals must be an int, a list of ints, one for each point, or None, got {totals!r}",
+    )
+    given = len(totals) if isinstance(totals, (list, tuple)) else None
     points = given or (POINTS if ranks is None else len(ranks))
     if totals is None:
         return [(n,) * points for n in available]
@@ -319,6 +323,7 @@ class EncoderPruner:
             f"depth must be 1 to {len(self.blocks)}, the blocks of a {name}, got {depth}",
         )
         self.keep = tuple(keep)
+        self.points = pruning_points(self.depth, len(self.keep))
         self.criteria = default_criteria(len(self.keep)) if criteria is None else tuple(criteria)
         require(
             len(self.criteria) == len(self.keep)
@@ -326,7 +331,6 @@ class EncoderPruner:
             "criteria must be 'similarity' or 'attention' for each of the "
             f"{len(self.keep)} entries of keep, got {self.criteria}",
         )
-        self.points = pruning_points(self.depth, len(self.keep))
         self.prefix, self.has_cls = self.family.prefix(self.encoder)
         self.tokens, self.keep_idx = None, None
         self._handles = []
@@ -388,7 +392,7 @@ class EncoderPruner:
             f"features of {type(self.encoder).__name__} must be finite, got NaN or inf",
         )
         require(
-            K is None or (isinstance(K, int) and 1 <= K <= N),
+            K is None or (type(K) is int and 1 <= K <= N),
             f"keep[{b}] must be None or an int, 1 to {N} here, got {K}",
         )
         if K is not None and K < N:
@@ -493,7 +497,7 @@ def encode_dense(encoder: nn.Module, pixels: Tensor, keep: int | None) -> tuple[
     finite = bool(tokens.sum(dtype=torch.float32).isfinite())
     require(finite, f"features of {type(encoder).__name__} must be finite, got NaN or inf")
     require(
-        keep is None or (isinstance(keep, int) and 1 <= keep <= N),
+        keep is None or (type(keep) is int and 1 <= keep <= N),
         f"keep must end in None or an int, 1 to {N} here, got {keep}",
     )
     if keep is None or keep == N:
