@@ -1,5 +1,4 @@
-"""The command line, `meteor-mini demo | ask | eval | bench | calibrate | train`: a model unpruned
-and with METEOR's three stages.
+"""The command line: a model unpruned and with METEOR's three stages.
 
     demo [--out DIR]           a question of every family answered both ways: tokens, time, a figure
     ask IMAGE QUESTION         a question about your own picture
@@ -17,26 +16,31 @@ import importlib.util
 import json
 import os
 import re
-import statistics
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 import transformers
 from huggingface_hub.utils import logging as hub_logging
 from PIL import Image
 
-from . import __version__, calibration, evaluate, glyphworld, report, vlm
-from .model import CHECKPOINTS, Answer, Budget, Meteor, hub_or_cache
-from .pictures import load_picture
-from .presets import PRETRAINED
-from .survivors import survivor_figure
+from . import __version__, budgets, vlm
+from .budgets import Budget
+from .glyph import evaluate, world
+from .lab import demo, report
+from .model import Meteor
+from .pictures import load_picture, resize_square
+from .weights import CHECKPOINTS, PRESETS, hub_or_cache
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 TABLE_SAMPLES = 640  # questions a row: all tables in under an hour on 2 cores
-RUNS = 3  # timed runs of each kind, after one to warm up; the median counts
+RESULTS = Path("results")  # where all tables and the whole benchmark go
+
+
+# ------------------------------------------------------------------------------------- the
+# arguments
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,127 +51,178 @@ class Parser(argparse.ArgumentParser):
 
 
 def build_parser() -> Parser:
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}"
     parser = Parser(
         prog="meteor-mini",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--version",
-        action="version",
-        version=f"meteor-mini {__version__}, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}",
+        "--version", action="version", version=f"meteor-mini {__version__}, {versions}"
     )
     commands = parser.add_subparsers(
         dest="command", required=True, metavar="demo | ask | eval | bench | calibrate | train"
     )
-    demo = commands.add_parser(
+    add_demo(commands)
+    add_ask(commands)
+    add_eval(commands)
+    add_bench(commands)
+    add_calibrate(commands)
+    add_train(commands)
+    return parser
+
+
+def add_model(command: Parser) -> None:
+    command.add_argument(
+        "--model",
+        default="glyph",
+        metavar="NAME_OR_DIR",
+        help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, "
+        "or a hub id",
+    )
+
+
+def add_demo(commands) -> None:
+    command = commands.add_parser(
         "demo", help="generated pictures, each answered unpruned and with METEOR"
     )
-    ask = commands.add_parser("ask", help="ask about a picture of your own")
-    score = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
-    bench = commands.add_parser(
-        "bench", help="what pruning buys, at real sizes with random weights, beside its peers"
-    )
-    measure = commands.add_parser("calibrate", help="measure ranks and lambda on your pictures")
-    train = commands.add_parser(
-        "train", help="train a model of pretrained parts on your pictures and dialogues"
-    )
-    for sub in (demo, ask, score, measure, train):
-        sub.add_argument(
-            "--model",
-            default="glyph",
-            metavar="NAME_OR_DIR",
-            help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, or a hub id",
-        )
-    demo.add_argument(
+    command.set_defaults(run=run_demo)
+    add_model(command)
+    command.add_argument(
         "--out",
         type=Path,
         default=Path("demo"),
         metavar="DIR",
         help="where the figures go (./demo), and the bare pictures, in DIR/pictures",
     )
-    ask.add_argument("image", type=Path, metavar="IMAGE")
-    ask.add_argument("question", metavar="QUESTION")
-    amount = ask.add_mutually_exclusive_group()
+
+
+def add_ask(commands) -> None:
+    command = commands.add_parser("ask", help="ask about a picture of your own")
+    command.set_defaults(run=run_ask)
+    add_model(command)
+    command.add_argument("image", type=Path, metavar="IMAGE")
+    command.add_argument("question", metavar="QUESTION")
+    amount = command.add_mutually_exclusive_group()
     amount.add_argument(
         "--tokens", type=number, metavar="N", help="wanted mean visual tokens per LLM layer"
     )
     amount.add_argument("--keep-all", action="store_true", help="no pruning")
-    ask.add_argument(
+    command.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage"
     )
-    ask.add_argument("--json", action="store_true", help="print JSON")
-    score.add_argument(
-        "--samples", type=count, metavar="N", help=f"questions (1000; {TABLE_SAMPLES} with --table)"
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def add_eval(commands) -> None:
+    command = commands.add_parser("eval", help="accuracy by question family, unpruned and METEOR")
+    command.set_defaults(run=run_eval)
+    add_model(command)
+    command.add_argument(
+        "--samples",
+        type=count,
+        metavar="N",
+        help=f"questions (1000; {TABLE_SAMPLES} with --table)",
     )
-    score.add_argument(
+    names = ", ".join(report.TITLES)
+    command.add_argument(
         "--table",
         choices=[*report.TITLES, "all"],
         metavar="NAME",
-        help=f"a table of the paper: {', '.join(report.TITLES)}; all: every one, into results/",
+        help=f"a table of the paper: {names}; all: every one, into results/",
     )
-    score.add_argument("--split", choices=["test", "val"], default="test")
-    score.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    bench.add_argument(
+    command.add_argument("--split", choices=["test", "val"], default="test")
+    add_json(command)
+
+
+def add_bench(commands) -> None:
+    command = commands.add_parser(
+        "bench", help="what pruning buys, at real sizes with random weights, beside its peers"
+    )
+    command.set_defaults(run=run_bench)
+    command.add_argument(
         "--quick",
         action="store_true",
         help="the smallest sizes, in under 3 minutes; nothing is written",
     )
-    bench.add_argument(
+    command.add_argument(
         "--size",
         default="small",
         metavar="NAME",
         help="small (4 x 86 M, SmolLM2-135M), large (1B Llama), large-7b",
     )
-    bench.add_argument("--device", default="cpu", metavar="NAME", help="cpu, or cuda")
-    bench.add_argument(
+    command.add_argument("--device", default="cpu", metavar="NAME", help="cpu, or cuda")
+    command.add_argument(
         "--dtype", choices=["float32", "bfloat16"], help="float32 on a CPU, else bfloat16"
     )
-    bench.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
-    measure.add_argument("pictures", type=Path, metavar="DIR", help="64 pictures or more")
-    measure.add_argument(
+    add_json(command)
+
+
+def add_calibrate(commands) -> None:
+    command = commands.add_parser("calibrate", help="measure ranks and lambda on your pictures")
+    command.set_defaults(run=run_calibrate)
+    add_model(command)
+    command.add_argument("pictures", type=Path, metavar="DIR", help="64 pictures or more")
+    command.add_argument(
         "--question", default="Describe the picture.", help="what is typically asked"
     )
-    for sub in (measure, train):
-        sub.add_argument(
-            "--out", type=Path, required=True, metavar="DIR", help="where the model goes"
-        )
-    train.add_argument("--preset", dest="model", metavar="NAME", help="the same as --model")
-    train.add_argument(
+    add_out(command)
+
+
+def add_train(commands) -> None:
+    command = commands.add_parser(
+        "train", help="train a model of pretrained parts on your pictures and dialogues"
+    )
+    command.set_defaults(run=run_train)
+    add_model(command)
+    add_out(command)
+    command.add_argument("--preset", dest="model", metavar="NAME", help="the same as --model")
+    command.add_argument(
         "--data",
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk of datasets",
+        help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk "
+        "of datasets",
     )
-    train.add_argument("--phase", choices=["projectors", "all"], default="projectors")
-    train.add_argument(
+    command.add_argument("--phase", choices=["projectors", "all"], default="projectors")
+    command.add_argument(
         "--resume", action="store_true", help="from the last checkpoint in DIR/checkpoints"
     )
-    train.add_argument(
+    command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         help="of transformers' TrainingArguments",
     )
-    return parser
 
 
-def parse(argv: list[str] | None) -> argparse.Namespace:
+def add_out(command: Parser) -> None:
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the model goes"
+    )
+
+
+def add_json(command: Parser) -> None:
+    command.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
+
+
+def parse(argv: list[str] | None) -> Namespace:
     """`build_parser().parse_args`, with a word of its own about quotes that were forgotten."""
     args, more = build_parser().parse_known_args(argv)
-    if more and args.command == "ask" and not any(word.startswith("-") for word in more):
+    if not more:
+        return args
+    forgot_quotes = args.command == "ask" and not any(word.startswith("-") for word in more)
+    if forgot_quotes:
+        question = " ".join([args.question, *more])
         raise ValueError(
-            f'the question must stand in quotes, as one argument: "{args.question} {" ".join(more)}"; so must a file name '
-            "with spaces"
+            f'the question must stand in quotes, as one argument: "{question}"; so must a file '
+            "name with spaces"
         )
-    if more:
-        raise ValueError(
-            f"unrecognized arguments: {' '.join(more)} (see meteor-mini {args.command} --help)"
-        )
-    return args
+    raise ValueError(
+        f"unrecognized arguments: {' '.join(more)} (see meteor-mini {args.command} --help)"
+    )
 
 
 def count(text: str) -> int:
@@ -180,17 +235,32 @@ def number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
+# ----------------------------------------------------------------- what can be checked before
+# working
+
+
 def check_output(path: Path, directory: bool = False) -> None:
-    """Raise ValueError where a file (or directory) cannot be written, before anything is computed
-    for it.
+    """ValueError where a file (or directory) cannot be written, before anything is computed for
+    it.
     """
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ValueError(f"cannot write {path}: the directory {parent} does not exist")
-    if path.exists() and path.is_dir() != directory:
-        raise ValueError(f"cannot write {path}: it is {'not ' if directory else ''}a directory")
+    if directory and path.exists() and not path.is_dir():
+        raise ValueError(f"cannot write {path}: it is not a directory")
+    if not directory and path.is_dir():
+        raise ValueError(f"cannot write {path}: it is a directory")
     if not os.access(path if path.exists() else parent, os.W_OK):
         raise ValueError(f"cannot write {path}: permission denied")
+
+
+def check_model_folder(path: Path) -> None:
+    """ValueError for a folder with something in it that is no model or training of ours."""
+    check_output(path, directory=True)
+    if not path.is_dir() or not any(path.iterdir()):
+        return
+    if not (path / "model.safetensors").exists() and not (path / "checkpoints").is_dir():
+        raise ValueError(f"cannot write {path}: it holds something else than a model")
 
 
 def load_model(name: str) -> Meteor:
@@ -198,14 +268,11 @@ def load_model(name: str) -> Meteor:
     folder = CHECKPOINTS.get(name, Path(name))
     if name in CHECKPOINTS and not folder.is_dir():
         raise ValueError(
-            f"model {name!r} is not in {folder}: `python -m meteor_mini.train` makes it"
+            f"model {name!r} is not in {folder}: `python -m meteor_mini.glyph.train` makes it"
         )
-    if (
-        not folder.is_dir()
-        and name not in PRETRAINED
-        and (folder.exists() or not HUB_ID.fullmatch(name))
-    ):
-        presets = ", ".join([*CHECKPOINTS, *PRETRAINED])
+    known = folder.is_dir() or name in PRESETS
+    if not known and (folder.exists() or not HUB_ID.fullmatch(name)):
+        presets = ", ".join([*CHECKPOINTS, *PRESETS])
         raise ValueError(
             f"model {name!r} is no preset ({presets}), directory or hub id (owner/name)"
         )
@@ -215,162 +282,52 @@ def load_model(name: str) -> Meteor:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
 
 
-# ------------------------------------------------------------------ demo
+# --------------------------------------------------------------------------------------- demo and
+# ask
 
 
-def run_demo(args: argparse.Namespace) -> None:
+def run_demo(args: Namespace) -> None:
     check_output(args.out, directory=True)
-    model = load_model(args.model)
-    budgets = {"unpruned": Budget.none(), "METEOR": model.budget}
-    print(
-        f"{len(model.encoders)} encoders: {', '.join(model.encoders)}\n"
-        "tokens: from the encoders -> after stage 1 -> after stage 2 -> mean per LLM layer\n"
-        "ms: from the picture to the first new token (prefill) and to the answer's end"
-    )
-    results = [
-        demo_question(model, budgets, *item, args.out) for item in enumerate(glyphworld.FAMILIES)
-    ]
-    total = lambda name, key: sum(result[name][key] for result in results)
-    right = ", ".join(f"{name} {total(name, 'right')} of {len(results)}" for name in budgets)
-    print(f"\n{len(results)} figures in {args.out}; right answers: {right}")
-    change = lambda key: 100 * total("METEOR", key) / total("unpruned", key) - 100
-    print(f"tokens {change('tokens'):+.0f} %, prefill time {change('prefill'):+.0f} %")
+    demo.demo(load_model(args.model), args.out)
 
 
-def demo_question(
-    model: Meteor, budgets: dict[str, Budget], index: int, family: str, out: Path
-) -> dict:
-    """Answer one question under each budget, print it and draw it.
-
-    Returns: {budget name: {"tokens": mean per LLM layer, "right": bool, "prefill": ms, "answer":
-        ms}}.
-    """
-    picture, question, truth = glyphworld.example(index, "test", family)
-    images = evaluate.to_images([picture.image])
-    answers = {
-        name: model.answer(images, [question], budget)[0] for name, budget in budgets.items()
-    }
-    times = timings(model, images, question, budgets)  # the answers were the warm-up
-    print(f"\n{family}: {question}  (true answer: {truth})")
-    for name, answer in answers.items():
-        print(
-            f"  {name:8}  {said(answer):8}  tokens {token_line(answer):26}  "
-            f"prefill {times[name]['prefill']:4.0f} ms, answer {times[name]['answer']:4.0f} ms"
-        )
-    print("\n".join("    " + line for line in survivor_lines(answers["METEOR"])), flush=True)
-    (out / "pictures").mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.image).save(out / "pictures" / f"{family}.png")
-    figure(images, {"question": question, "true answer": truth}, answers).save(
-        out / f"{family}.png"
-    )
-    return {
-        name: {"tokens": answer.tokens["stage3"], "right": answer.text == truth} | times[name]
-        for name, answer in answers.items()
-    }
-
-
-def timings(model: Meteor, images: torch.Tensor, question: str, budgets: dict[str, Budget]) -> dict:
-    """Median milliseconds of RUNS runs, the budgets taking turns.
-
-    Returns: {budget name: {"prefill": from picture to first new token, "answer": to the answer's
-        end}}.
-    """
-    options, runs = {"prefill": {"max_new_tokens": 1}, "answer": {}}, {}
-    for _ in range(RUNS):
-        for what, extra in options.items():
-            for name, budget in budgets.items():
-                start = time.perf_counter()
-                model.generate(model.encode_no_grad(images, budget), [question], budget, **extra)
-                runs.setdefault((name, what), []).append(1000 * (time.perf_counter() - start))
-    return {
-        name: {what: statistics.median(runs[name, what]) for what in options} for name in budgets
-    }
-
-
-def said(answer: Answer) -> str:
-    return answer.text or "(nothing)"
-
-
-def short(count: float) -> str:
-    return f"{count:.1f}".removesuffix(".0")
-
-
-def token_line(answer: Answer) -> str:
-    """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, per LLM layer on
-    average.
-    """
-    return " -> ".join(
-        short(answer.tokens[key]) for key in ("encoders", "stage1", "stage2", "stage3")
-    )
-
-
-def survivor_lines(answer: Answer) -> list[str]:
-    """A line a stage, as `after stage 1: clip 39, convnext 32, eva 45, pix2struct 52`."""
-    when = {
-        "stage1": "after stage 1",
-        "stage2": "after stage 2",
-        "stage3": "stage 3, in the last LLM layer",
-    }
-    return [
-        f"{when[stage]}: " + ", ".join(f"{name} {count}" for name, count in counts.items())
-        for stage, counts in answer.survivors.items()
-    ]
-
-
-def figure(images: torch.Tensor, texts: dict[str, str], answers: dict[str, Answer]) -> Image.Image:
-    """The figure of the last of `answers`, with what all of them said and how many tokens that
-    took.
-    """
-    heading = "{}, {} tokens per LLM layer".format
-    texts = texts | {
-        heading(name, short(a.tokens["stage3"])): said(a) for name, a in answers.items()
-    }
-    return survivor_figure(images[0], texts, list(answers.values())[-1].kept)
-
-
-# ------------------------------------------------------------------ ask, eval
-
-
-def run_ask(args: argparse.Namespace) -> None:
+def run_ask(args: Namespace) -> None:
     if args.plot is not None:
-        check_output(args.plot)
-        if args.plot.suffix.lower() != ".png":
-            raise ValueError(f"--plot writes a PNG, its name must end in .png, got {args.plot}")
-        if args.plot.exists() and args.image.exists() and args.plot.samefile(args.image):
-            raise ValueError(f"--plot would overwrite the picture {args.image}")
+        check_plot(args.plot, args.image)
     images = load_picture(args.image)
     if is_vlm(args.model):
         return ask_vlm(args, images)
     model = load_model(args.model)
     model.tokenize([args.question])  # an unknown word is better found before the encoders run
-    budget = Budget.none() if args.keep_all else model.budget
+    budget = model.budget
+    if args.keep_all:
+        budget = Budget.none()
     if args.tokens is not None:
-        budget = model.budget_for(args.tokens)
+        budget = budgets.budget_for(model, args.tokens)
     answer = model.answer(images, [args.question], budget)[0]
     if args.plot is not None:
-        figure(images, {"question": args.question}, {"answer": answer}).save(args.plot)
+        demo.figure(images, {"question": args.question}, {"answer": answer}).save(args.plot)
     if args.json:
-        print(
-            json.dumps(
-                {
-                    "question": args.question,
-                    "answer": answer.text,
-                    "tokens": answer.tokens,
-                    "survivors": answer.survivors,
-                }
-            )
-        )
-    else:
-        print(said(answer))
-        print(
-            f"  tokens {token_line(answer)} (encoders -> stage 1 -> stage 2 -> mean per LLM layer)"
-        )
-        print("\n".join("  " + line for line in survivor_lines(answer)))
+        result = {"question": args.question, "answer": answer.text}
+        print(json.dumps(result | {"tokens": answer.tokens, "survivors": answer.survivors}))
+        return
+    print(demo.said(answer))
+    line = demo.token_line(answer)
+    print(f"  tokens {line} (encoders -> stage 1 -> stage 2 -> mean per LLM layer)")
+    print("\n".join("  " + line for line in demo.survivor_lines(answer)))
+
+
+def check_plot(plot: Path, image: Path) -> None:
+    check_output(plot)
+    if plot.suffix.lower() != ".png":
+        raise ValueError(f"--plot writes a PNG, its name must end in .png, got {plot}")
+    if plot.exists() and image.exists() and plot.samefile(image):
+        raise ValueError(f"--plot would overwrite the picture {image}")
 
 
 def is_vlm(name: str) -> bool:
     """Whether transformers has a configuration of that name, of a vision-language model."""
-    if name in CHECKPOINTS or name in PRETRAINED:
+    if name in CHECKPOINTS or name in PRESETS:
         return False
     try:
         with hub_or_cache(name):
@@ -379,7 +336,7 @@ def is_vlm(name: str) -> bool:
         return False
 
 
-def ask_vlm(args: argparse.Namespace, images: torch.Tensor) -> None:
+def ask_vlm(args: Namespace, images: torch.Tensor) -> None:
     if args.plot is not None:
         raise ValueError("--plot draws the encoders of a Meteor model; stage 3 alone has none")
     model, processor = vlm.load_vlm(args.model)
@@ -387,46 +344,55 @@ def ask_vlm(args: argparse.Namespace, images: torch.Tensor) -> None:
     result = vlm.ask(model, processor, image, args.question, args.tokens, args.keep_all)
     if args.json:
         print(json.dumps({"question": args.question} | result))
-    else:
-        print(result["answer"] or "(nothing)")
-        print(
-            f"  tokens {result['visual_tokens']} -> {short(result['average_tokens'])} (visual tokens in -> mean per LLM layer)"
-        )
+        return
+    print(result["answer"] or "(nothing)")
+    average = demo.short(result["average_tokens"])
+    print(
+        f"  tokens {result['visual_tokens']} -> {average} (visual tokens in -> mean per LLM layer)"
+    )
 
 
-def run_eval(args: argparse.Namespace) -> None:
+# ------------------------------------------------------------------------------------- eval and
+# bench
+
+
+def run_eval(args: Namespace) -> None:
     if args.json is not None:
         check_output(args.json)
     if args.table == "all":
-        check_output(Path("results"), directory=True)
+        check_output(RESULTS, directory=True)
     if args.table is not None and args.split != "test":
         raise ValueError(
             "--split must be test beside --table, whose rows are of the held-out questions"
         )
     model = load_model(args.model)
-    picture, question, _ = glyphworld.example(
-        0, "val", "number"
-    )  # where a stage cannot run, it says so here
-    model.answer(
-        evaluate.to_images([picture.image]), [question]
-    )  # and not after a minute of unpruned questions
-    if args.table is not None:
-        names = list(report.TITLES) if args.table == "all" else [args.table]
-        folder = Path("results") if args.table == "all" else None
+    # Where a stage cannot run, it says so here, and not after a minute of unpruned questions.
+    picture, question, _ = world.example(0, "val", "number")
+    model.answer(evaluate.to_images([picture.image]), [question])
+    if args.table is None:
+        results = {"rows": measure_accuracy(model, args.split, args.samples or 1000)}
+    else:
+        names, folder = [args.table], None
+        if args.table == "all":
+            names, folder = list(report.TITLES), RESULTS
         results = report.report(model, names, args.samples or TABLE_SAMPLES, folder)
-        if args.json is not None:
-            args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
-        return
-    rows, samples = [], args.samples or 1000
+    if args.json is not None:
+        args.json.write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+
+
+def measure_accuracy(model: Meteor, split: str, samples: int) -> list[dict]:
+    """Accuracy by family, unpruned and with METEOR, as printed rows."""
+    cells = max(view.num_tokens for view in model.views.values())
+    rows = []
     for method, budget in {"unpruned": Budget.none(), "meteor": model.budget}.items():
-        result = evaluate.accuracy(model, budget, args.split, samples)
+        result = evaluate.accuracy(model, budget, split, samples)
         rows.append(
             {
                 "method": method,
                 "average_tokens": float(result["average_tokens"]),
-                "grid_cells": max(adapter.num_tokens for adapter in model.adapters),
+                "grid_cells": cells,
                 "accuracy": float(result["accuracy"]),
-                "families": {family: float(value) for family, value in result["families"].items()},
+                "families": {name: float(value) for name, value in result["families"].items()},
             }
         )
     print(f"{'family':16}" + "".join(f"{row['method']:>10}" for row in rows))
@@ -435,116 +401,101 @@ def run_eval(args: argparse.Namespace) -> None:
     for key in ("accuracy", "average_tokens"):
         print(f"{key.replace('_', ' '):16}" + "".join(f"{row[key]:10.1f}" for row in rows))
     print(
-        f"{samples} questions of split {args.split}; accuracy in percent; visual tokens per LLM layer "
-        f"(one encoder's grid: {rows[0]['grid_cells']})"
+        f"{samples} questions of split {split}; accuracy in percent; visual tokens per LLM layer "
+        f"(one encoder's grid: {cells})"
     )
-    if args.json is not None:
-        args.json.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
+    return rows
 
 
-# ------------------------------------------------------------------ models of pretrained parts
-
-
-def check_model_folder(path: Path) -> None:
-    """Raise ValueError for a folder with something in it that is no model or training of ours."""
-    if (
-        path.is_dir()
-        and any(path.iterdir())
-        and not ((path / "model.safetensors").exists() or (path / "checkpoints").is_dir())
-    ):
-        raise ValueError(f"cannot write {path}: it holds something else than a model")
-
-
-def run_bench(args: argparse.Namespace) -> None:
-    from . import bench
+def run_bench(args: Namespace) -> None:
+    from .lab import bench
 
     if args.json is not None:
         check_output(args.json)
     if not args.quick:
-        check_output(Path("results"), directory=True)
-    if (
-        args.device.split(":")[0] not in ("cpu", "cuda")
-        or args.device != "cpu"
-        and not torch.cuda.is_available()
-    ):
+        check_output(RESULTS, directory=True)
+    on_cpu = args.device == "cpu"
+    on_gpu = args.device.split(":")[0] == "cuda" and torch.cuda.is_available()
+    if not on_cpu and not on_gpu:
         raise ValueError(
             f"--device must be cpu, or cuda where torch finds a GPU, got {args.device}"
         )
-    dtype, start = (
-        args.dtype or ("float32" if args.device == "cpu" else "bfloat16"),
-        time.perf_counter(),
-    )
+    dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
+    start = time.perf_counter()
 
     def done(tables: dict) -> None:
         if args.json is not None:
             args.json.write_text(json.dumps(tables, indent=1) + "\n")
         if not args.quick:
-            command = f"meteor-mini bench --size {args.size} --device {args.device} --dtype {dtype}"
-            bench.write(
-                tables, Path("results"), command, (time.perf_counter() - start) / 60, args.device
-            )
+            options = f"--size {args.size} --device {args.device} --dtype {dtype}"
+            minutes = (time.perf_counter() - start) / 60
+            bench.write(tables, RESULTS, f"meteor-mini bench {options}", minutes, args.device)
 
     bench.bench(args.size, args.device, getattr(torch, dtype), args.quick, done)
 
 
-def run_calibrate(args: argparse.Namespace) -> None:
+# ---------------------------------------------------------------------------- models of pretrained
+# parts
+
+
+def run_calibrate(args: Namespace) -> None:
     from .finetune import side_of  # the Trainer behind it takes a second to import
 
-    check_output(args.out, directory=True)
     check_model_folder(args.out)
-    files = (
-        sorted(f for f in args.pictures.iterdir() if f.is_file()) if args.pictures.is_dir() else []
-    )
+    files = []
+    if args.pictures.is_dir():
+        files = sorted(file for file in args.pictures.iterdir() if file.is_file())
     if not files:
         raise ValueError(f"{args.pictures} must be a directory with pictures")
     model = load_model(args.model)
     side = side_of(model)
-    images = [
-        F.interpolate(load_picture(f), (side, side), mode="bicubic", antialias=True).clamp(0, 1)
-        for f in files
-    ]
-    calibration.calibrate_model(model, images, [args.question] * len(images))
+    images = [resize_square(load_picture(file), side) for file in files]
+    budgets.calibrate(model, images, [args.question] * len(images))
     model.save_pretrained(args.out)
-    print(
-        f"expected ranks of {', '.join(model.encoders)} on {len(images)} pictures, at the three pruning points:"
-    )
+    names = ", ".join(model.encoders)
+    print(f"expected ranks of {names} on {len(images)} pictures, at the pruning points:")
     for row in model.config["ranks"]:
-        print("  " + "  ".join(f"{r:.1f}" for r in row))
+        print("  " + "  ".join(f"{rank:.1f}" for rank in row))
     if len(images) < 64:
-        print(
-            f"note: ranks of {len(images)} pictures are uncertain, 64 or more are better",
-            file=sys.stderr,
-        )
-    print(
-        f"lambda measured for {', '.join(map(str, model.config['lambda_table']['K']))} tokens after stage 2: {args.out}"
-    )
+        note = f"note: ranks of {len(images)} pictures are uncertain, 64 or more are better"
+        print(note, file=sys.stderr)
+    Ks = ", ".join(map(str, model.config["lambda_table"]["K"]))
+    print(f"lambda measured for {Ks} tokens after stage 2: {args.out}")
 
 
-def run_train(args: argparse.Namespace) -> None:
+def run_train(args: Namespace) -> None:
     from . import finetune
 
-    check_output(args.out, directory=True)
     check_model_folder(args.out)
     if importlib.util.find_spec("accelerate") is None:
         raise ValueError('train needs accelerate: pip install -e ".[train]"')
-    try:
-        options = {k: json.loads(v) for k, v in (item.partition("=")[::2] for item in args.set)}
-    except json.JSONDecodeError as error:
-        raise ValueError(
-            "--set must be KEY=VALUE, the value a number, true, false or a text in double quotes, got "
-            f"{' '.join(args.set)}"
-        ) from error
-    if unknown := options.keys() - {
-        field.name for field in dataclasses.fields(transformers.TrainingArguments)
-    }:
-        raise ValueError(
-            f"--set: transformers' TrainingArguments has no option {', '.join(sorted(unknown))}"
-        )
+    options = training_options(args.set)
     rows = finetune.read_rows(args.data)  # before a model is fetched for it
     model = load_model(args.model)
     data = finetune.Dialogues(rows, finetune.side_of(model), args.data.parent)
     finetune.finetune(model, data, args.out, args.phase, args.resume, **options)
     print(f"trained {args.phase}: {args.out}")
+
+
+def training_options(settings: list[str]) -> dict:
+    """["bf16=true", ...] -> {"bf16": True, ...}, of transformers' TrainingArguments."""
+    options = {}
+    for setting in settings:
+        key, _, value = setting.partition("=")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                "--set must be KEY=VALUE, the value a number, true, false or a text in double "
+                f"quotes, got {setting}"
+            ) from error
+    known = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    unknown = sorted(options.keys() - known)
+    if unknown:
+        raise ValueError(
+            f"--set: transformers' TrainingArguments has no option {', '.join(unknown)}"
+        )
+    return options
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -555,17 +506,14 @@ def main(argv: list[str] | None = None) -> int:
     hub_logging.set_verbosity_error()
     try:
         args = parse(argv)
-        {
-            "demo": run_demo,
-            "ask": run_ask,
-            "eval": run_eval,
-            "bench": run_bench,
-            "calibrate": run_calibrate,
-            "train": run_train,
-        }[args.command](args)
+        args.run(args)
     except BrokenPipeError:  # `| head`: nobody reads on, and that is no error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

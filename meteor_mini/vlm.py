@@ -7,13 +7,12 @@ import math
 
 import torch
 from PIL import Image
-from torch import nn
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-import stage1_encode
+from stage1_encode import EncoderPruner
 from stage3_decode import AdaptivePruner, compact, solve_lambda
 
-from .pretrained import fetched
+from .weights import fetched
 
 FAMILIES = ("llava", "llava_next", "smolvlm", "idefics3", "deepseek_vl_hybrid", "deepseek_vl")
 SHARE = (
@@ -95,58 +94,21 @@ def ask(
     }
 
 
-# ------------------------------------------------------------------ stage 1 on LLaVA-1.5
+# ----------------------------------------------------------------------------- stage 1 on LLaVA-1.5
 
 
-class LlavaTower(nn.Module):
-    """A LLaVA's CLIP, up to the layer that it reads (the last but one), as `stage1_encode.encode`
-    takes it.
+def blocks_that_llava_reads(model) -> int:
+    """How many blocks of its CLIP a LLaVA uses: it takes the patches of the last block but one.
+
+    Raises: TypeError for a LLaVA that joins several layers, or keeps the CLS token.
     """
-
-    def __init__(self, llava):
-        super().__init__()
-        self.clip, layer = llava.model.vision_tower, llava.config.vision_feature_layer
-        if not isinstance(layer, int) or llava.config.vision_feature_select_strategy != "default":
-            raise TypeError(
-                "model must read the patches of one layer of its CLIP, as LLaVA-1.5 does"
-            )
-        L = self.clip.config.num_hidden_layers
-        self.layers = self.clip.encoder.layers[: layer if layer >= 0 else L + 1 + layer]
-
-
-class LlavaAdapter(stage1_encode.Adapter):
-    """transformers' CLIPVisionModel; LLaVA takes its patches without the final norm."""
-
-    def __init__(self, v, outer):
-        c = v.clip.config
-        side = c.image_size // c.patch_size
-        super().__init__(
-            v,
-            outer,
-            v.layers,
-            nn.Identity(),
-            c.hidden_size,
-            (side, side),
-            (c.image_size,) * 2,
-            1,
-            True,
-        )
-
-    def patchify(self, pixels):
-        return self.model.clip.pre_layrnorm(self.model.clip.embeddings(pixels)), None
-
-    def block(self, i, x, rope):
-        return self.blocks[i](x, None)
-
-    def attention(self, i, x, rope):
-        attn, h = self.blocks[i].self_attn, self.blocks[i].layer_norm1(x)
-        q, k = (
-            stage1_encode.heads(y, attn.head_dim) for y in (attn.q_proj(h[:, :1]), attn.k_proj(h))
-        )
-        return q, k, attn.scale
-
-
-stage1_encode.FAMILIES[f"{__name__}.LlavaTower"] = LlavaAdapter
+    layer = model.config.vision_feature_layer
+    if not isinstance(layer, int) or model.config.vision_feature_select_strategy != "default":
+        raise TypeError("model must read the patches of one layer of its CLIP, as LLaVA-1.5 does")
+    if layer >= 0:
+        return layer
+    blocks = model.model.vision_tower.config.num_hidden_layers
+    return blocks + 1 + layer  # layer -1 is the output of the last block
 
 
 @torch.no_grad()
@@ -155,32 +117,33 @@ def encode_llava(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor,
     pixel_values: torch.Tensor,
-    keep: tuple[int | None, int | None, int | None],
+    keep: tuple[int | None, ...],
 ) -> tuple[dict, torch.Tensor]:
-    """Stage 1 on a LLaVA-1.5: each picture keeps `keep` tokens at the three points, and as many
-    placeholders in the prompt.
+    """Stage 1 on a LLaVA-1.5: its CLIP prunes each picture, and the prompt loses as many
+    placeholders.
 
     Args: input_ids, attention_mask (B, S), pixel_values (pictures, 3, H, W): as the processor gives
-        them.
+        them; keep: tokens of a picture at each pruning point, as in `EncoderPruner`.
     Returns: {"inputs_embeds" (B, S', D), "attention_mask" (B, S')} for `generate`, padded on the
-        left, and the visual mask.
+        left, and the visual mask (B, S') bool.
     """
-    statistics = stage1_encode.CLIP_MEAN, stage1_encode.CLIP_STD
-    mean, std = (torch.tensor(c, device=pixel_values.device).view(3, 1, 1) for c in statistics)
-    images = (pixel_values.float() * std + mean).clamp(0, 1)
-    tokens, _ = stage1_encode.encode(LlavaTower(model), images, keep)  # (pictures, K, D_CLIP)
-    tokens = model.model.multi_modal_projector(tokens)  # (pictures, K, D)
-    places = input_ids == model.config.image_token_id  # (B, S): N for each picture
-    N = int(places.sum()) // len(tokens)
-    number = (places.flatten().cumsum(0) - 1).view_as(
-        places
-    )  # of each placeholder, over the whole batch
-    stays = ~places | (number % N < tokens.shape[1])
-    embeds = model.get_input_embeddings()(input_ids.masked_fill(places, 0))
-    embeds[places & stays] = tokens.flatten(0, 1).to(embeds.dtype)
-    idx, real = compact(stays & attention_mask.bool())  # (B, S')
+    tower, depth = model.model.vision_tower, blocks_that_llava_reads(model)
+    with EncoderPruner(tower, keep, depth=depth) as pruner:
+        tower(pixel_values)
+    tokens = model.model.multi_modal_projector(pruner.tokens)  # (pictures, K, D)
+    pictures, K, _ = tokens.shape
+
+    placeholders = input_ids == model.config.image_token_id  # (B, S): N for each picture
+    N = int(placeholders.sum()) // pictures
+    number = placeholders.flatten().cumsum(0).view_as(placeholders) - 1  # over the whole batch
+    kept = placeholders & (number % N < K)  # the first K placeholders of each picture
+    embeds = model.get_input_embeddings()(input_ids.masked_fill(placeholders, 0))
+    embeds[kept] = tokens.flatten(0, 1).to(embeds.dtype)
+
+    text = ~placeholders & attention_mask.bool()
+    idx, real = compact(text | kept)  # (B, S')
     inputs = {
         "inputs_embeds": embeds.take_along_dim(idx[..., None], dim=1),
         "attention_mask": real.long(),
     }
-    return inputs, places.gather(1, idx) & real
+    return inputs, placeholders.gather(1, idx) & real

@@ -16,8 +16,8 @@ import transformers as T
 from PIL import Image
 
 from meteor_mini import cli, vlm
-from meteor_mini.model import build_tokenizer
-from stage1_encode import CLIP_MEAN, CLIP_STD
+from meteor_mini.glyph.parts import build_tokenizer
+from meteor_mini.pictures import CLIP_MEAN, CLIP_STD
 from stage3_decode import AdaptivePruner, find_cache
 
 IMAGE = 3  # the placeholder token's id
@@ -390,7 +390,7 @@ def test_a_llava_that_joins_layers_is_refused(small_llava):
         small_llava.config.vision_feature_layer,
     )
     with pytest.raises(TypeError, match="one layer of its CLIP"):
-        vlm.LlavaTower(small_llava)
+        vlm.blocks_that_llava_reads(small_llava)
     small_llava.config.vision_feature_layer = before
 
 
