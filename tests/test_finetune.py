@@ -13,8 +13,18 @@ import pytest
 import torch
 from PIL import Image
 
-from meteor_mini import Meteor, cli, glyphworld, load
-from meteor_mini.finetune import Dialogues, collate, finetune, load_data, pairs, side_of
+from meteor_mini import Budget, Meteor, cli, load
+from meteor_mini.finetune import (
+    Dialogues,
+    collate,
+    finetune,
+    pairs,
+    read_rows,
+    side_of,
+    training_loss,
+)
+from meteor_mini.glyph import world
+from meteor_mini.glyph.evaluate import to_images
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
 
@@ -24,7 +34,7 @@ def data(tmp_path):
     """Sixteen pictures in LLaVA's format, and the file that lists them."""
     rows = []
     for i in range(16):
-        picture, question, answer = glyphworld.example(i, "train", "value")
+        picture, question, answer = world.example(i, "train", "value")
         Image.fromarray(picture.image).save(tmp_path / f"{i}.png")
         turns = [
             {"from": "human", "value": f"<image>\n{question}"},
@@ -33,6 +43,10 @@ def data(tmp_path):
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(rows))
     return tmp_path / "data.json"
+
+
+def load_data(file, side):
+    return Dialogues(read_rows(file), side, file.parent)
 
 
 def untrained():
@@ -81,7 +95,7 @@ def test_pictures_become_squares_of_one_size(data):
     assert (
         len(loaded) == 16
         and batch["images"].shape == (2, 3, 64, 64)
-        and batch["dialogues"][1] == [glyphworld.example(3, "train", "value")[1:]]
+        and batch["dialogues"][1] == [world.example(3, "train", "value")[1:]]
     )
     pillow = Dialogues(
         [{"image": Image.fromarray(np.zeros((20, 40), np.uint8)), "question": "a", "answer": "b"}],
@@ -162,7 +176,7 @@ def test_a_directory_without_datasets_installed_says_what_to_install(tmp_path, m
 
 def test_the_readmes_snippet_runs_on_rows_with_pictures_inside(tmp_path, monkeypatch):
     """With the embedded model in place of "small", and a list in place of a dataset of the hub."""
-    examples = [glyphworld.example(i, "train", "value") for i in range(8)]
+    examples = [world.example(i, "train", "value") for i in range(8)]
     rows = [{"image": Image.fromarray(p.image), "question": q, "answer": a} for p, q, a in examples]
     (snippet,) = (
         s

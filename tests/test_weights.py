@@ -1,4 +1,4 @@
-"""pretrained.py on a hub cache made here: the real file names and loading code, tiny random weights of the real classes."""
+"""weights.py on a hub cache made here: the real file names and loading code, tiny random weights."""
 
 import importlib.util
 import json
@@ -21,11 +21,21 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import meteor_mini
-from meteor_mini import Budget, Meteor, cli, glyphworld, vlm
-from meteor_mini.calibration import calibrate, calibrate_model
-from meteor_mini.model import build_tokenizer, chat_template, hub_or_cache
-from meteor_mini.presets import PRETRAINED, build_encoder
-from meteor_mini.pretrained import encoder, from_names, short_name
+from meteor_mini import Budget, Meteor, calibrate, cli, vlm
+from meteor_mini.budgets import measure_lambda
+from meteor_mini.finetune import training_loss
+from meteor_mini.glyph import world
+from meteor_mini.glyph.parts import build_tokenizer
+from meteor_mini.model import text_around_picture
+from meteor_mini.pictures import view_of
+from meteor_mini.weights import (
+    PRESETS,
+    build_encoder,
+    fetch_encoder,
+    from_parts,
+    hub_or_cache,
+    short_name,
+)
 from stage1_encode import encode
 from stage3_decode import AdaptivePruner
 
@@ -44,7 +54,7 @@ EVA = VIT | {"vision_cfg": TIMM | {"timm_model_name": "eva02_tiny_patch14_224"}}
 CONVNEXT = VIT | {
     "vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}
 }
-PRETRAINED_LLM = PRETRAINED["small"]["decoder"]
+PRETRAINED_LLM = PRESETS["small"]["decoder"]
 SIGLIP = "ViT-SO400M-14-SigLIP-384/webli"  # open_clip's own name, tag and repository; 32 channels and 3 blocks here
 NAMES = [
     "tiny-vit/mine",
@@ -173,7 +183,7 @@ def images():
 
 @pytest.mark.parametrize("name", [*NAMES, SIGLIP])
 def test_an_encoder_has_the_weights_of_the_cache_and_is_built_again_without_them(hub, name):
-    loaded, spec = encoder(name, cache_dir=hub[0])
+    loaded, spec = fetch_encoder(name, cache_dir=hub[0])
     theirs = hub[1][name].state_dict()
     assert loaded.state_dict().keys() == theirs.keys() and all(
         torch.equal(v, theirs[k]) for k, v in loaded.state_dict().items()
@@ -184,11 +194,13 @@ def test_an_encoder_has_the_weights_of_the_cache_and_is_built_again_without_them
     )
     again.load_state_dict(loaded.state_dict())
     x = torch.rand(2, 3, 40, 40, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(encode(again.eval(), x)[0], encode(loaded.eval(), x)[0])
+    pixels = view_of(loaded)(x)
+    assert view_of(again) == view_of(loaded)
+    assert torch.equal(encode(again.eval(), pixels)[0], encode(loaded.eval(), pixels)[0])
 
 
 def test_tags_bring_their_own_activation_and_statistics(hub):
-    visual, _ = encoder("tiny-vit/mine", cache_dir=hub[0])
+    visual, _ = fetch_encoder("tiny-vit/mine", cache_dir=hub[0])
     assert type(visual.transformer.resblocks[0].mlp.gelu).__name__ == "QuickGELU"
     assert list(visual.preprocess_cfg["mean"]) == [0.1, 0.2, 0.3]
 
@@ -198,17 +210,16 @@ def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
     own = Meteor.from_pretrained(
         encoders=[SIGLIP, NAMES[0], NAMES[4], NAMES[2]], decoder="me/tiny-llama", cache_dir=hub[0]
     )
-    assert [a.grid for a in own.adapters] == [(27, 27), (4, 4), (4, 4), (2, 2)] and own.adapters[
-        0
-    ].prefix == 0
+    grids = [view.grid for view in own.views.values()]
+    assert grids == [(27, 27), (4, 4), (4, 4), (2, 2)]
     siglip = own.encoders["ViT-SO400M-14-SigLIP-384"]
     assert [*siglip.preprocess_cfg["mean"]] == [*siglip.preprocess_cfg["std"]] == [0.5] * 3
     x = F.interpolate(images, (384, 384), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
         assert torch.equal(
-            encode(siglip, images)[0], hub[1][SIGLIP].trunk.forward_features(2 * x - 1)
+            encode(siglip, view_of(siglip)(images))[0], hub[1][SIGLIP].trunk.forward_features(2 * x - 1)
         )
-    calibrate_model(own, [images], ["what is this", "a", "describe the picture"])
+    calibrate(own, [images], ["what is this", "a", "describe the picture"])
     with pytest.warns(UserWarning, match="not trained"):
         answers = own.answer(images, ["what is this", "a", "the picture"], max_new_tokens=4)
     for answer in answers:
@@ -233,8 +244,8 @@ def test_names_grids_and_budget(model):
         "tiny-pix2struct",
         "tiny-dino",
     ]
-    assert [a.grid for a in model.adapters] == [(4, 4), (16, 16), (2, 2), (4, 6), (4, 6)]
-    total = sum(a.num_tokens for a in model.adapters)
+    assert [view.grid for view in model.views.values()] == [(4, 4), (16, 16), (2, 2), (4, 6), (4, 6)]
+    total = model.num_tokens
     assert model.budget.stage1 == round(1193 / 4096 * total) and model.budget.stage3 == round(
         242 / 4096 * total
     )
@@ -245,7 +256,7 @@ def test_names_grids_and_budget(model):
 
 
 def test_the_prompt_is_the_decoders_own_chat_with_the_picture_inside(model, hub, images):
-    assert chat_template(model.tokenizer) == ("<bos>user : ", "\n{} assistant :")
+    assert text_around_picture(model.tokenizer) == ("<bos>user : ", "\n{} assistant :")
     encoded = model.encode(images[:1], Budget.none())
     embeds, mask, visual = model.prompt(encoded, ["what is this"])
     embed = hub[1]["me/tiny-llama"].get_input_embeddings()
@@ -263,8 +274,12 @@ def test_unpruned_it_is_the_plain_concatenation(model, hub, images):
     for b, question in enumerate(questions):
         with torch.no_grad():
             tokens = [
-                p(encode(e, images[b : b + 1])[0])
-                for p, e in zip(model.projectors.values(), model.encoders.values())
+                project(encode(encoder, x)[0])
+                for project, encoder, x in zip(
+                    model.projectors.values(),
+                    model.encoders.values(),
+                    model.pixels(images[b : b + 1]),
+                )
             ]
             parts = [
                 llama.get_input_embeddings()(
@@ -292,13 +307,13 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
     with pytest.raises(ValueError, match="ranks must be"):
         own.encode(images)
     with pytest.raises(ValueError, match="questions must be one for each of the 3 pictures"):
-        calibrate_model(own, [images], ["a"])
-    calibrate_model(own, [images[:2], images[2:]], ["what is this", "a", "describe the picture"])
+        calibrate(own, [images], ["a"])
+    calibrate(own, [images[:2], images[2:]], ["what is this", "a", "describe the picture"])
     table, words = own.config["lambda_table"], ["what is this", "a", "describe the picture"]
-    assert table == calibrate(
+    assert table == measure_lambda(
         own, images, words, table["K"], table["lam"]
     )  # each picture with its own question
-    assert table != calibrate(own, images, words[::-1], table["K"], table["lam"])
+    assert table != measure_lambda(own, images, words[::-1], table["K"], table["lam"])
     budget = Budget(stage1=20, stage2=12, stage3=6)
     own.save_pretrained(tmp_path / "saved")
     again = Meteor.from_pretrained(tmp_path / "saved")
@@ -317,11 +332,8 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
 
 def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
     own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
-    out = own(
-        images[:2],
-        [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]],
-        Budget.none(),
-    )
+    dialogues = [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]]
+    out = training_loss(own, own.encode(images[:2], Budget.none()), dialogues)
     said = own.tokenizer(
         "a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False
     ).input_ids
@@ -335,7 +347,7 @@ def test_bfloat16_goes_from_picture_to_words_and_loads_again_as_float32(hub, ima
         encoders=NAMES, decoder="me/tiny-llama", dtype="bfloat16", cache_dir=hub[0]
     )
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
-    calibrate_model(half, [images], ["what is this", "a", "describe the picture"])
+    calibrate(half, [images], ["what is this", "a", "describe the picture"])
     half.save_pretrained(tmp_path / "half")
     for model in (half, Meteor.from_pretrained(tmp_path / "half")):
         with pytest.warns(UserWarning):
@@ -382,13 +394,13 @@ def test_dtypes_and_devices_that_are_not_there_are_not_called_unfetched(hub, mon
             ValueError,
             match="dtype must be a floating-point type of torch or its name, as bfloat16, got",
         ):
-            from_names(**parts, dtype=dtype)
+            from_parts(Meteor, **parts, dtype=dtype)
     if importlib.util.find_spec("accelerate"):
         with pytest.raises(RuntimeError, match="nonsense"):
-            from_names(**parts, device_map={"": "nonsense"})
+            from_parts(Meteor, **parts, device_map={"": "nonsense"})
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match="device_map needs accelerate: pip install"):
-        from_names(**parts, device_map="auto")
+        from_parts(Meteor, **parts, device_map="auto")
 
 
 @pytest.fixture
@@ -431,7 +443,7 @@ def test_where_the_hub_answers_it_is_asked_and_directories_never_ask(hub, unplug
     assert not constants.HF_HUB_OFFLINE
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
-            meteor_mini.model,
+            meteor_mini.weights,
             "get_session",
             lambda: SimpleNamespace(head=lambda url, timeout: None),
         )
@@ -448,17 +460,17 @@ def test_what_cannot_be_fetched_is_named_with_a_way_out(hub, name):
         ValueError,
         match=f"could not be fetched from the hub: .*`hf download {repository}` and copy the cache",
     ) as error:
-        encoder(name, cache_dir=hub[0])
+        fetch_encoder(name, cache_dir=hub[0])
     assert str(error.value).startswith(name) and "\n" not in str(error.value)
 
 
 def test_bad_names_are_refused(hub):
     with pytest.raises(ValueError, match="is not a safetensors file"):
-        encoder("tiny-vit/pickled", cache_dir=hub[0])
+        fetch_encoder("tiny-vit/pickled", cache_dir=hub[0])
     with pytest.raises(ValueError, match="knows no weights 'other' of tiny-vit, but mine, pickled"):
-        encoder("tiny-vit/other", cache_dir=hub[0])
+        fetch_encoder("tiny-vit/other", cache_dir=hub[0])
     with pytest.raises(TypeError, match="must be a Pix2Struct or a DINOv2"):
-        encoder("me/tiny-llama", cache_dir=hub[0])
+        fetch_encoder("me/tiny-llama", cache_dir=hub[0])
     for encoders, decoder in (
         (NAMES[:1], "me/tiny-llama"),
         ([NAMES[0]] * 2, "me/tiny-llama"),
@@ -478,7 +490,7 @@ def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
     ]
     snippet = "\n".join(snippets)
     monkeypatch.setitem(
-        PRETRAINED, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None}
+        PRESETS, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None}
     )
     for real, tiny in {
         "ViT-B-16/openai": NAMES[0],
@@ -511,7 +523,7 @@ def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, c
     (tmp_path / "pictures").mkdir()
     rows = []
     for i in range(8):
-        Image.fromarray(glyphworld.make_picture(i).image).save(tmp_path / "pictures" / f"{i}.png")
+        Image.fromarray(world.make_picture(i).image).save(tmp_path / "pictures" / f"{i}.png")
         rows.append(
             {"image": f"pictures/{i}.png", "question": "what is this", "answer": "a red circle"}
         )
@@ -563,7 +575,7 @@ def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, c
 def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     torch.manual_seed(0)
-    for name in list(PRETRAINED["small"]["encoders"].values())[:3]:
+    for name in list(PRESETS["small"]["encoders"].values())[:3]:
         architecture, tag = name.split("/")
         known = open_clip.get_pretrained_cfg(architecture, tag)
         model = open_clip.create_model(
@@ -595,7 +607,7 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
     T.LlamaForCausalLM(llm).save_pretrained(folder)
     model = Meteor.from_pretrained("small", cache_dir=str(tmp_path))
     picture = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
-    calibrate_model(model, [torch.rand(4, 3, 64, 64)], ["what is this"] * 4)
+    calibrate(model, [torch.rand(4, 3, 64, 64)], ["what is this"] * 4)
     for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -629,11 +641,11 @@ def test_real_small_prunes_and_keeps_all():
     model = warm(lambda: Meteor.from_pretrained("small"))
     pictures = torch.stack(
         [
-            torch.from_numpy(glyphworld.make_picture(i).image).permute(2, 0, 1) / 255
+            torch.from_numpy(world.make_picture(i).image).permute(2, 0, 1) / 255
             for i in range(16)
         ]
     )
-    calibrate_model(model, [pictures], ["What is this?"] * 16)
+    calibrate(model, [pictures], ["What is this?"] * 16)
     with pytest.warns(UserWarning, match="not trained"):
         answer = model.answer(pictures[:1], ["What is this?"], max_new_tokens=4)[0]
     assert answer.tokens["encoders"] == 712 and answer.tokens["stage2"] == model.budget.stage2
