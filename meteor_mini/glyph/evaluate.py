@@ -1,39 +1,76 @@
-"""Accuracy by question family, average tokens, and which patches survive: what `meteor-mini eval` prints."""
+"""Accuracy by question family, average tokens, and which patches survive.
 
-from collections.abc import Callable, Iterator
+`accuracy` asks GlyphWorld's questions and notes one `Record` for each; all its numbers are means of
+these. `meteor-mini eval` prints them.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from . import world as glyphworld
-from .glyphworld import FAMILIES
-from .model import Answer, Budget, Meteor
+from ..budgets import Budget
+from ..model import Answer, Meteor
+from . import world
+
+# What is measured: a budget, or a function (model, images, questions) -> answers.
+Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
+
+PATCHES = {  # groups of patches, by their word in slot "what"; the background has none
+    "background": [],
+    "shape": world.SHAPES,
+    "glyph": ["number", "cell"],
+    "header": ["header"],
+    "bar": ["bar"],
+}
 
 
-def to_images(pixels: list[np.ndarray]) -> torch.Tensor:
+def to_images(pixels: Sequence[np.ndarray]) -> Tensor:
     """Pictures (H, W, 3) uint8 of one size -> (B, 3, H, W) float32 in [0, 1]."""
     return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
-def batches(split: str, samples: int, batch: int = 50, first: int = 0) -> Iterator[list[tuple]]:
-    """`samples` examples (family, picture, question, answer), the families in turn, in lists of at most `batch`."""
-    names = list(FAMILIES)
-    for start in range(0, samples, batch):
-        rows = range(first + start, first + min(start + batch, samples))
-        yield [
-            (
-                names[i % len(names)],
-                *glyphworld.example(i // len(names), split, names[i % len(names)]),
-            )
-            for i in rows
-        ]
+class Example(NamedTuple):
+    family: str
+    picture: world.Picture
+    question: str
+    answer: str
 
 
-Method = (
-    Budget | Callable[[Meteor, torch.Tensor, list[str]], list[Answer]]
-)  # what is measured: (model, images, questions)
+def batches(
+    split: str, samples: int, batch: int = 50, first: int = 0
+) -> Iterator[list[Example]]:
+    """`samples` examples from number `first` on, the families in turn, at most `batch` at a time."""
+    names = list(world.FAMILIES)
+    end = first + samples
+    for start in range(first, end, batch):
+        examples = []
+        for i in range(start, min(start + batch, end)):
+            index, code = divmod(i, len(names))
+            examples.append(Example(names[code], *world.example(index, split, names[code])))
+        yield examples
+
+
+# ----------------------------------------------------------------------------------------- accuracy
+
+
+@dataclass
+class Record:
+    """One question. tokens: mean visual tokens per LLM layer; flops: of the LLM's prefill;
+    survivors: as `Answer` has them.
+    """
+
+    family: str
+    right: bool
+    tokens: float
+    flops: float
+    survivors: dict[str, dict[str, int]]
 
 
 @torch.no_grad()
@@ -41,154 +78,221 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     """Exact-match accuracy in percent.
 
     Args: method: a budget, or a function (model, images, questions) -> answers.
-    Returns: {"accuracy": mean over questions, "families": {family: accuracy}, "average_tokens": mean visual tokens per
-    LLM layer, "family_tokens": the same by family, "right" (n,) bool, "tokens" (n,) float and "family" (n,) str of each question,
-    "llm_flops": mean FLOPs of the LLM's prefill, "survivors": {stage: {encoder: {family: mean tokens}}}}.
+    Returns:
+        "accuracy": mean over questions; "families": {family: accuracy}.
+        "average_tokens": mean visual tokens per LLM layer; "family_tokens": the same by family.
+        "right" (n,) bool, "tokens" (n,) float, "family" (n,) str: of each question.
+        "llm_flops": mean FLOPs of the LLM's prefill.
+        "survivors": {stage: {encoder: {family: mean tokens}}}.
     """
-    right, tokens, family, flops, survivors = [], [], [], [], []
+    records = []
     for examples in batches(split, samples):
-        images = to_images([picture.image for _, picture, _, _ in examples])
-        questions = [question for *_, question, _ in examples]
-        answers = (
-            model.answer(images, questions, method)
-            if isinstance(method, Budget)
-            else method(model, images, questions)
-        )
-        right += [answer.text == truth for answer, (*_, truth) in zip(answers, examples)]
-        tokens += [answer.tokens["stage3"] for answer in answers]
-        family += [name for name, *_ in examples]
-        flops += [
-            prefill_flops(model.decoder.config, answer.layers, len(ids) + 1)
-            for answer, ids in zip(answers, model.tokenize(questions))
-        ]
-        survivors += [answer.survivors for answer in answers]
-    right, tokens, family = np.array(right), np.array(tokens), np.array(family)
-    present = [f for f in FAMILIES if (family == f).any()]
-    mean = {
-        stage: {
-            name: {
-                f: float(np.mean([s[stage][name] for s, g in zip(survivors, family) if g == f]))
-                for f in present
-            }
-            for name in counts
-        }
-        for stage, counts in survivors[0].items()
-    }
+        records += measure(model, method, examples)
+    right = np.array([record.right for record in records])
+    tokens = np.array([record.tokens for record in records])
+    family = np.array([record.family for record in records])
+    asked = [name for name in world.FAMILIES if name in family]
     return {
         "accuracy": 100 * right.mean(),
         "average_tokens": tokens.mean(),
-        "families": {f: 100 * right[family == f].mean() for f in present},
-        "family_tokens": {f: tokens[family == f].mean() for f in present},
+        "families": {name: 100 * right[family == name].mean() for name in asked},
+        "family_tokens": {name: tokens[family == name].mean() for name in asked},
         "right": right,
         "tokens": tokens,
         "family": family,
-        "llm_flops": float(np.mean(flops)),
-        "survivors": mean,
+        "llm_flops": float(np.mean([record.flops for record in records])),
+        "survivors": mean_survivors(records, asked),
     }
 
 
-def prefill_flops(config, visual: list[float], text: int) -> float:
-    """FLOPs of a Llama's prefill, without embeddings and head: 2 (4 n d^2 + 2 n^2 d + 3 n d m) summed over layers.
+def measure(model: Meteor, method: Method, examples: list[Example]) -> list[Record]:
+    """Ask the questions of one batch."""
+    images = to_images([example.picture.image for example in examples])
+    questions = [example.question for example in examples]
+    if isinstance(method, Budget):
+        answers = model.answer(images, questions, method)
+    else:
+        answers = method(model, images, questions)
+    question_ids = model.tokenize(questions)
+    records = []
+    for example, answer, ids in zip(examples, answers, question_ids):
+        text_tokens = len(ids) + 1  # with <bos>, in front of the picture
+        records.append(
+            Record(
+                family=example.family,
+                right=answer.text == example.answer,
+                tokens=answer.tokens["stage3"],
+                flops=prefill_flops(model.decoder.config, answer.layers, text_tokens),
+                survivors=answer.survivors,
+            )
+        )
+    return records
 
-    Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, in all layers. n: both together;
-    d: width, of which grouped keys and values take their part; m: width of the gated MLP. What torch.utils.flop_counter
-    counts; a pruner's own q and k are not in it.
+
+def mean_survivors(records: list[Record], families: list[str]) -> dict:
+    """{stage: {encoder: {family: mean tokens}}}"""
+    means = {}
+    for stage, encoders in records[0].survivors.items():
+        means[stage] = {}
+        for name in encoders:
+            means[stage][name] = {}
+            for family in families:
+                counts = [r.survivors[stage][name] for r in records if r.family == family]
+                means[stage][name][family] = float(np.mean(counts))
+    return means
+
+
+# -------------------------------------------------------------------------------------------- FLOPs
+
+
+def prefill_flops(config, visual: Sequence[float], text: int) -> float:
+    """FLOPs of a Llama's prefill: 2 (4 n d^2 + 2 n^2 d + 3 n d m) summed over layers.
+
+    n: tokens in a layer, d: width, m: width of the gated MLP. This is what
+    torch.utils.flop_counter counts; embeddings, head and a pruner's own q and k are not in it.
+
+    Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, which are
+        in all layers.
     """
-    d, m, grouped = (
-        config.hidden_size,
-        config.intermediate_size,
-        config.num_key_value_heads / config.num_attention_heads,
-    )
-    return sum(
-        2 * (n * d * d * (2 + 2 * grouped) + 2 * n * n * d + 3 * n * d * m)
-        for n in (v + text for v in visual)
-    )
+    d, m = config.hidden_size, config.intermediate_size
+    grouped = config.num_key_value_heads / config.num_attention_heads  # of d, in keys and values
+    flops = 0
+    for count in visual:
+        n = count + text
+        projections = n * d * d * (2 + 2 * grouped)
+        attention = 2 * n * n * d
+        mlp = 3 * n * d * m
+        flops += 2 * (projections + attention + mlp)
+    return flops
 
 
 @torch.no_grad()
-def encoding_flops(model: Meteor, encode: Callable[[Meteor, torch.Tensor], object]) -> int:
-    """FLOPs of encode(model, images) for one picture, encoders, stages 1 and 2, projectors: counted while they run."""
-    image = to_images([glyphworld.make_picture(0, "val").image])
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(
-        False
-    )  # CLIP's: the counter does not know that operator, and counts nothing
-    try:
-        # Plain attention is counted by its products; torch before 2.15 has no count for the CPU's fused one.
-        with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            encode(model, image)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
+def encoding_flops(model: Meteor, encode: Callable[[Meteor, Tensor], object]) -> int:
+    """FLOPs of encode(model, images) for one picture, counted while it runs."""
+    image = to_images([world.make_picture(0, "val").image])
+    with countable_attention(), FlopCounterMode(display=False) as counter:
+        encode(model, image)
     return counter.get_total_flops()
 
 
-def interval(right: list[bool], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
+@contextlib.contextmanager
+def countable_attention() -> Iterator[None]:
+    """Plain attention, whose products the counter counts.
+
+    It does not know the operator of torch's fast path, which CLIP takes, and counts nothing there;
+    torch before 2.15 has no count for the CPU's fused attention.
+    """
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+# --------------------------------------------------------------------------------------- statistics
+
+
+def interval(right: Sequence[bool], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
     """95 % bootstrap interval over questions of an accuracy, or of a mean difference, in percent."""
-    values, rng = np.asarray(right, dtype=float), np.random.default_rng(seed)
-    means = [values[rng.integers(len(values), size=len(values))].mean() for _ in range(draws)]
+    rng = np.random.default_rng(seed)
+    values = np.asarray(right, dtype=float)
+    n = len(values)
+    means = []
+    for _ in range(draws):
+        again = rng.integers(n, size=n)  # n questions, some more than once
+        means.append(values[again].mean())
     low, high = np.percentile(means, [2.5, 97.5])
     return 100 * float(low), 100 * float(high)
 
 
-def difference(a: list[bool], b: list[bool]) -> tuple[float, float, float]:
-    """Accuracy of a minus b on the same questions, in points, with its paired 95 % interval: (mean, low, high)."""
-    d = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
-    return 100 * float(d.mean()), *interval(d)
+def difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float, float]:
+    """Accuracy of a minus b on the same questions, in points, with its paired 95 % interval.
+
+    Returns: mean, low, high.
+    """
+    gains = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
+    low, high = interval(gains)
+    return 100 * float(gains.mean()), low, high
 
 
 def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[str, float]:
-    """CUR(e) = (acc(E) - acc(E without e)) / acc(E) for each encoder e; the information gap is max - min of these.
+    """CUR(e) = (acc(E) - acc(E without e)) / acc(E) for each encoder e.
+
+    The information gap is the largest of these minus the smallest.
 
     Args: accuracies: subset of names -> accuracy, at least E and its subsets of one less.
-    Returns: {e: CUR(e)}, at most 1; nan for all where the full model is never right.  Source: [arXiv 2507.03262]
+    Returns: {e: CUR(e)}, at most 1; nan for all where the full model is never right.
+    Source: [arXiv 2507.03262]
     """
-    everyone = accuracies[frozenset(names)] or float("nan")
-    return {e: (everyone - accuracies[frozenset(names) - {e}]) / everyone for e in names}
+    everyone = frozenset(names)
+    full = accuracies[everyone]
+    if full == 0:
+        return {name: float("nan") for name in names}
+    return {name: (full - accuracies[everyone - {name}]) / full for name in names}
 
 
-PATCHES = {
-    "background": [],
-    "shape": glyphworld.SHAPES,
-    "glyph": ["number", "cell"],
-    "header": ["header"],
-    "bar": ["bar"],
-}
+# ------------------------------------------------------------------------------------------- recall
 
 
 @torch.no_grad()
 def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96) -> dict:
-    """Of the background, shape, glyph, header and bar patches, which percentage survives each stage, per encoder.
+    """Which percentage of the patches of each group of `PATCHES` survives each stage.
 
-    Returns: {stage: {encoder: {group: percent}}}, with "any" for patches that survive in one encoder or more. The one
-    table that explains most accuracy figures.
+    The one table that explains most accuracy figures.
+
+    Returns: {stage: {encoder: {group: percent}}}, with encoder "any" for patches that survive in
+        one encoder or more; 0 for a group without patches.
     """
-    alive, total = {}, {}
-    what = list(glyphworld.SLOTS).index("what")
+    stages, names = ("stage1", "stage2", "stage3"), (*model.encoders, "any")
+    alive = {
+        stage: {name: dict.fromkeys(PATCHES, 0) for name in names} for stage in stages
+    }  # patches
+    total = dict.fromkeys(PATCHES, 0)
     for examples in batches(split, samples):
-        images = to_images([picture.image for _, picture, _, _ in examples])
-        for answer, (_, picture, *_) in zip(
-            model.answer(images, [e[2] for e in examples], budget), examples
-        ):
-            word = torch.from_numpy(picture.patch_words[:, what])
-            for group, words in PATCHES.items():
-                members = [glyphworld.SLOTS["what"].index(w) + 1 for w in words] or [0]
-                patches = torch.isin(word, torch.tensor(members))
-                total[group] = total.get(group, 0) + int(patches.sum())
+        images = to_images([example.picture.image for example in examples])
+        answers = model.answer(images, [example.question for example in examples], budget)
+        for example, answer in zip(examples, answers):
+            for group, patches in patch_groups(example.picture).items():
+                total[group] += int(patches.sum())
                 for stage, maps in answer.kept.items():
-                    for name, grid in [
-                        *maps.items(),
-                        ("any", torch.stack([*maps.values()]).any(dim=0)),
-                    ]:
-                        key = (stage, name, group)
-                        alive[key] = alive.get(key, 0) + int((grid.flatten() & patches).sum())
-    stages, names = ["stage1", "stage2", "stage3"], [*model.encoders, "any"]
+                    for name, kept in (*maps.items(), ("any", kept_by_any(maps))):
+                        both = kept.flatten() & patches
+                        alive[stage][name][group] += int(both.sum())
     return {
-        s: {n: {g: 100 * alive[s, n, g] / max(1, total[g]) for g in PATCHES} for n in names}
-        for s in stages
+        stage: {
+            name: {group: percent(counts[group], total[group]) for group in PATCHES}
+            for name, counts in encoders.items()
+        }
+        for stage, encoders in alive.items()
     }
+
+
+def patch_groups(picture: world.Picture) -> dict[str, Tensor]:
+    """Group of `PATCHES` -> (N,) bool: its patches in a picture."""
+    slot = list(world.SLOTS).index("what")
+    number = torch.from_numpy(picture.patch_words[:, slot])  # (N,), 0 for background
+    groups = {}
+    for group, words in PATCHES.items():
+        members = [world.SLOTS["what"].index(word) + 1 for word in words]
+        if group == "background":
+            members = [0]
+        groups[group] = torch.isin(number, torch.tensor(members))
+    return groups
+
+
+def kept_by_any(maps: dict[str, Tensor]) -> Tensor:
+    """The union of the encoders' maps (h, w) bool."""
+    return torch.stack([*maps.values()]).any(dim=0)
+
+
+def percent(part: int, whole: int) -> float:
+    return 100 * part / whole if whole > 0 else 0.0
 
 
 def print_recall(table: dict) -> None:
     for stage, encoders in table.items():
         for name, groups in encoders.items():
-            print(f"{stage} {name:>10}: " + ", ".join(f"{g} {v:3.0f} %" for g, v in groups.items()))
+            shares = ", ".join(f"{group} {share:3.0f} %" for group, share in groups.items())
+            print(f"{stage} {name:>10}: {shares}")
