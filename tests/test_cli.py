@@ -1,7 +1,8 @@
-"""The command line on an untrained model of the embedded one's classes: output, files, and every wrong input.
+"""The command line on an untrained model of the embedded one's classes: output, files, and every
+wrong input.
 
-`main(argv)` runs in this process; one test runs `python -m meteor_mini`. What needs trained weights is
-skipped until `meteor_mini/checkpoint` is there.
+`main(argv)` runs in this process; one test runs `python -m meteor_mini`. What needs trained weights
+is skipped until `meteor_mini/checkpoint` is there.
 """
 
 import contextlib
@@ -17,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from meteor_mini.presets import GLYPH_DECODER, GLYPH_ENCODERS
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import meteor_mini
 import stage3_decode
 from meteor_mini import CHECKPOINTS, Answer, Budget, Meteor, cli, evaluate, glyphworld, report
-from meteor_mini.presets import GLYPH_DECODER, GLYPH_ENCODERS
 
 FAMILIES = list(glyphworld.FAMILIES)
 QUESTION = "Is there a red circle?"

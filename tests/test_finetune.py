@@ -1,4 +1,6 @@
-"""Training a Meteor on dialogues with transformers' Trainer: data, a tiny run, resuming, two processes."""
+"""Training a Meteor on dialogues with transformers' Trainer: data, a tiny run, resuming, two
+processes.
+"""
 
 import json
 import os
@@ -68,6 +70,22 @@ SHORT = dict(
     disable_tqdm=True,
     use_cpu=True,
 )
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load("glyph")
+
+
+@pytest.fixture(scope="module")
+def batch():
+    """A picture, a question and its answer of each family."""
+    examples = [world.example(3, "val", family) for family in world.FAMILIES]
+    return (
+        to_images([p.image for p, _, _ in examples]),
+        [q for _, q, _ in examples],
+        [a for *_, a in examples],
+    )
 
 
 def test_rows_of_both_forms():
@@ -246,8 +264,8 @@ import json, sys
 from tests.test_finetune import SHORT, finetune, load_data, untrained
 data, out, batch = sys.argv[1:]
 options = {} if batch == "4" else {"ddp_backend": "gloo"}
-trainer = finetune(untrained(), load_data(data, 96), out, **SHORT | dict(max_steps=3, per_device_train_batch_size=int(batch)) | options)
-assert trainer.args.world_size == 4 // int(batch)
+trainer = finetune(untrained(), load_data(data, 96), out, **SHORT | dict(max_steps=3,
+per_device_train_batch_size=int(batch)) | options) assert trainer.args.world_size == 4 // int(batch)
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     open(out + "/loss.json", "w").write(json.dumps(losses))
@@ -258,7 +276,8 @@ if trainer.is_world_process_zero():
 def test_two_processes_give_the_loss_of_one(data, tmp_path):
     (tmp_path / "run.py").write_text(SCRIPT)
     losses, root = {}, str(Path(__file__).parents[1])
-    # Accelerate has no word for several CPU processes but MPI: torchrun's, which it calls multi-GPU, serves as well with gloo.
+    # Accelerate has no word for several CPU processes but MPI: torchrun's, which it calls
+    # multi-GPU, serves as well with gloo.
     for processes, batch, kind in ((1, 4, ["--cpu"]), (2, 2, ["--multi_gpu"])):
         out = tmp_path / f"out{processes}"
         command = [
@@ -288,3 +307,46 @@ def test_two_processes_give_the_loss_of_one(data, tmp_path):
         assert done.returncode == 0, done.stderr[-2000:]
         losses[processes] = json.loads((out / "loss.json").read_text())
     assert losses[1] == pytest.approx(losses[2], rel=0.02)
+
+
+# ----------------------------------------------------------------------------- the loss
+
+
+@torch.no_grad()
+def test_the_training_loss_equals_each_question_alone(model, batch):
+    images, questions, answers = batch
+    dialogues = [
+        [(q, a), ("describe the picture .", "number 4 2")] for q, a in zip(questions, answers)
+    ]
+    encoded = model.encode(images)
+    losses = []
+    for b, dialogue in enumerate(dialogues):
+        for question, answer in dialogue:
+            embeds, *_ = model.prompt(encoded.rows([b]), [question])  # <bos> picture question <ans>
+            said = model.tokenizer(answer, add_special_tokens=False).input_ids + [
+                model.tokenizer.eos_token_id
+            ]
+            whole = torch.cat(
+                [embeds, model.decoder.get_input_embeddings()(torch.tensor([said]))], dim=1
+            )
+            logp = (
+                model.decoder(inputs_embeds=whole)
+                .logits[0, embeds.shape[1] - 1 : -1]
+                .log_softmax(-1)
+            )
+            losses += [-logp[t, token].item() for t, token in enumerate(said)]
+    out = training_loss(model, encoded, dialogues)
+    assert out["logits"].shape[0] == out["labels"].shape[0] == len(losses)
+    assert out["loss"].item() == pytest.approx(sum(losses) / len(losses), rel=1e-4)
+    from_images = training_loss(model, images, dialogues)["loss"]
+    assert out["loss"].item() == pytest.approx(from_images.item(), rel=1e-5)
+
+
+def test_training_gradients_reach_encoders_projectors_and_decoder(model, batch):
+    images, questions, truths = batch
+    dialogues = [[(questions[b], truths[b])] for b in range(2)]
+    encoded = model.encode(images[:2], Budget(stage1=60, stage2=30))
+    training_loss(model, encoded, dialogues)["loss"].backward()
+    for part in (*model.encoders.values(), *model.projectors.values(), model.decoder):
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+    model.zero_grad()

@@ -1,23 +1,29 @@
-"""The composition: Meteor against the plain concatenation of everything, its books, its budgets, its files.
+"""The composition: Meteor against the plain concatenation of everything; its counts; its files.
 
 The embedded checkpoint is the model under test, so these tests also say that it loads and works.
 """
 
+import ast
+import inspect
 import json
-import math
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import meteor_mini
 import stage1_encode
 import stage2_fuse
-from meteor_mini import Budget, Meteor, glyphworld, load
-from meteor_mini.evaluate import to_images
-from meteor_mini.calibration import lambda_from_table
+from meteor_mini import CHECKPOINTS, Budget, Meteor, load
+from meteor_mini.glyph import world
+from meteor_mini.glyph.evaluate import to_images
+from meteor_mini.glyph.parts import build_tokenizer
+from meteor_mini.model import text_around_picture
+from stage3_decode import AdaptivePruner
 
-FAMILIES = list(glyphworld.FAMILIES)
+FAMILIES = list(world.FAMILIES)
 
 
 @pytest.fixture(scope="module")
@@ -27,8 +33,10 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    """Eight pictures, a question of each family (so prompts of different lengths), the true answers."""
-    examples = [glyphworld.example(3, "val", family) for family in FAMILIES]
+    """Eight pictures, a question of each family (so prompts of different lengths), the true
+    answers.
+    """
+    examples = [world.example(3, "val", family) for family in FAMILIES]
     return (
         to_images([p.image for p, _, _ in examples]),
         [q for _, q, _ in examples],
@@ -37,7 +45,9 @@ def batch():
 
 
 def plain(model, images, question_ids):
-    """Every token of every encoder's own forward, projected and concatenated, in front of one question."""
+    """Every token of every encoder's own forward, projected and concatenated, in front of one
+    question.
+    """
     tokens = []
     for name, encoder, projector in zip(
         model.encoders, model.encoders.values(), model.projectors.values()
@@ -64,7 +74,9 @@ def normalised(images):
 
 
 def flattened(images):
-    """Pix2Struct's input by loops: standardise the picture, cut 8 x 8 patches, put row and column (from 1) in front."""
+    """Pix2Struct's input by loops: standardise the picture, cut 8 x 8 patches, put row and column
+    (from 1) in front.
+    """
     rows = []
     for image in images:
         image = (image - image.mean()) / max(image.std(), image.numel() ** -0.5)
@@ -93,13 +105,11 @@ def test_keep_all_equals_the_plain_concatenation_of_everything(model, batch):
 
 
 @torch.no_grad()
-def test_an_infinite_lambda_changes_nothing(model, batch, monkeypatch):
+def test_an_infinite_lambda_changes_nothing(model, batch):
     images, questions, _ = batch
     budget = Budget(stage1=168, stage2=80)
     encoded = model.encode(images, budget)
     plainly, none = model.generate(encoded, questions, budget)
-    from stage3_decode import AdaptivePruner
-
     embeds, mask, visual = model.prompt(encoded, questions)
     with AdaptivePruner(model.decoder, visual, lam=float("inf")):
         pruned = model.decoder.generate(
@@ -108,12 +118,12 @@ def test_an_infinite_lambda_changes_nothing(model, batch, monkeypatch):
     assert none is None and torch.equal(plainly, pruned)
 
 
-def test_forward_is_the_three_stages_in_a_row(model, batch):
+def test_encode_is_stages_1_and_2_in_a_row(model, batch):
     images, budget = batch[0][:2], model.budget
     with torch.no_grad():
         encoded = model.encode(images)
         features, kept = stage1_encode.encode_all(
-            list(model.encoders.values()), images, budget.stage1, model.ranks
+            list(model.encoders.values()), model.pixels(images), budget.stage1, model.ranks
         )
         fused = stage2_fuse.fuse(
             [p(x) for p, x in zip(model.projectors.values(), features)],
@@ -162,7 +172,8 @@ def test_a_batch_of_different_questions_equals_one_by_one(model, batch):
 
 def test_one_encoding_serves_many_questions(model, batch):
     images = batch[0][:1]
-    encoded = model.encode_no_grad(images)
+    with torch.no_grad():
+        encoded = model.encode(images)
     for question in ("is there a red circle ?", "describe the picture ."):
         again = model.answer(encoded.rows([0, 0]), [question, question])
         assert again[0].text == again[1].text == model.answer(images, [question])[0].text
@@ -173,7 +184,8 @@ def test_save_and_load_give_the_same_answers(model, batch, tmp_path):
     written = {f.name for f in tmp_path.iterdir()} - {
         "README.md"
     }  # huggingface_hub adds a model card
-    assert written == {"config.json", "model.safetensors", "tokenizer.json"}
+    tokenizer = {"tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert written == {"config.json", "model.safetensors"} | tokenizer
     again = Meteor.from_pretrained(tmp_path)
     assert not again.training
     for key, value in model.state_dict().items():
@@ -185,7 +197,7 @@ def test_save_and_load_give_the_same_answers(model, batch, tmp_path):
 
 
 def test_the_embedded_checkpoint_is_small_and_complete():
-    folder = __import__("meteor_mini").CHECKPOINTS["glyph"]
+    folder = CHECKPOINTS["glyph"]
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 20e6
     config = json.loads((folder / "config.json").read_text())
     assert len(config["encoders"]) == 4 and config["ranks"] and config["lambda_table"]
@@ -193,6 +205,15 @@ def test_the_embedded_checkpoint_is_small_and_complete():
         config["decoder"]["num_hidden_layers"] >= 8
         and config["decoder"]["num_attention_heads"] >= 8
     )
+
+
+def test_the_prompt_of_the_embedded_model_is_its_own_chat_template(model):
+    assert model.before.strip() == "<bos>" and model.after == "\n{}<ans>"
+    ids = model.tokenizer("<bos>").input_ids
+    assert model.before_ids == ids and len(ids) == 1
+    vicuna = build_tokenizer(["what"])
+    vicuna.chat_template = None
+    assert text_around_picture(vicuna) == ("<bos>USER: ", "\n{} ASSISTANT:")
 
 
 def test_digits_are_joined_and_case_does_not_matter(model):
@@ -227,6 +248,67 @@ def test_nan_pictures_are_refused(model):
         model.answer(torch.full((1, 3, 96, 96), float("nan")), ["what is the number ?"])
 
 
+def test_a_file_name_in_place_of_a_picture_says_how_to_load_it(model):
+    with pytest.raises(
+        TypeError, match="images must be a tensor .*load_picture.file. gives, .* got str"
+    ):
+        model.answer("picture.png", ["what is the number ?"])
+
+
+# ------------------------------------------------------------------------------------ the house
+
+
+def test_the_model_class_is_thin():
+    lines, _ = inspect.getsourcelines(Meteor)
+    assert len(lines) <= 160
+
+
+def modules():
+    """Our modules by name, each with the modules of ours that it imports when it is imported."""
+    root = Path(meteor_mini.__file__).parent
+    found = {}
+    for file in root.rglob("*.py"):
+        parts = ["meteor_mini", *file.relative_to(root).with_suffix("").parts]
+        package = parts[:-1]
+        name = ".".join(package if parts[-1] == "__init__" else parts)
+        imported = set()
+        for node in ast.parse(file.read_text()).body:  # not those inside functions
+            if isinstance(node, ast.ImportFrom) and node.level:
+                base = package[: len(package) + 1 - node.level]
+                base = base + node.module.split(".") if node.module else base
+                imported.add(".".join(base))  # a package, where it is the names that are modules
+                imported |= {".".join([*base, alias.name]) for alias in node.names}
+        found[name] = imported
+    return {name: imported & set(found) - {name} for name, imported in found.items()}
+
+
+def test_no_module_imports_one_that_imports_it():
+    graph = modules()
+    assert len(graph) > 10
+    done = {"meteor_mini", "meteor_mini.glyph", "meteor_mini.lab"}  # whose __init__ come first
+    while waiting := set(graph) - done:
+        free = {name for name in waiting if graph[name] <= done}
+        assert free, f"these import each other: {sorted(waiting)}"
+        done |= free
+
+
+def test_the_arrows_between_the_wings_point_one_way():
+    """cli -> lab -> glyph -> the model and its rooms -> the stages."""
+    for name, imported in modules().items():
+        wing = name.split(".")[1] if "." in name else ""
+        for other in imported:
+            if wing not in ("lab", "cli"):
+                assert not other.startswith("meteor_mini.lab"), (name, other)
+            if wing not in ("glyph", "lab", "cli"):
+                assert not other.startswith("meteor_mini.glyph"), (name, other)
+            assert other != "meteor_mini.cli"
+
+
+def test_a_visitor_finds_at_most_nine_files_in_the_package():
+    root = Path(meteor_mini.__file__).parent
+    assert len([file for file in root.iterdir() if file.is_file()]) <= 9
+
+
 def test_a_directory_without_weights_is_refused(model, tmp_path):
     with pytest.raises(ValueError, match="has no config.json"):
         Meteor.from_pretrained(tmp_path)
@@ -248,8 +330,20 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a Meteor model"):
         Meteor.from_pretrained(tmp_path)
-    (tmp_path / "config.json").write_text('{"words": ["a"]}')
-    with pytest.raises(ValueError, match="no model can be built from .*: KeyError: 'encoders'"):
+    for text in ('{"encoders": {}}', "[]", "{"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(ValueError, match="is not the configuration of a Meteor model"):
+            Meteor.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text('{"encoders": {"a": ["none", {}]}, "decoder": {}}')
+    with pytest.raises(ValueError, match="no model can be built from .*: encoder must be one of"):
+        Meteor.from_pretrained(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / file).unlink()
+    with pytest.raises(ValueError, match=f"{tmp_path} holds no tokenizer that can be read"):
         Meteor.from_pretrained(tmp_path)
 
 

@@ -1,4 +1,6 @@
-"""stage2_fuse.py against hand-computed tokens and slow loops. Run: pytest tests/test_stage2_fuse.py"""
+"""stage2_fuse.py against hand-computed tokens and slow loops. Run: pytest
+tests/test_stage2_fuse.py
+"""
 
 import math
 import shutil
@@ -40,7 +42,9 @@ def naive_redundancy(tokens, b, j, i):
 
 
 def naive_greedy(tokens, b, drop):
-    """Drop the token of highest redundancy over what is still there, recomputed from scratch each time."""
+    """Drop the token of highest redundancy over what is still there, recomputed from scratch each
+    time.
+    """
     alive = [(j, i) for j, z in enumerate(tokens) for i in range(z.shape[1])]
     cos = lambda p, q: float(
         F.cosine_similarity(tokens[p[0]][b, p[1]], tokens[q[0]][b, q[1]], dim=0)

@@ -1,5 +1,6 @@
-"""stage3_decode.py against hand-computed tokens, double loops, and an oracle that cuts no sequence: it masks
-dropped tokens as keys, one sample at a time, in float64. Run: pytest tests/test_stage3_decode.py"""
+"""stage3_decode.py against hand-computed tokens, double loops, and an oracle that cuts no sequence:
+it masks dropped tokens as keys, one sample at a time, in float64. Run: pytest
+tests/test_stage3_decode.py"""
 
 import ast
 import functools
@@ -47,7 +48,9 @@ CACHE = next(  # what this release calls a KV cache: past_key_values, or cache f
 
 
 def build(family="Llama", **options):
-    """A random tiny CausalLM of a library class. Large weights, so that heads differ and look unevenly."""
+    """A random tiny CausalLM of a library class. Large weights, so that heads differ and look
+    unevenly.
+    """
     config = getattr(transformers, family + "Config")(
         **dict(
             vocab_size=VOCAB,
@@ -74,7 +77,9 @@ def tiny(family="Llama", dtype=torch.float32, **options):
 
 
 def ragged(dtype=torch.float32, seed=0):
-    """Three prompts of 12, 24 and 21 tokens, left-padded: text, visual tokens in one or two blocks, text."""
+    """Three prompts of 12, 24 and 21 tokens, left-padded: text, visual tokens in one or two blocks,
+    text.
+    """
     shapes = ["tvvvvvvvvttt", "ttvvvvvvvvvvvvtvvvvttttt", "tvvvvvvvvvvvvvvvttttt"]
     S = max(map(len, shapes))
     rows = [" " * (S - len(shape)) + shape for shape in shapes]
@@ -117,7 +122,9 @@ def turn(x, cos, sin):
 
 @torch.no_grad()
 def oracle(model, embeds, visual, layers, lam, k, counts=None):
-    """One unpadded prompt (S, D), S x S masks, no token leaves: logits (S, VOCAB), {layer: kept set}."""
+    """One unpadded prompt (S, D), S x S masks, no token leaves: logits (S, VOCAB), {layer: kept
+    set}.
+    """
     decoder, S, kept = model.model, len(embeds), {}
     cos, sin = (table[0] for table in decoder.rotary_emb(embeds[None], torch.arange(S)[None]))
     alive, x = [True] * S, embeds
@@ -171,7 +178,8 @@ def kept_sets(pruner, b, first=0):
     }
 
 
-# -------------------------------------------------------------------------------------------- pure functions
+# -------------------------------------------------------------------------------------------- pure
+# functions
 
 
 def test_visual_attention_of_two_visual_and_two_text_tokens_by_hand():
@@ -362,7 +370,8 @@ def test_solve_lambda_reaches_a_wanted_average_on_a_model():
     assert abs(measure(solve_lambda(8.0, measure, tolerance=0.3)) - 8.0) <= 0.3
 
 
-# ----------------------------------------------------------------------------- the whole, against the oracle
+# ----------------------------------------------------------------------------- the whole, against
+# the oracle
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -474,7 +483,8 @@ def test_what_is_recorded_is_what_decided():
     assert torch.equal(pruner.average_tokens(), want) and want.shape == (3,)
 
 
-# ---------------------------------------------------------------------------------------- keeping everything
+# ---------------------------------------------------------------------------------------- keeping
+# everything
 
 SAMPLING = [
     dict(),
@@ -506,7 +516,8 @@ def test_lambda_infinity_without_a_mask_is_bit_equal_everywhere():
     assert torch.equal(pruned, forward(tiny(), embeds))
 
 
-# ----------------------------------------------------------------------- generate: batches, caches, sampling
+# ----------------------------------------------------------------------- generate: batches, caches,
+# sampling
 
 
 def singles(model, embeds, attention_mask, visual_mask, lam=LAM, **options):
@@ -559,7 +570,9 @@ def test_beams_of_a_ragged_batch_equal_singles():
 
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 def test_cached_generation_equals_recomputing_everything(options):
-    """Without a cache every step is a forward over prompt and answer: the answer must not steer it."""
+    """Without a cache every step is a forward over prompt and answer: the answer must not steer
+    it.
+    """
     embeds, attention_mask, visual_mask = ragged()
     runs = []
     for use_cache in (True, False):
@@ -603,7 +616,9 @@ def test_later_caches_are_shorter_by_what_was_dropped():
 
 
 def test_several_tokens_after_the_prompt_equal_one_forward_over_all():
-    """A ragged second turn on the same cache: pieces of 1, 3 and 2 tokens, or the first with the prompt."""
+    """A ragged second turn on the same cache: pieces of 1, 3 and 2 tokens, or the first with the
+    prompt.
+    """
     embeds, attention_mask, visual_mask = ragged(torch.float64)
     model, S = tiny("Llama", torch.float64), embeds.shape[1]
     more = torch.randn(3, 6, D, generator=torch.Generator().manual_seed(5))
@@ -675,11 +690,14 @@ def test_the_decoder_inside_a_vision_language_model():
     assert torch.equal(pruned, run())
 
 
-# -------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------
+# training
 
 
 def training():
-    """The ragged prompts as training data: the last two tokens are the answer, the one before them asks."""
+    """The ragged prompts as training data: the last two tokens are the answer, the one before them
+    asks.
+    """
     embeds, attention_mask, visual_mask = ragged(torch.float64)
     query_mask, labels = torch.zeros_like(visual_mask), torch.full(visual_mask.shape, -100)
     query_mask[:, -3] = True
@@ -772,7 +790,8 @@ def test_right_padding_gives_the_same_states():
     assert gap(right, turned[3]) < 1e-10
 
 
-# --------------------------------------------------------------------------------------- what is left behind
+# --------------------------------------------------------------------------------------- what is
+# left behind
 
 
 def state(model):
@@ -831,7 +850,8 @@ def test_check_uses_no_random_numbers_even_with_dropout():
     assert all(module.training for module in model.modules())
 
 
-# -------------------------------------------------------------------------------------------------- refusals
+# --------------------------------------------------------------------------------------------------
+# refusals
 
 
 def small(name, **options):
@@ -1041,7 +1061,9 @@ def test_bad_calls():
 
 
 def test_a_decoder_compiled_before_the_block_is_pruned_or_refused():
-    """Whether torch notices new hooks depends on the versions; no unpruned run may pass for a pruned one."""
+    """Whether torch notices new hooks depends on the versions; no unpruned run may pass for a
+    pruned one.
+    """
     embeds, _, visual_mask = ragged()
     model = build()
     with prune(model, visual_mask):
@@ -1067,7 +1089,8 @@ def test_a_window_that_holds_the_whole_sequence_changes_nothing():
     assert torch.equal(*ids)
 
 
-# ----------------------------------------------------------------------------- another release of transformers
+# ----------------------------------------------------------------------------- another release of
+# transformers
 
 VERSIONS = f"tested with transformers .* to .*, this is {transformers.__version__}"
 
@@ -1154,7 +1177,9 @@ class Wrapped:
 
 
 def test_layers_that_are_given_another_cache_are_refused():
-    """Their masks would be as long as if nothing had been said before, and no error would follow."""
+    """Their masks would be as long as if nothing had been said before, and no error would
+    follow.
+    """
     embeds, attention_mask, visual_mask = ragged()
     model = build()
 
@@ -1273,7 +1298,8 @@ def test_an_attention_whose_part_was_renamed_is_refused_with_the_name_and_the_ve
         AdaptivePruner(model, ragged()[2], lam=1.0)
 
 
-# -------------------------------------------------------------------------------------------------- the file
+# --------------------------------------------------------------------------------------------------
+# the file
 
 
 def test_file_keeps_to_its_form():

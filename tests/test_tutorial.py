@@ -1,7 +1,9 @@
-"""tutorial.ipynb: small, whole, executed, without an algorithm of its own; and, slowly, its outputs once more.
+"""tutorial.ipynb: small, whole, executed, without an algorithm of its own; and, slowly, its outputs
+    once more.
 
-Cells tagged "varies" hold timings, "close" numbers that may differ a little from machine to machine; the text of all
-others must come out the same. Run: pytest tests/test_tutorial.py, and with -m slow for the execution.
+Cells tagged "varies" hold timings, "close" numbers that may differ a little from machine to
+machine; the text of all others must come out the same. Run: pytest tests/test_tutorial.py, and with
+-m slow for the execution.
 """
 
 import ast

@@ -1,8 +1,8 @@
-"""Stage 3 around vision-language models of transformers as they come: tiny random ones of the real classes, their own
-`generate`. One case a family; every property for every family.
+"""Stage 3 around vision-language models of transformers as they come: tiny random ones of the real
+classes, their own `generate`. One case a family; every property for every family.
 
-A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are put there as the
-family's processor does.
+A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are
+put there as the family's processor does.
 """
 
 import json
@@ -96,7 +96,9 @@ def llava_next():
 
 
 def idefics(config, vision, model):
-    """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, filled up with black ones."""
+    """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, filled up with black
+    ones.
+    """
     built = config(
         text_config=T.LlamaConfig(**TEXT),
         vision_config=vision(**EYES, image_size=64),
@@ -210,7 +212,9 @@ def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
 
 
 def test_in_several_turns_the_text_after_the_last_picture_asks(family):
-    """Of each prompt: as with those tokens named in a query_mask, and not as with all text; counts are each prompt's own."""
+    """Of each prompt: as with those tokens named in a query_mask, and not as with all text; counts
+    are each prompt's own.
+    """
     prompts = PROMPTS["several turns"]
     inputs, visual_mask = batch(family, prompts)
     masks = {
@@ -394,7 +398,8 @@ def test_a_llava_that_joins_layers_is_refused(small_llava):
     small_llava.config.vision_feature_layer = before
 
 
-# ------------------------------------------------------------------ meteor_mini.vlm and the command line
+# ------------------------------------------------------------------ meteor_mini.vlm and the command
+# line
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,6 @@
-"""weights.py on a hub cache made here: the real file names and loading code, tiny random weights."""
+"""weights.py on a hub cache made here: the real file names and loading code, tiny random
+weights.
+"""
 
 import importlib.util
 import json
@@ -55,7 +57,8 @@ CONVNEXT = VIT | {
     "vision_cfg": TIMM | {"timm_model_name": "convnext_atto", "timm_pool": "avg", "image_size": 64}
 }
 PRETRAINED_LLM = PRESETS["small"]["decoder"]
-SIGLIP = "ViT-SO400M-14-SigLIP-384/webli"  # open_clip's own name, tag and repository; 32 channels and 3 blocks here
+# open_clip's own name, tag and repository; 32 channels and 3 blocks here
+SIGLIP = "ViT-SO400M-14-SigLIP-384/webli"
 NAMES = [
     "tiny-vit/mine",
     "hf-hub:me/tiny-eva",
@@ -206,7 +209,9 @@ def test_tags_bring_their_own_activation_and_statistics(hub):
 
 
 def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
-    """SigLIP, CLIP, DINOv2, ConvNeXt; unpruned SigLIP gives what the library's own forward gives at its own statistics."""
+    """SigLIP, CLIP, DINOv2, ConvNeXt; unpruned SigLIP gives what the library's own forward gives at
+    its own statistics.
+    """
     own = Meteor.from_pretrained(
         encoders=[SIGLIP, NAMES[0], NAMES[4], NAMES[2]], decoder="me/tiny-llama", cache_dir=hub[0]
     )
@@ -217,7 +222,8 @@ def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
     x = F.interpolate(images, (384, 384), mode="bicubic", antialias=True).clamp(0, 1)
     with torch.no_grad():
         assert torch.equal(
-            encode(siglip, view_of(siglip)(images))[0], hub[1][SIGLIP].trunk.forward_features(2 * x - 1)
+            encode(siglip, view_of(siglip)(images))[0],
+            hub[1][SIGLIP].trunk.forward_features(2 * x - 1),
         )
     calibrate(own, [images], ["what is this", "a", "describe the picture"])
     with pytest.warns(UserWarning, match="not trained"):
@@ -244,7 +250,13 @@ def test_names_grids_and_budget(model):
         "tiny-pix2struct",
         "tiny-dino",
     ]
-    assert [view.grid for view in model.views.values()] == [(4, 4), (16, 16), (2, 2), (4, 6), (4, 6)]
+    assert [view.grid for view in model.views.values()] == [
+        (4, 4),
+        (16, 16),
+        (2, 2),
+        (4, 6),
+        (4, 6),
+    ]
     total = model.num_tokens
     assert model.budget.stage1 == round(1193 / 4096 * total) and model.budget.stage3 == round(
         242 / 4096 * total
@@ -405,7 +417,9 @@ def test_dtypes_and_devices_that_are_not_there_are_not_called_unfetched(hub, mon
 
 @pytest.fixture
 def unplugged(monkeypatch):
-    """A machine without a network where nobody has set HF_HUB_OFFLINE; the list of names that were looked up there."""
+    """A machine without a network where nobody has set HF_HUB_OFFLINE; the list of names that were
+    looked up there.
+    """
     asked = []
 
     def refuse(host, *_, **__):
@@ -625,11 +639,14 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
     ] == pytest.approx(model.budget.stage3, abs=4)
 
 
-# ------------------------------------------------------------------ real weights, where a warm cache holds them
+# ------------------------------------------------------------------ real weights, where a warm
+# cache holds them
 
 
 def warm(load):
-    """load(), or a skip with the sentence that says what is missing. Tests are offline: fill the cache first."""
+    """load(), or a skip with the sentence that says what is missing. Tests are offline: fill the
+    cache first.
+    """
     try:
         return load()
     except ValueError as error:
@@ -640,10 +657,7 @@ def warm(load):
 def test_real_small_prunes_and_keeps_all():
     model = warm(lambda: Meteor.from_pretrained("small"))
     pictures = torch.stack(
-        [
-            torch.from_numpy(world.make_picture(i).image).permute(2, 0, 1) / 255
-            for i in range(16)
-        ]
+        [torch.from_numpy(world.make_picture(i).image).permute(2, 0, 1) / 255 for i in range(16)]
     )
     calibrate(model, [pictures], ["What is this?"] * 16)
     with pytest.warns(UserWarning, match="not trained"):
