@@ -16,7 +16,7 @@ from stage2_fuse import (
     STRATEGIES,
     Projector,
     fuse,
-    greedy_order,
+    greedy_drop,
     lowest,
     mutual_redundancy,
     proportional,
@@ -46,9 +46,11 @@ def naive_greedy(tokens, b, drop):
     time.
     """
     alive = [(j, i) for j, z in enumerate(tokens) for i in range(z.shape[1])]
-    cos = lambda p, q: float(
-        F.cosine_similarity(tokens[p[0]][b, p[1]], tokens[q[0]][b, q[1]], dim=0)
-    )
+
+    def cos(p, q):
+        first, second = tokens[p[0]][b, p[1]], tokens[q[0]][b, q[1]]
+        return float(F.cosine_similarity(first, second, dim=0))
+
     for _ in range(drop):
         scores = [sum(cos(p, q) for q in alive if q[0] != p[0]) for p in alive]
         alive.pop(max(range(len(alive)), key=lambda a: scores[a]))
@@ -143,7 +145,7 @@ def test_greedy_keeps_one_copy_of_what_two_encoders_share_and_the_one_shot_rule_
     tokens = [eye[None, [0, 1]], eye[None, [0, 2]]]  # token 0 of each is the same
     assert fuse(tokens, 2).keep_idx.tolist() == [[1, 3]]
     assert fuse(tokens, 3, "greedy").keep_idx.tolist() == [[1, 2, 3]]
-    assert greedy_order(tokens, 1).tolist() == [[False, True, True, True]]
+    assert greedy_drop(tokens, 1).tolist() == [[True, False, False, False]]
 
 
 def test_separate_prunes_within_each_encoder_with_a_proportional_budget():
@@ -163,7 +165,10 @@ def test_separate_prunes_within_each_encoder_with_a_proportional_budget():
 
 def test_random_repeats_with_its_generator_and_differs_without():
     tokens = features((20, 20))
-    draw = lambda seed: fuse(tokens, 10, "random", torch.Generator().manual_seed(seed)).keep_idx
+
+    def draw(seed):
+        return fuse(tokens, 10, "random", torch.Generator().manual_seed(seed)).keep_idx
+
     assert torch.equal(draw(1), draw(1)) and not torch.equal(draw(1), draw(2))
 
 
