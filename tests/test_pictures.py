@@ -1,14 +1,39 @@
-"""Loading a user's picture: values against what was drawn, in every mode, and every refusal."""
+"""A user's picture: values against what was drawn, in every mode, and every refusal; then the
+pixels that each encoder reads, against the libraries' own preprocessing.
+"""
 
 import struct
 import zlib
 
 import numpy as np
+import open_clip
 import pytest
+import timm
 import torch
+import torch.nn.functional as F
+from open_clip.timm_model import TimmModel
 from PIL import Image
+from timm.models.convnext import ConvNeXt
+from transformers import (
+    Dinov2Config,
+    Dinov2Model,
+    Pix2StructImageProcessor,
+    Pix2StructVisionConfig,
+    Pix2StructVisionModel,
+)
 
-from meteor_mini.pictures import deep_grey, load_picture, to_square
+from meteor_mini.pictures import (
+    CLIP_MEAN,
+    CLIP_STD,
+    IMAGENET_MEAN,
+    deep_grey,
+    load_picture,
+    pixels_for,
+    resize_square,
+    to_square,
+    view_of,
+)
+from stage1_encode import encode
 
 RED, WHITE = (200, 30, 40), (255, 255, 255)
 
@@ -211,3 +236,142 @@ def test_random_damage_is_a_value_error_or_a_picture(tmp_path):
                 assert load_picture(tmp_path / name).isfinite().all()
             except ValueError as error:
                 assert name in str(error)
+
+
+# ------------------------------------------------------------------------- what each encoder reads
+
+
+def clip():
+    return open_clip.transformer.VisionTransformer(
+        32, 4, width=32, layers=3, heads=4, mlp_ratio=2.0, output_dim=8
+    )
+
+
+def pix2struct(grid=None):
+    config = Pix2StructVisionConfig(
+        hidden_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        d_kv=8,
+        d_ff=32,
+        seq_len=80,
+        patch_embed_hidden_size=3 * 4**2,
+        initializer_range=0.02,
+    )
+    model = Pix2StructVisionModel(config).eval()
+    if grid is not None:
+        model.config.meteor_grid = grid
+    return model
+
+
+def dinov2():
+    config = Dinov2Config(
+        hidden_size=32, num_hidden_layers=3, num_attention_heads=4, image_size=32, patch_size=4
+    )
+    return Dinov2Model(config).eval()
+
+
+def images(B=3, side=32, seed=0):
+    return torch.rand(B, 3, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def test_resize_and_normalise_as_open_clip_does():
+    noise = np.random.default_rng(0).integers(0, 256, (3, 50, 50, 3), dtype=np.uint8)
+    transform = open_clip.image_transform(32, is_train=False)
+    want = torch.stack([transform(Image.fromarray(n)) for n in noise])
+    pixels = view_of(clip())(torch.from_numpy(noise).permute(0, 3, 1, 2).float() / 255)
+    # Pillow rounds to bytes, twice
+    assert pixels.shape == (3, 3, 32, 32) and (pixels - want).abs().mean() < 1 / 255 / max(CLIP_STD)
+
+
+def test_a_picture_of_the_right_size_is_only_normalised():
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    assert torch.equal(view_of(clip())(images()), (images() - mean) / std)
+
+
+def test_pix2struct_reads_what_the_librarys_processor_makes():
+    view = view_of(pix2struct())
+    pictures = F.interpolate(images(2, 9), 48, mode="bilinear")
+    processor = Pix2StructImageProcessor(patch_size={"height": 4, "width": 4}, do_convert_rgb=False)
+    made = processor(list(pictures), max_patches=64 + 5, return_tensors="pt").flattened_patches
+    assert (made[:, 64:] == 0).all()  # padded by 5
+    torch.testing.assert_close(view(pictures), made[:, :64], rtol=0, atol=1e-5)
+
+
+def test_a_picture_of_one_colour_is_standardised_without_a_division_by_zero():
+    patches = view_of(pix2struct())(torch.full((1, 3, 32, 32), 0.5))
+    assert patches.isfinite().all() and (patches[..., 2:] == 0).all()
+
+
+def test_mean_and_std_of_open_clip_then_timm_then_clip():
+    model = clip()
+    assert view_of(model).mean == CLIP_MEAN and view_of(model).std == CLIP_STD
+    model.preprocess_cfg = {"mean": (0.5, 0.5, 0.25), "std": [0.5, 0.25, 0.5]}
+    assert view_of(model).mean == (0.5, 0.5, 0.25) and view_of(model).std == (0.5, 0.25, 0.5)
+    vit = timm.create_model("test_vit", num_classes=0)
+    assert view_of(vit).mean == tuple(vit.pretrained_cfg["mean"])
+    vit.preprocess_cfg = {"mean": (0.25,) * 3, "std": (0.5,) * 3}
+    assert view_of(vit).mean == (0.25,) * 3
+    assert view_of(dinov2()).mean == IMAGENET_MEAN
+
+
+def test_sizes_grids_and_widths():
+    def seen(model):
+        view = view_of(model)
+        return view.size, view.grid, view.width
+
+    assert seen(clip()) == ((32, 32), (8, 8), 32)
+    assert seen(pix2struct()) == ((32, 32), (8, 8), 32)  # the largest square below 80 patches
+    assert seen(pix2struct((4, 16))) == ((16, 64), (4, 16), 32)
+    assert seen(dinov2()) == ((32, 32), (8, 8), 32)
+    wide = dinov2()
+    wide.config.meteor_grid = (6, 10)
+    assert seen(wide) == ((24, 40), (6, 10), 32)
+    tower = TimmModel("test_convnext", 16, image_size=64, pool="", proj="linear")
+    assert seen(tower)[:2] == ((64, 64), (2, 2))
+    assert view_of(tower.trunk).size == (160, 160)  # timm's pretrained_cfg
+    eva = TimmModel("eva02_tiny_patch14_224", 16, image_size=224, pool="token", proj=None)
+    assert seen(eva) == ((224, 224), (16, 16), 192)
+    with pytest.raises(ValueError, match="ConvNeXt must tell its input: set pretrained_cfg"):
+        view_of(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
+
+
+@pytest.mark.parametrize("build", [clip, pix2struct, lambda: pix2struct((4, 16)), dinov2])
+@torch.no_grad()
+def test_a_view_makes_what_its_encoder_takes(build):
+    model = build().eval()
+    view = view_of(model)
+    tokens, _ = encode(model, view(images(2, 40)))
+    assert tokens.shape == (2, view.num_tokens, view.width) == (2, 64, 32)
+
+
+def test_pixels_are_in_the_type_of_the_weights():
+    encoders = {"clip": clip().bfloat16(), "dinov2": dinov2()}
+    views = {name: view_of(encoder) for name, encoder in encoders.items()}
+    pixels = pixels_for(encoders, views, images(), torch.device("cpu"))
+    assert [x.dtype for x in pixels] == [torch.bfloat16, torch.float32]
+
+
+def test_resizing_a_square_stays_within_0_and_1():
+    resized = resize_square((images(2, 9) > 0.5).float(), 32)
+    assert resized.shape == (2, 3, 32, 32) and resized.min() == 0 and resized.max() == 1
+
+
+@pytest.mark.parametrize(
+    "bad, message",
+    [
+        (
+            torch.rand(3, 32, 32),
+            r"images must be float .B, 3, H, W., got torch.float32 .3, 32, 32.",
+        ),
+        (torch.rand(1, 1, 32, 32), "images must be float"),
+        (torch.zeros(1, 3, 32, 32, dtype=torch.uint8), "images must be float .* got torch.uint8"),
+        (255 * torch.ones(1, 3, 32, 32), r"images must be in .0, 1.: divide bytes by 255"),
+        (torch.rand(1, 3, 32, 32) - 0.5, "images must be in"),
+        (torch.full((1, 3, 32, 32), float("nan")), "images must be in"),
+    ],
+)
+@pytest.mark.parametrize("build", [clip, pix2struct])
+def test_what_is_no_batch_of_pictures_is_refused(build, bad, message):
+    with pytest.raises(ValueError, match=message):
+        view_of(build())(bad)
