@@ -6,9 +6,8 @@ from pathlib import Path
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = (
-    "1"  # before huggingface_hub is imported: no test may reach a network
-)
+# Before huggingface_hub is imported: no test may reach a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 NAMES = "test_library_names.py"
@@ -28,3 +27,41 @@ def pytest_runtest_setup(item):
     """One failure that names the cause says more than a hundred that follow from it."""
     if renamed and item.path.name != NAMES:
         pytest.skip(f"the libraries lack a name that we need: {renamed[0]}")
+
+
+LAMBDA_TABLE = {
+    "K": [8, 80, 576],
+    "lam": [0, 5, 20, 200],  # about what `calibrate` measures on such a model
+    "average": [[2, 7, 8, 8], [11, 29, 80, 80], [73, 91, 156, 576]],
+}
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A directory with an untrained model of the embedded one's parts."""
+    import torch  # here, so that test_library_names.py can say what a release renamed
+
+    from meteor_mini import Meteor
+    from meteor_mini.glyph import world
+    from meteor_mini.glyph.parts import DECODER, ENCODERS, build_tokenizer
+
+    tokenizer = build_tokenizer(world.WORDS)
+    config = {
+        "encoders": {name: [name, options] for name, options in ENCODERS.items()},
+        "decoder": DECODER | {"vocab_size": len(tokenizer)},
+        "ranks": [[60, 50, 70, 80]] * 3,
+        "lambda_table": LAMBDA_TABLE,
+        "budget": {"stage1": 168, "stage2": 80, "stage3": 34},
+    }
+    torch.manual_seed(0)
+    model = Meteor(config, tokenizer)
+    path = tmp_path_factory.mktemp("models") / "untrained"
+    model.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def untrained(folder):
+    from meteor_mini import Meteor
+
+    return Meteor.from_pretrained(folder)

@@ -1,9 +1,9 @@
-"""tutorial.ipynb: small, whole, executed, without an algorithm of its own; and, slowly, its outputs
-    once more.
+"""tutorial.ipynb: small, whole, executed, without an algorithm of its own.
+
+With -m slow it is executed, and its outputs must come out once more.
 
 Cells tagged "varies" hold timings, "close" numbers that may differ a little from machine to
-machine; the text of all others must come out the same. Run: pytest tests/test_tutorial.py, and with
--m slow for the execution.
+machine; the text of all others must come out the same. Run: pytest tests/test_tutorial.py
 """
 
 import ast

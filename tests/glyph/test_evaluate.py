@@ -3,11 +3,6 @@
 import numpy as np
 import pytest
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaModel
-
-from meteor_mini import Budget, glyphworld, load
 from meteor_mini.evaluate import (
     PATCHES,
     accuracy,
@@ -20,6 +15,11 @@ from meteor_mini.evaluate import (
     to_images,
     utilization,
 )
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig, LlamaModel
+
+from meteor_mini import Budget, glyphworld, load
 from stage1_encode import encode
 
 

@@ -6,10 +6,10 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from meteor_mini.evaluate import to_images
 
 import stage1_encode
 from meteor_mini import Budget, baselines, glyphworld, load, tables
-from meteor_mini.evaluate import to_images
 
 
 @pytest.fixture(scope="module")

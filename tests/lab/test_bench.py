@@ -7,7 +7,7 @@ import torch
 
 import stage1_encode
 import stage2_fuse
-from meteor_mini import baselines, bench, cli
+from meteor_mini import bench, cli
 from stage3_decode import AdaptivePruner, average_tokens
 
 TINY = {

@@ -13,9 +13,9 @@ pytest.importorskip(
 )
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
+from meteor_mini.plots import COLORS  # noqa: E402
 
 from meteor_mini import plots  # noqa: E402
-from meteor_mini.plots import COLORS  # noqa: E402
 
 NAMES = ["clip", "convnext", "eva", "pix2struct"]
 G = torch.Generator().manual_seed(0)

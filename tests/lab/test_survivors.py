@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from PIL import Image, ImageDraw
-
 from meteor_mini.survivors import CELL, COLORS, font, patch_map, survivor_figure, to_pillow, wrap
+from PIL import Image, ImageDraw
 
 
 @pytest.fixture
