@@ -18,9 +18,8 @@ import pytest
 import torch
 import transformers
 
-ROOT = Path(__file__).parents[
-    1
-]  # our files are read, not imported: an import may be what a release has broken
+# Our files are read, not imported: an import may be what a release has broken.
+ROOT = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "open_clip", "timm", "huggingface_hub")
 DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3"]
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
@@ -263,6 +262,8 @@ def encoder(family: str):
         )
     if family == "ViT":
         return class_of("timm.models.vision_transformer", "VisionTransformer")(**vit)
+    if family == "ViT of transformers":
+        family = "ViT"
     if family == "EVA fused":
         return class_of("timm.models.eva", "Eva")(
             use_rot_pos_emb=True, ref_feat_shape=(2, 2), **vit
@@ -278,137 +279,128 @@ def encoder(family: str):
     if family == "Pix2Struct":
         config = transformers.Pix2StructVisionConfig(**TINY, d_kv=8, d_ff=32, seq_len=4)
         return class_of("transformers", "Pix2StructVisionModel")(config)
-    if family == "DINOv2":
-        config = transformers.Dinov2Config(**TINY, image_size=16, patch_size=8)
-        return class_of("transformers", "Dinov2Model")(config)
-    if family == "CLIP of transformers":
-        config = transformers.CLIPVisionConfig(
+    if family == "LLaVA":
+        vision = transformers.CLIPVisionConfig(
             **TINY, intermediate_size=32, image_size=16, patch_size=8
         )
-        return transformers.CLIPVisionModel(config)
-    text = transformers.LlamaConfig(**TINY, intermediate_size=32, vocab_size=8)
-    return transformers.LlavaForConditionalGeneration(
-        transformers.LlavaConfig(
-            vision_config=encoder("CLIP of transformers").config, text_config=text, image_token_id=3
+        text = transformers.LlamaConfig(**TINY, intermediate_size=32, vocab_size=8)
+        return transformers.LlavaForConditionalGeneration(
+            transformers.LlavaConfig(vision_config=vision, text_config=text, image_token_id=3)
         )
-    )
+    config = class_of("transformers", f"{family}Config")
+    model = class_of("transformers", f"{family}Model")
+    return model(config(**TINY, image_size=16, patch_size=8))
 
 
-TIMM = [
-    "_pos_embed",
-    "patch_embed",
-    "patch_embed.grid_size",
-    "patch_embed.img_size",
-    "norm_pre",
-    "blocks",
-    "norm",
-    "embed_dim",
-    "num_prefix_tokens",
-    "cls_token",
-    "blocks.0.norm1",
-    "blocks.0.attn",
-    "blocks.0.attn.qkv",
-    "blocks.0.attn.q_norm",
-    "blocks.0.attn.k_norm",
-    "blocks.0.attn.head_dim",
-    "blocks.0.attn.scale",
-]
+def in_block(block: str, names: list[str]) -> list[str]:
+    return [f"{block}.{name}" for name in names]
+
+
+ATTENTION = ["attention", "attention.q_proj", "attention.k_proj", "attention.head_dim"]
+ATTENTION += ["attention.scaling"]
+SELF_ATTENTION = ["layer_norm1", "self_attn", "self_attn.q_proj", "self_attn.k_proj"]
+SELF_ATTENTION += ["self_attn.head_dim", "self_attn.scale"]
+TIMM = ["blocks", "norm", "num_prefix_tokens", "cls_token"] + in_block(
+    "blocks.0",
+    ["norm1", "attn", "attn.qkv", "attn.q_norm", "attn.k_norm", "attn.head_dim", "attn.scale"],
+)
+# Stage 1 reads these in a model, besides the type of its convolution.
 ENCODER_PATHS = {
-    "CLIP": [
-        "_embeds",
-        "transformer",
-        "transformer.resblocks",
-        "ln_post",
-        "attn_pool",
-        "final_ln_after_pool",
-        "conv1",
-        "grid_size",
-        "image_size",
-        "transformer.resblocks.0.ln_1",
-        "transformer.resblocks.0.attn",
-        "transformer.resblocks.0.attn.in_proj_weight",
-        "transformer.resblocks.0.attn.in_proj_bias",
-        "transformer.resblocks.0.attn.head_dim",
-    ],
-    "ViT": [
-        *TIMM,
-        "patch_drop",
-        "blocks.0.ls1",
-        "blocks.0.ls2",
-        "blocks.0.norm2",
-        "blocks.0.mlp",
-        "blocks.0.attn.proj",
-        "blocks.0.attn.num_heads",
-    ],  # from ls1 on: ToMe's, in meteor_mini/baselines.py
+    "CLIP": ["transformer", "transformer.resblocks", "ln_post", "attn_pool", "final_ln_after_pool"]
+    + in_block(
+        "transformer.resblocks.0",
+        ["ln_1", "attn", "attn.in_proj_weight", "attn.in_proj_bias", "attn.head_dim"],
+    ),
+    "ViT": TIMM,
     "EVA fused": [*TIMM, "rope_mixed", "blocks.0.attn.q_bias", "blocks.0.attn.rotate_half"],
     "EVA": ["blocks.0.attn.q_proj", "blocks.0.attn.k_proj"],
-    "ConvNeXt": ["forward_features", "feature_info", "num_features"],
-    "Pix2Struct": [
-        "config.patch_embed_hidden_size",
-        "config.seq_len",
-        "config.hidden_size",
-        "embeddings",
+    "ConvNeXt": ["forward_features", "feature_info"],
+    "Pix2Struct": ["encoder", "encoder.layer", "layernorm"]
+    + in_block(
+        "encoder.layer.0",
+        [
+            "pre_attention_layer_norm",
+            "attention",
+            "attention.query",
+            "attention.key",
+            "attention.key_value_proj_dim",
+            "attention.scaling",
+        ],
+    ),
+    "CLIPVision": ["encoder", "encoder.layers"] + in_block("encoder.layers.0", SELF_ATTENTION),
+    "SiglipVision": ["encoder", "encoder.layers", "post_layernorm"]
+    + in_block("encoder.layers.0", SELF_ATTENTION),
+    "ViT of transformers": ["layers", "layernorm"]
+    + in_block("layers.0", ["layernorm_before", *ATTENTION]),
+    "Dinov2": ["encoder", "encoder.layer", "layernorm"]
+    + in_block("encoder.layer.0", ["norm1", *ATTENTION]),
+    "Dinov2WithRegisters": [
         "encoder",
         "encoder.layer",
         "layernorm",
-        "encoder.layer.0.pre_attention_layer_norm",
-        "encoder.layer.0.attention",
-        "encoder.layer.0.attention.query",
-        "encoder.layer.0.attention.key",
-        "encoder.layer.0.attention.key_value_proj_dim",
-        "encoder.layer.0.attention.scaling",
+        "config.num_register_tokens",
+        *in_block("encoder.layer.0", ["norm1", *ATTENTION]),
     ],
-    "DINOv2": [
-        "config.hidden_size",
-        "embeddings",
-        "embeddings.patch_embeddings",
-        "embeddings.patch_embeddings.image_size",
-        "embeddings.patch_embeddings.patch_size",
-        "encoder",
-        "encoder.layer",
-        "layernorm",
-        "encoder.layer.0.norm1",
-        "encoder.layer.0.attention",
-        "encoder.layer.0.attention.q_proj",
-        "encoder.layer.0.attention.k_proj",
-        "encoder.layer.0.attention.head_dim",
-        "encoder.layer.0.attention.scaling",
-    ],
-    "CLIP of transformers": [
-        "config.image_size",
-        "config.patch_size",
-        "config.num_hidden_layers",
-        "config.hidden_size",
-        "embeddings",
-        "pre_layrnorm",
-        "encoder",
-        "encoder.layers",
-        "encoder.layers.0.layer_norm1",
-        "encoder.layers.0.self_attn",
-        "encoder.layers.0.self_attn.q_proj",
-        "encoder.layers.0.self_attn.k_proj",
-        "encoder.layers.0.self_attn.head_dim",
-        "encoder.layers.0.self_attn.scale",
-    ],
+}
+# pictures.py reads these, for the encoders that a Meteor may have.
+VIEW_PATHS = {
+    "CLIP": ["image_size", "conv1"],
+    "ViT": ["patch_embed", "patch_embed.img_size", "embed_dim"],
+    "EVA": ["patch_embed", "patch_embed.img_size", "embed_dim"],
+    "ConvNeXt": ["num_features"],
+    "Pix2Struct": ["config.patch_embed_hidden_size", "config.seq_len", "config.hidden_size"],
+    "Dinov2": ["config.image_size", "config.patch_size", "config.hidden_size"],
+}
+# ToMe, in lab/baselines.py, runs the blocks of a ViT by itself.
+TOME_PATHS = {
+    "ViT": ["patch_embed", "_pos_embed", "patch_drop", "norm_pre"]
+    + in_block("blocks.0", ["ls1", "ls2", "norm2", "mlp", "attn.proj", "attn.num_heads"])
+}
+VLM_PATHS = {
     "LLaVA": [
         "model",
         "model.vision_tower",
+        "model.vision_tower.config.num_hidden_layers",
         "model.multi_modal_projector",
         "config.vision_feature_layer",
         "config.vision_feature_select_strategy",
         "config.image_token_id",
     ],
 }
+PATHS_OF = {
+    "stage1_encode.py": ENCODER_PATHS,
+    "meteor_mini/pictures.py": VIEW_PATHS,
+    "meteor_mini/lab/baselines.py": TOME_PATHS,
+    "meteor_mini/vlm.py": VLM_PATHS,
+}
 
 
 @pytest.mark.parametrize(
-    "family, path", [(family, path) for family, paths in ENCODER_PATHS.items() for path in paths]
+    "user, family, path",
+    [
+        (user, family, path)
+        for user, families in PATHS_OF.items()
+        for family, paths in families.items()
+        for path in paths
+    ],
 )
-def test_encoders_have(family, path):
-    user = (
-        "meteor_mini/vlm.py" if family in ("CLIP of transformers", "LLaVA") else "stage1_encode.py"
-    )
+def test_encoders_have(user, family, path):
     check_path(encoder(family), path, user)
+
+
+@pytest.mark.parametrize("library", ["open_clip.transformer", "timm.layers"])
+def test_patch_dropout_is_told_by_the_name_of_its_class_and_has_a_probability(library):
+    """Stage 1 refuses a forward in which it is active."""
+    if not hasattr(importlib.import_module(library), "PatchDropout"):
+        missing(library, "PatchDropout", "stage1_encode.py")
+    check_path(class_of(library, "PatchDropout")(0.5), "prob", "stage1_encode.py")
+
+
+@pytest.mark.parametrize("family", ["CLIP", "ViT", "EVA", "CLIPVision", "SiglipVision", "Dinov2"])
+def test_a_vision_transformer_cuts_its_patches_by_its_one_convolution(family):
+    """Stage 1 counts patches by the stride of it."""
+    convolutions = [m for m in encoder(family).modules() if isinstance(m, torch.nn.Conv2d)]
+    assert [m.stride for m in convolutions] == [(8, 8)]
 
 
 @pytest.mark.parametrize(
@@ -429,22 +421,20 @@ def test_the_classes_of_a_block_and_of_its_attention(family, kind):
 
 
 def test_what_open_clip_wraps_around_a_tower():
-    """Without preprocess_cfg stage 1 would silently normalise with the statistics of CLIP."""
+    """Without preprocess_cfg a view would silently normalise with the statistics of CLIP."""
     import open_clip
-    from open_clip.timm_model import TimmModel
 
     model = open_clip.create_model("ViT-S-32-alt")
-    check_path(model, "visual", "stage1_encode.py")
-    check_path(model, "visual.preprocess_cfg", "stage1_encode.py")
+    check_path(model, "visual", "meteor_mini/pictures.py")
+    check_path(model, "visual.preprocess_cfg", "meteor_mini/pictures.py")
     assert {"mean", "std"} <= model.visual.preprocess_cfg.keys()
-    check_path(TimmModel("test_vit", 8, pretrained=False), "trunk", "stage1_encode.py")
 
 
 def test_what_timm_notes_of_a_model():
     import timm
 
     model = timm.create_model("test_vit", num_classes=0)
-    check_path(model, "pretrained_cfg", "stage1_encode.py")
+    check_path(model, "pretrained_cfg", "meteor_mini/pictures.py")
     assert {"mean", "std", "input_size"} <= model.pretrained_cfg.keys()
 
 
@@ -452,9 +442,8 @@ def test_the_encoder_of_a_whole_pix2struct():
     text = dict(hidden_size=8, d_kv=8, d_ff=8, num_heads=1, num_layers=1, vocab_size=8)
     vision = dict(**TINY, d_kv=8, d_ff=32, seq_len=4)
     config = transformers.Pix2StructConfig(text_config=text, vision_config=vision)
-    check_path(
-        transformers.Pix2StructForConditionalGeneration(config), "encoder", "stage1_encode.py"
-    )
+    whole = transformers.Pix2StructForConditionalGeneration(config)
+    check_path(whole, "encoder", "meteor_mini/weights.py")
 
 
 def test_rotary_table_of_a_block():
@@ -474,16 +463,14 @@ def test_rotary_embedding_by_halves():
 # ------------------------------------------------------------------------ what meteor_mini calls
 
 FUNCTIONS = {
-    "meteor_mini/pretrained.py": [
+    "meteor_mini/weights.py": [
+        "open_clip.CLIP",
         "open_clip.create_model",
         "open_clip.list_models",
         "open_clip.get_pretrained_cfg",
         "open_clip.get_model_config",
         "open_clip.download_pretrained",
         "open_clip.list_pretrained_tags_by_model",
-    ],
-    "meteor_mini/presets.py": ["open_clip.CLIP"],
-    "meteor_mini/model.py": [
         "huggingface_hub.constants.ENDPOINT",
         "huggingface_hub.constants.HF_HUB_OFFLINE",
         "huggingface_hub.constants.HF_HUB_ETAG_TIMEOUT",
@@ -495,7 +482,7 @@ FUNCTIONS = {
         "transformers.Trainer._save",
         "transformers.PreTrainedModel._keys_to_ignore_on_save",
     ],
-    "meteor_mini/baselines.py": ["transformers.PreTrainedModel.set_attn_implementation"],
+    "meteor_mini/lab/baselines.py": ["transformers.PreTrainedModel.set_attn_implementation"],
 }
 
 
@@ -516,9 +503,9 @@ def test_functions(user, path):
 @pytest.mark.parametrize(
     "function, keyword, user",
     [
-        ("open_clip.create_model", "pretrained", "meteor_mini/pretrained.py"),
-        ("open_clip.create_model", "force_quick_gelu", "meteor_mini/pretrained.py"),
-        ("open_clip.create_model", "force_preprocess_cfg", "meteor_mini/pretrained.py"),
+        ("open_clip.create_model", "pretrained", "meteor_mini/weights.py"),
+        ("open_clip.create_model", "force_quick_gelu", "meteor_mini/weights.py"),
+        ("open_clip.create_model", "force_preprocess_cfg", "meteor_mini/weights.py"),
         (
             "transformers.LlavaForConditionalGeneration.forward",
             "logits_to_keep",
