@@ -853,14 +853,13 @@ LLAMA = dict(hidden_size=D, intermediate_size=96, num_hidden_layers=L, num_atten
         lambda: "a name",
         lambda: small("OPT", ffn_dim=96, word_embed_proj_dim=D, **LLAMA),
         lambda: small("Olmo2", **LLAMA),
-        lambda: small("Phi3", **LLAMA),
         lambda: small("GPTNeoX", **LLAMA),
         lambda: build(attn_implementation="flex_attention"),
     ],
-    ids=["GPT-2", "Linear", "str", "OPT", "OLMo-2", "Phi-3", "GPT-NeoX", "flex attention"],
+    ids=["GPT-2", "Linear", "str", "OPT", "OLMo-2", "GPT-NeoX", "flex attention"],
 )
 def test_unsupported_decoders_are_refused(make):
-    with pytest.raises(TypeError, match="decoder must be Llama, Mistral, Qwen2 or Qwen3, not"):
+    with pytest.raises(TypeError, match="decoder must be of Llama's kind .*, not"):
         AdaptivePruner(make(), ragged()[2], lam=1.0)
 
 
@@ -873,7 +872,7 @@ def test_attention_that_differs_from_our_q_and_k_is_refused():
     model = build()
     attn = model.model.layers[3].self_attn
     attn.q_norm = attn.k_norm = torch.nn.LayerNorm(D // H)  # names that its forward does not use
-    with pytest.raises(TypeError, match="its attention is not Llama's"):
+    with pytest.raises(TypeError, match="q and k do not explain the attention of its layer 3"):
         check_decoder(model.model)
 
 
