@@ -356,6 +356,11 @@ def on_sdpa_or_eager(decoder) -> bool:
     return decoder.config._attn_implementation in ("sdpa", "eager")
 
 
+def is_causal(decoder) -> bool:
+    """Whether its attention hides the future where it is given no mask. PaliGemma's does not."""
+    return all(getattr(layer.self_attn, "is_causal", True) for layer in decoder.layers)
+
+
 def shortest_window(config) -> float:
     """Tokens that the decoder's sliding layers look back on; infinity where no layer slides."""
     window = getattr(config, "sliding_window", None)
@@ -578,12 +583,10 @@ def check_attention(decoder, i: int) -> None:
     """ValueError where q and k do not explain what the attention of layer i puts out.
 
     The last of three tokens sees all three. What the attention makes of it must be the mean of the
-    values, weighted by our softmax of q . k. Places far apart tell one rotary table from another.
+    values, weighted by our softmax of q . k. The tokens stand far apart, so that turning shows.
     """
     layer = decoder.layers[i]
     attn = layer.self_attn
-    require(getattr(attn, "is_causal", True), f"the attention of its layer {i} is not causal")
-
     D = decoder.config.hidden_size
     probe = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
     position = torch.tensor([[0, 5, 17]], device=decoder.device)
@@ -674,6 +677,7 @@ class AdaptivePruner:
         self.decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
         if self.decoder not in CHECKED or not on_sdpa_or_eager(self.decoder):
             check_decoder(self.decoder)
+        self._is_causal = is_causal(self.decoder)
         L = self.decoder.config.num_hidden_layers
         H = self.decoder.config.num_attention_heads
 
@@ -760,6 +764,11 @@ class AdaptivePruner:
         self._past = past
         if past == 0:
             self._require_prompt(call.x, hint)
+            require(
+                self._is_causal or not padding.is_causal,
+                "attention_mask must be the model's own, (B, 1, S, S), as this decoder's attention "
+                "is not causal: PaliGemma makes it from token_type_ids",
+            )
             self._prompt = self._new_prompt(padding, rows, T)
         prompt_length = self._prompt.visual.shape[1]
         self._since = padding.valid[:, prompt_length:]  # (rows, tokens since the prompt)
