@@ -1,8 +1,8 @@
-"""Stage 3 around vision-language models of transformers as they come: tiny random ones of the real
-classes, their own `generate`. One case a family; every property for every family.
+"""Stage 3 around vision-language models of transformers as they come: tiny random ones of the real classes, their own
+`generate`. One case a family; every property for every family.
 
-A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are
-put there as the family's processor does.
+A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are put there as the
+family's processor does.
 """
 
 import json
@@ -52,8 +52,23 @@ PROMPTS = {
 }
 
 
-def pictures(n, *size):
-    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(n))
+def pictures(n, *size, first=0):
+    """Pictures number first, first + 1, …, each the same whoever asks for it."""
+    every = torch.randn(9, 3, *size, generator=torch.Generator().manual_seed(0))
+    return every[first : first + n]
+
+
+def pixels_of_size(*size):
+    """Of a family that takes all pictures of a batch in a row, all of one size."""
+
+    def pixels(per_row, first, ids):
+        return dict(pixel_values=pictures(sum(per_row), *size, first=first))
+
+    return pixels
+
+
+# A family: the model, how many tokens each picture has, and a function that makes the rest of the
+# inputs from the number of pictures per row, the number of the first one, and input_ids.
 
 
 def llava():
@@ -62,43 +77,53 @@ def llava():
         vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
         image_token_index=IMAGE,
     )
-    return (
-        T.LlavaForConditionalGeneration(config),
-        [16] * 9,
-        lambda per_row: dict(pixel_values=pictures(sum(per_row), 32, 32)),
-    )
+    return T.LlavaForConditionalGeneration(config), [16] * 9, pixels_of_size(32, 32)
+
+
+SIZES = [(64, 64), (64, 32), (32, 64)] * 3  # of different shapes, so of different numbers of tokens
+TILES = dict(image_token_index=IMAGE, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
+
+
+def tiled(model):
+    """LLaVA-NeXT and LLaVA-OneVision: the whole; then each row of the tiles, and its end."""
+    tokens = [16 + h // 8 * (w // 8 + 1) for h, w in SIZES]
+
+    def pixels(per_row, first, ids):
+        n = sum(per_row)
+        tiles = torch.stack([pictures(5, 32, 32, first=i % 5) for i in range(first, first + n)])
+        inputs = dict(pixel_values=tiles, image_sizes=torch.tensor(SIZES[first : first + n]))
+        if isinstance(model, T.LlavaOnevisionForConditionalGeneration):
+            inputs["batch_num_images"] = torch.ones(n, dtype=torch.long)  # so that all are tiled
+        return inputs
+
+    return model, tokens, pixels
 
 
 def llava_next():
-    config = T.LlavaNextConfig(
-        text_config=T.LlamaConfig(**TEXT),
-        vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
-        image_token_index=IMAGE,
-        image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]],
+    vision = T.CLIPVisionConfig(**EYES, image_size=32)
+    config = T.LlavaNextConfig(text_config=T.LlamaConfig(**TEXT), vision_config=vision, **TILES)
+    return tiled(T.LlavaNextForConditionalGeneration(config))
+
+
+def llava_onevision():
+    vision = T.SiglipVisionConfig(**EYES, image_size=32, vision_use_head=False)
+    config = T.LlavaOnevisionConfig(
+        text_config=T.Qwen2Config(**TEXT, num_key_value_heads=4), vision_config=vision, **TILES
     )
-    sizes = [
-        (64, 64),
-        (64, 32),
-        (32, 64),
-    ] * 3  # pictures of different shapes have different numbers of tokens
-    tokens = [
-        16 + h // 8 * (w // 8 + 1) for h, w in sizes
-    ]  # the whole; each row of the tiles, and its end
+    return tiled(T.LlavaOnevisionForConditionalGeneration(config))
 
-    def pixels(per_row):
-        n = sum(per_row)
-        return dict(
-            pixel_values=pictures(n * 5, 32, 32).view(n, 5, 3, 32, 32),
-            image_sizes=torch.tensor(sizes[:n]),
-        )
 
-    return T.LlavaNextForConditionalGeneration(config), tokens, pixels
+def internvl():
+    config = T.InternVLConfig(
+        text_config=T.Qwen2Config(**TEXT, num_key_value_heads=4),
+        vision_config=T.InternVLVisionConfig(**EYES | dict(patch_size=[8, 8]), image_size=[64, 64]),
+        image_token_id=IMAGE,
+    )
+    return T.InternVLForConditionalGeneration(config), [16] * 9, pixels_of_size(64, 64)
 
 
 def idefics(config, vision, model):
-    """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, filled up with black
-    ones.
-    """
+    """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, then black ones."""
     built = config(
         text_config=T.LlamaConfig(**TEXT),
         vision_config=vision(**EYES, image_size=64),
@@ -106,14 +131,11 @@ def idefics(config, vision, model):
         scale_factor=2,
     )
 
-    def pixels(per_row):
-        values, rows = (
-            torch.zeros(len(per_row), max(per_row), 3, 64, 64),
-            list(pictures(sum(per_row), 64, 64)),
-        )
+    def pixels(per_row, first, ids):
+        values = torch.zeros(len(per_row), max(per_row), 3, 64, 64)
         for b, n in enumerate(per_row):
-            for i in range(n):
-                values[b, i] = rows.pop(0)
+            values[b, :n] = pictures(n, 64, 64, first=first)
+            first += n
         return dict(pixel_values=values)
 
     return model(built), [16] * 9, pixels
@@ -139,19 +161,112 @@ def deepseek():
         image_token_id=IMAGE,
         vision_config=T.SiglipVisionConfig(**EYES, image_size=32),
     )
-    return (
-        T.DeepseekVLHybridForConditionalGeneration(config),
-        [16] * 9,
-        lambda per_row: dict(
-            pixel_values=pictures(sum(per_row), 32, 32),
-            high_res_pixel_values=pictures(sum(per_row), 64, 64),
-        ),
+
+    def pixels(per_row, first, ids):
+        n = sum(per_row)
+        return dict(
+            pixel_values=pictures(n, 32, 32, first=first),
+            high_res_pixel_values=pictures(n, 64, 64, first=first),
+        )
+
+    return T.DeepseekVLHybridForConditionalGeneration(config), [16] * 9, pixels
+
+
+def paligemma():
+    """The prompt sees all of itself: token_type_ids of 0, as its processor gives them."""
+    text = T.GemmaConfig(**TEXT, num_key_value_heads=4, head_dim=16)
+    vision = T.SiglipVisionConfig(**EYES, image_size=32, vision_use_head=False)
+    config = T.PaliGemmaConfig(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=64
+    )
+
+    def pixels(per_row, first, ids):
+        inputs = dict(token_type_ids=torch.zeros_like(ids))
+        if sum(per_row):
+            inputs["pixel_values"] = pictures(sum(per_row), 32, 32, first=first)
+        return inputs
+
+    return T.PaliGemmaForConditionalGeneration(config), [16] * 9, pixels
+
+
+def gemma3():
+    """Each picture sees itself; layer 5 looks at all, the others through a window."""
+    text = T.Gemma3TextConfig(
+        **TEXT, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=24, sliding_window=128
+    )
+    vision = T.SiglipVisionConfig(**EYES, image_size=64, vision_use_head=False)
+    config = T.Gemma3Config(
+        text_config=text, vision_config=vision, image_token_index=IMAGE, mm_tokens_per_image=16
+    )
+    model = T.Gemma3ForConditionalGeneration(config)
+    projection = model.model.multi_modal_projector.mm_input_projection_weight
+    torch.nn.init.normal_(projection, std=0.2)  # it starts at 0
+
+    def pixels(per_row, first, ids):
+        inputs = dict(token_type_ids=(ids == IMAGE).long())
+        if sum(per_row):
+            inputs["pixel_values"] = pictures(sum(per_row), 64, 64, first=first)
+        return inputs
+
+    return model, [16] * 9, pixels
+
+
+GRIDS = [(1, 4, 16), (1, 8, 8), (1, 6, 4)] * 3  # patches of each picture: time, rows, columns
+THREE_PARTS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
+
+
+def qwen_vl(name, text=None, **vision):
+    """A token has three positions, and of a picture they run along its rows and columns."""
+    vision = dict(
+        depth=2,
+        hidden_size=32,
+        intermediate_size=32,
+        num_heads=2,
+        patch_size=8,
+        out_hidden_size=64,
+        **vision,
+    )
+    text = TEXT | dict(num_key_value_heads=4, rope_parameters=THREE_PARTS) | (text or {})
+    config = getattr(T, name + "Config")(
+        text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=90
+    )
+    tokens = [rows * columns // 4 for _, rows, columns in GRIDS]  # 2 x 2 patches make a token
+
+    def pixels(per_row, first, ids):
+        inputs = dict(mm_token_type_ids=(ids == IMAGE).int())
+        grids = GRIDS[first : first + sum(per_row)]
+        if grids:
+            patches = [
+                torch.randn(
+                    h * w, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(first + i)
+                )
+                for i, (_, h, w) in enumerate(grids)
+            ]
+            inputs |= dict(pixel_values=torch.cat(patches), image_grid_thw=torch.tensor(grids))
+        return inputs
+
+    return getattr(T, name + "ForConditionalGeneration")(config), tokens, pixels
+
+
+def qwen2_5_vl():
+    return qwen_vl("Qwen2_5_VL", window_size=32, fullatt_block_indexes=[1])
+
+
+def qwen3_vl():
+    """After its first layer it adds visual features once more."""
+    return qwen_vl(
+        "Qwen3VL",
+        text=dict(head_dim=8),
+        deepstack_visual_indexes=[0],
+        num_position_embeddings=64,
     )
 
 
 FAMILIES = {
     "llava": llava,
     "llava-next": llava_next,
+    "llava-onevision": llava_onevision,
+    "internvl": internvl,
     "deepseek-vl-hybrid": deepseek,
     "idefics3": lambda: idefics(
         T.Idefics3Config, T.Idefics3VisionConfig, T.Idefics3ForConditionalGeneration
@@ -159,20 +274,25 @@ FAMILIES = {
     "smolvlm": lambda: idefics(
         T.SmolVLMConfig, T.SmolVLMVisionConfig, T.SmolVLMForConditionalGeneration
     ),
+    "paligemma": paligemma,
+    "gemma3": gemma3,
+    "qwen2.5-vl": qwen2_5_vl,
+    "qwen3-vl": qwen3_vl,
 }
+NEED_ALWAYS = {"paligemma", "gemma3", "qwen2.5-vl", "qwen3-vl"}  # inputs for text alone, too
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def family(request):
     torch.manual_seed(0)
     model, tokens, pixels = FAMILIES[request.param]()
-    return model.eval(), tokens, pixels
+    return model.eval(), tokens, pixels, request.param in NEED_ALWAYS
 
 
-def batch(family, prompts):
-    """Inputs of `generate`, padded on the left, and the visual mask."""
-    _, tokens, pixels = family
-    tokens, rows = iter(tokens), []
+def batch(family, prompts, first=0):
+    """Inputs of `generate`, padded on the left, and the visual mask; first: number of a picture."""
+    _, tokens, pixels, needs_always = family
+    tokens, rows = iter(tokens[first:]), []
     for prompt in prompts:
         rows.append(
             [t for token in prompt for t in ([token] * next(tokens) if token == IMAGE else [token])]
@@ -181,9 +301,10 @@ def batch(family, prompts):
     ids = torch.tensor([[0] * (S - len(row)) + row for row in rows])
     mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
     per_row = [prompt.count(IMAGE) for prompt in prompts]
-    return dict(
-        input_ids=ids, attention_mask=mask, **(pixels(per_row) if sum(per_row) else {})
-    ), ids == IMAGE
+    inputs = dict(input_ids=ids, attention_mask=mask)
+    if sum(per_row) or needs_always:
+        inputs |= pixels(per_row, first, ids)
+    return inputs, ids == IMAGE
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
@@ -212,9 +333,7 @@ def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
 
 
 def test_in_several_turns_the_text_after_the_last_picture_asks(family):
-    """Of each prompt: as with those tokens named in a query_mask, and not as with all text; counts
-    are each prompt's own.
-    """
+    """Of each prompt: as with those tokens named in a query_mask, and not as with all text; counts are each prompt's own."""
     prompts = PROMPTS["several turns"]
     inputs, visual_mask = batch(family, prompts)
     masks = {
@@ -244,33 +363,39 @@ def test_in_several_turns_the_text_after_the_last_picture_asks(family):
 
 @pytest.mark.parametrize("prompts", ["ragged", "several turns"])
 def test_a_ragged_batch_equals_its_prompts_one_by_one(family, prompts):
-    prompts, tokens = PROMPTS[prompts], list(family[1])
+    prompts, first = PROMPTS[prompts], 0
     inputs, visual_mask = batch(family, prompts)
     with AdaptivePruner(family[0], visual_mask, lam=2) as pruner:
         together = family[0].generate(**inputs, **OPTIONS)[:, inputs["input_ids"].shape[1] :]
-    per_row, first = [prompt.count(IMAGE) for prompt in prompts], 0
-    for b, n in enumerate(per_row):
+    for b, prompt in enumerate(prompts):
         real = inputs["attention_mask"][b].bool()
-        rows = (
-            slice(b, b + 1)
-            if inputs["pixel_values"].shape[0] == len(prompts) != sum(per_row)
-            else slice(first, first + n)
-        )
-        one = {k: v[rows] for k, v in inputs.items() if k not in ("input_ids", "attention_mask")}
-        if (
-            "image_sizes" not in one and one["pixel_values"].dim() == 5
-        ):  # without the black pictures
-            one["pixel_values"] = one["pixel_values"][:, :n]
-        one |= dict(
-            input_ids=inputs["input_ids"][b, real][None],
-            attention_mask=inputs["attention_mask"][b, real][None],
-        )
-        with AdaptivePruner(family[0], visual_mask[b, real][None], lam=2) as single:
+        one, one_mask = batch(family, [prompt], first)
+        assert torch.equal(one["input_ids"][0], inputs["input_ids"][b, real])
+        with AdaptivePruner(family[0], one_mask, lam=2) as single:
             alone = family[0].generate(**one, **OPTIONS)[:, one["input_ids"].shape[1] :]
         assert torch.equal(alone[0], together[b])
         assert all(torch.equal(single.kept[i][0], pruner.kept[i][b, real]) for i in pruner.layers)
-        first += n
-    assert len(tokens) == 9
+        first += prompt.count(IMAGE)
+
+
+@torch.no_grad()
+def test_logits_of_a_ragged_batch_equal_its_prompts_one_by_one(family):
+    """And with lambda = infinity they are the model's own, bit for bit."""
+    prompts, first = PROMPTS["ragged"], 0
+    inputs, visual_mask = batch(family, prompts)
+    real = inputs["attention_mask"].bool()
+    alone = family[0](**inputs).logits
+    with AdaptivePruner(family[0], visual_mask, lam=math.inf):
+        assert torch.equal(family[0](**inputs).logits[real], alone[real])
+    with AdaptivePruner(family[0], visual_mask, lam=2):
+        together = family[0](**inputs).logits
+    assert (together[:, -1] - alone[:, -1]).abs().max() > 1e-4, "nothing changes: a weak test"
+    for b, prompt in enumerate(prompts):
+        one, one_mask = batch(family, [prompt], first)
+        with AdaptivePruner(family[0], one_mask, lam=2):
+            logits = family[0](**one).logits
+        assert (logits[0, -1] - together[b, -1]).abs().max() < 1e-4
+        first += prompt.count(IMAGE)
 
 
 def test_sampling_with_a_seed_and_bfloat16(family):
@@ -398,8 +523,7 @@ def test_a_llava_that_joins_layers_is_refused(small_llava):
     small_llava.config.vision_feature_layer = before
 
 
-# ------------------------------------------------------------------ meteor_mini.vlm and the command
-# line
+# ------------------------------------------------------------------ meteor_mini.vlm and the command line
 
 
 @pytest.fixture(scope="module")
