@@ -3,7 +3,7 @@
 Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`. Inside an
 encoder: `tome`; at the encoders' outputs: `prumerge`. In place of stage 2: see `fusions.py`.
 
-Each is named after the paper whose idea it follows; what differs from that paper's own code is said.
+Each is named after the paper whose idea it follows; what differs from its own code is said.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ from ..model import Encoded, Meteor
 Pruner = Callable[..., AdaptivePruner]  # (decoder, visual_mask) -> a context manager
 
 
-# ------------------------------------------------------------------------------------ inside the LLM
+# ----------------------------------------------------------------------------------- inside the LLM
 
 
 def fixed(counts: dict[int, int], k: int | None = 5) -> Pruner:
@@ -223,7 +223,7 @@ def merge_pairs(
     return (total / size).take_along_dim(stay, dim=1), size.take_along_dim(stay, dim=1)
 
 
-# ------------------------------------------------------------------------------- behind the encoders
+# ------------------------------------------------------------------------------ behind the encoders
 
 
 def merge(tokens: Tensor, keep_idx: Tensor) -> Tensor:
