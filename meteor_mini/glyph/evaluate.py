@@ -43,10 +43,8 @@ class Example(NamedTuple):
     answer: str
 
 
-def batches(
-    split: str, samples: int, batch: int = 50, first: int = 0
-) -> Iterator[list[Example]]:
-    """`samples` examples from number `first` on, the families in turn, at most `batch` at a time."""
+def batches(split: str, samples: int, batch: int = 50, first: int = 0) -> Iterator[list[Example]]:
+    """`samples` examples from number `first` on, the families in turn, in lists of `batch`."""
     names = list(world.FAMILIES)
     end = first + samples
     for start in range(first, end, batch):
@@ -195,7 +193,7 @@ def countable_attention() -> Iterator[None]:
 
 
 def interval(right: Sequence[bool], draws: int = 2000, seed: int = 0) -> tuple[float, float]:
-    """95 % bootstrap interval over questions of an accuracy, or of a mean difference, in percent."""
+    """95 % bootstrap interval over questions of an accuracy or a mean difference, in percent."""
     rng = np.random.default_rng(seed)
     values = np.asarray(right, dtype=float)
     n = len(values)

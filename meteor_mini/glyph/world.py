@@ -595,7 +595,7 @@ def where(scene: Picture, rng: np.random.Generator) -> tuple[str, str]:
     return question, " , ".join(place_name(row, column) for row, column in places)
 
 
-# ----------------------------------------------------------------------- what accuracy is measured on
+# --------------------------------------------------------------------- what accuracy is measured on
 
 
 def example(index: int, split: str, family: str) -> tuple[Picture, str, str]:

@@ -1,128 +1,100 @@
-"""Trains the learned fusions of `baselines.py`, after the embedded model: `python -m meteor_mini.train_baselines`.
+"""Trains the learned fusions of `fusions.py`, after the embedded model.
 
-One Llama serves them all: it starts from the embedded model's and goes on learning the same questions, the fusions in
-turn, every encoder unpruned: that Llama has seen more than the embedded model's own, but each fusion only a quarter of the
-steps here. EAGLE-style fusion is first aligned with words as the embedded model's projectors are; Resampler and MLP start
-from those projectors, their mixing parts and PixShuffle from random weights.
+    python -m meteor_mini.lab.train_fusions
+
+One Llama serves them all: it starts from the embedded model's and goes on learning the same
+questions, the fusions in turn, every encoder unpruned. So that Llama has seen more than the
+embedded model's own, but each fusion only a quarter of the steps here. EAGLE-style fusion is first
+aligned with words as the embedded model's projectors are; Resampler and MLP start from those
+projectors, their mixing parts and PixShuffle from random weights.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
 from torch import nn
-from tqdm import tqdm
 
-import stage1_encode
-
-from . import glyphworld
-from .baselines import learned, new_fusions, save_learned
-from .evaluate import accuracy, to_images
-from .model import CHECKPOINTS, Meteor
-from .train import (
+from ..finetune import answer_loss
+from ..glyph.evaluate import accuracy
+from ..glyph.train import (
     CHUNK,
     DEVICE,
-    align_loss,
+    cache_features,
     dialogue,
+    in_words,
+    learn_words,
+    load_chunk,
+    load_facts,
     load_state,
+    progress,
     save_state,
-    save_whole,
+    scale_to_words,
     schedule,
-    slot_ids,
     trained,
+    update,
+)
+from ..model import Meteor
+from ..weights import CHECKPOINTS
+from .fusions import (
+    FILE,
+    ChannelFusion,
+    fusions_and_llama,
+    learned,
+    new_fusions,
+    save_learned,
+    stored_weights,
 )
 
 STEPS = {"align": 600, "answer": 1200}
-CHUNKS = 400  # of CHUNK pictures each, encoded once without pruning
+CHUNKS = 400  # files of CHUNK pictures each, encoded once without pruning
+FEATURES = "full"  # their directory
+STATE = "fusions.resume.safetensors"
 
 
-def cache_features(model: Meteor, folder: Path) -> None:
-    """Encode CHUNKS x CHUNK pictures of the pool, keep all; one file a chunk: per encoder (32, N, D_l), half precision."""
-    images = np.load(folder / "images.npy", mmap_mode="r")
-    (folder / "full").mkdir(exist_ok=True)
-    for chunk in tqdm(range(CHUNKS), desc="features", mininterval=10):
-        target = folder / "full" / f"{chunk}.safetensors"
-        if not target.exists():
-            pixels = to_images(images[chunk * CHUNK : (chunk + 1) * CHUNK]).to(DEVICE)
-            with torch.no_grad():
-                features, _ = stage1_encode.encode_all(list(model.encoders.values()), pixels, None)
-            save_whole(
-                {n: x.half().cpu().contiguous() for n, x in zip(model.encoders, features)}, target
-            )
+def keep_all(chunk: int) -> None:
+    """The stage-1 budget of every file of features."""
+    return None
 
 
-def load_chunk(model: Meteor, folder: Path, chunk: int) -> list[torch.Tensor]:
-    arrays = load_file(folder / "full" / f"{chunk}.safetensors")
-    return [arrays[n].float().to(DEVICE) for n in model.encoders]
+def align(model: Meteor, fusion: ChannelFusion, folder: Path, steps: int) -> None:
+    """The EAGLE-style projector learns the words of each cell."""
+    optimizer = torch.optim.AdamW(fusion.parameters(), lr=3e-3, weight_decay=0.01)
 
+    def forward(features, kept):
+        cells = kept[0]  # all of them, and the same for all encoders
+        return [(fusion(features), cells)]
 
-def align(model: Meteor, fusion: nn.Module, folder: Path, steps: int) -> None:
-    """The EAGLE-style projector learns the words of each cell; then its tokens become as long as words are."""
-    words = np.load(folder / "words.npy", mmap_mode="r")
-    optimizer, table = (
-        torch.optim.AdamW(fusion.parameters(), lr=3e-3, weight_decay=0.01),
-        slot_ids(model),
-    )
-    for step in tqdm(range(steps), desc="align", mininterval=10):
-        chunk = int(np.random.default_rng([31, step]).integers(CHUNKS))
-        target = torch.from_numpy(words[chunk * CHUNK : (chunk + 1) * CHUNK].astype(np.int64)).to(
-            DEVICE
-        )
-        loss = align_loss(model, tokens := fusion(load_chunk(model, folder, chunk)), target, table)
-        for group in optimizer.param_groups:
-            group["lr"] = 3e-3 * schedule(step, steps)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    with torch.no_grad():
-        factor = (
-            model.decoder.get_input_embeddings().weight.norm(dim=-1).mean()
-            / tokens.norm(dim=-1).mean()
-        )
-        fusion.project[-1].weight.mul_(factor), fusion.project[-1].bias.mul_(factor)
+    _, (tokens,) = learn_words(model, forward, optimizer, folder, FEATURES, CHUNKS, steps, seed=31)
+    scale_to_words(model, fusion.project, tokens)
 
 
 def answer(
     model: Meteor, fusions: nn.ModuleDict, folder: Path, steps: int, rate: float = 1e-3
 ) -> None:
-    pictures = [
-        glyphworld.Picture(None, None, *entry)
-        for entry in json.loads((folder / "facts.json").read_text())
-    ]
-    both = nn.ModuleDict({"fusions": fusions, "decoder": model.decoder})
+    """Train the fusions in turn, and the Llama with each of them."""
+    pictures = load_facts(folder)
+    both = fusions_and_llama(fusions, model)
     optimizer = torch.optim.AdamW(both.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
-    state = folder / "baselines.resume.safetensors"
-    start, names, running = load_state(state, both, optimizer), list(fusions), []
-    bar = tqdm(range(start, steps), initial=start, total=steps, desc="answer", mininterval=20)
+    state = folder / STATE
+    bar = progress(load_state(state, both, optimizer), steps, "answer")
+    names, losses = list(fusions), []
     for step in bar:
+        fusion = fusions[names[step % len(names)]]
         rng = np.random.default_rng([37, step])
-        chunk, rows = int(rng.integers(CHUNKS)), rng.permutation(CHUNK)[:24]
-        tokens = fusions[names[step % len(names)]](
-            [x[rows] for x in load_chunk(model, folder, chunk)]
-        )
-        loss = model.answer_loss(
-            tokens, [dialogue(pictures[chunk * CHUNK + r], rng) for r in rows]
-        )["loss"]
-        for group in optimizer.param_groups:
-            group["lr"] = rate * schedule(step, steps, hold=0.3)
-        optimizer.zero_grad()
-        loss.backward()
-        nn.utils.clip_grad_norm_(both.parameters(), 1.0)
-        optimizer.step()
-        running = (running + [loss.item()])[-100:]
+        chunk = int(rng.integers(CHUNKS))
+        rows = rng.permutation(CHUNK)[:24]
+        features, _ = load_chunk(model, folder / FEATURES, chunk)
+        tokens = fusion([x[rows] for x in features])  # (24, K, D)
+        dialogues = [dialogue(pictures[chunk * CHUNK + row], rng) for row in rows]
+        loss = answer_loss(model, tokens, dialogues)["loss"]
+        update(optimizer, loss, rate * schedule(step, steps, hold=0.3), clip=1.0)
+        losses.append(loss.item())
         if step % 20 == 19:
-            bar.set_postfix(loss=f"{np.mean(running):.3f}")
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")
         if step % 200 == 199 or step == steps - 1:
-            save_state(state, weights(both), optimizer, step + 1)
-
-
-def weights(both: nn.ModuleDict) -> dict[str, torch.Tensor]:
-    return {
-        k: v for k, v in both.state_dict().items() if k != "decoder.lm_head.weight"
-    }  # tied to the word embeddings
+            save_state(state, stored_weights(both), optimizer, step + 1)
 
 
 def main() -> None:
@@ -133,26 +105,25 @@ def main() -> None:
         "--work",
         type=Path,
         default=Path("runs/glyph"),
-        help="where meteor_mini.train left its stages",
+        help="where meteor_mini.glyph.train left its stages",
     )
-    parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / "baselines.safetensors")
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / FILE)
     args = parser.parse_args()
     model = trained(args.work, "polish")
-    cache_features(model, args.work)
-    model.encoders.requires_grad_(False), model.projectors.requires_grad_(False)
+    cache_features(model, args.work, FEATURES, CHUNKS, keep_all)
+    model.encoders.requires_grad_(False)
+    model.projectors.requires_grad_(False)
     torch.manual_seed(0)
     fusions = new_fusions(model).to(DEVICE)
-    if not (args.work / "baselines.resume.safetensors").exists():
+    if not (args.work / STATE).exists():
         align(model, fusions["EAGLE-style"], args.work, STEPS["align"])
     answer(model, fusions, args.work, STEPS["answer"])
     save_learned(model, fusions, args.out)
-    model.eval().requires_grad_(False), fusions.eval().requires_grad_(False)
+    model.eval().requires_grad_(False)
+    fusions.eval().requires_grad_(False)
     for name, fusion in fusions.items():
         result = accuracy(model, learned(model, fusion).answer, "val", 160)
-        print(
-            f"{name}: {result['accuracy']:.1f} %  "
-            + ", ".join(f"{f} {v:.0f}" for f, v in result["families"].items())
-        )
+        print(f"{name}: {in_words(result)}")
 
 
 if __name__ == "__main__":
