@@ -1,6 +1,7 @@
-"""Stage 3 on vision-language models of transformers as they come, training-free: LLaVA, LLaVA-NeXT,
-SmolVLM, Idefics3, DeepSeek-VL-hybrid; and stage 1 on LLaVA's CLIP (the paper's Table 6). What
-`meteor-mini ask --model llava-hf/llava-1.5-7b-hf` calls; copy from here into your own code.
+"""Stage 3 on vision-language models of transformers as they come, training-free (`FAMILIES`);
+and stage 1 on LLaVA's CLIP (the paper's Table 6).
+
+What `meteor-mini ask --model llava-hf/llava-1.5-7b-hf` calls; copy from here into your own code.
 """
 
 import math
@@ -14,10 +15,22 @@ from stage3_decode import AdaptivePruner, compact, solve_lambda
 
 from .weights import fetched
 
-FAMILIES = ("llava", "llava_next", "smolvlm", "idefics3", "deepseek_vl_hybrid", "deepseek_vl")
-SHARE = (
-    242 / 1024
-)  # of the visual tokens, on average over the layers: the paper's main result against EAGLE
+FAMILIES = (
+    "llava",
+    "llava_next",
+    "llava_onevision",
+    "internvl",
+    "smolvlm",
+    "idefics3",
+    "deepseek_vl_hybrid",
+    "deepseek_vl",
+    "paligemma",
+    "gemma3",
+    "qwen2_5_vl",
+    "qwen3_vl",
+)
+# Of the visual tokens, on average over the layers: the paper's main result against EAGLE.
+SHARE = 242 / 1024
 
 
 def load_vlm(name: str, dtype="auto", **hub):
@@ -38,15 +51,21 @@ def load_vlm(name: str, dtype="auto", **hub):
 
 def inputs_of(model, processor, image: Image.Image, question: str) -> dict:
     """A prompt in the model's own words, with one picture."""
-    user = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    text = processor.apply_chat_template(user, add_generation_prompt=True)
-    return processor(images=[image], text=[text], return_tensors="pt").to(model.device, model.dtype)
+    if processor.chat_template is None:  # PaliGemma: no chat; its processor puts the picture in front
+        text = question
+    else:
+        content = [{"type": "image"}, {"type": "text", "text": question}]
+        user = [{"role": "user", "content": content}]
+        text = processor.apply_chat_template(user, add_generation_prompt=True)
+    inputs = processor(images=[image], text=[text], return_tensors="pt")
+    return inputs.to(model.device, model.dtype)
 
 
 @torch.no_grad()
 def lambda_for(model, inputs: dict, visual_mask: torch.Tensor, average: float) -> float:
-    """lambda that keeps `average` visual tokens per layer on these prompts. To serve many, solve it
-    once on typical ones.
+    """lambda that keeps `average` visual tokens per layer on these prompts.
+
+    To serve many, solve it once on typical ones.
     """
 
     def measure(lam: float) -> float:
@@ -66,26 +85,28 @@ def ask(
     keep_all: bool = False,
     **options,
 ) -> dict:
-    """Answer a question about a picture; tokens: wanted visual tokens per layer, `SHARE` of them
-    where None.
+    """Answer a question about a picture.
 
-    Returns: {"answer", "visual_tokens": what came in, "average_tokens": mean per layer, "counts":
-        {layer: tokens from there on}}.
+    Args:
+        tokens: wanted visual tokens per layer; None: `SHARE` of them.
+        options: of `generate`.
+    Returns: {"answer", "visual_tokens": what came in, "average_tokens": mean per layer,
+        "counts": {layer: tokens from there on}}.
     Raises: ValueError for tokens out of reach.
     """
     inputs = inputs_of(model, processor, image, question)
     visual_mask = inputs["input_ids"] == model.config.image_token_id
     visual = int(visual_mask.sum())
-    lam = (
-        math.inf
-        if keep_all
-        else lambda_for(model, inputs, visual_mask, SHARE * visual if tokens is None else tokens)
-    )
+    if keep_all:
+        lam = math.inf
+    else:
+        wanted = SHARE * visual if tokens is None else tokens
+        lam = lambda_for(model, inputs, visual_mask, wanted)
+    options = {"max_new_tokens": 64, "do_sample": False} | options
     with AdaptivePruner(model, visual_mask, lam=lam) as pruner:
-        ids = model.generate(**inputs, **{"max_new_tokens": 64, "do_sample": False} | options)
-    text = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[
-        0
-    ].strip()
+        ids = model.generate(**inputs, **options)
+    answer = ids[:, inputs["input_ids"].shape[1] :]
+    text = processor.batch_decode(answer, skip_special_tokens=True)[0].strip()
     return {
         "answer": text,
         "visual_tokens": visual,

@@ -21,7 +21,17 @@ import transformers
 # Our files are read, not imported: an import may be what a release has broken.
 ROOT = Path(__file__).parents[1]
 LIBRARIES = ("transformers", "open_clip", "timm", "huggingface_hub")
-DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3"]
+DECODERS = ["Llama", "Mistral", "Qwen2", "Qwen3", "Gemma", "Granite", "Cohere", "Starcoder2"]
+DECODERS += [
+    "Mixtral",
+    "Qwen3Moe",
+    "SmolLM3",
+    "Phi3",
+    "Gemma3Text",
+    "Qwen2_5_VLText",
+    "Qwen3VLText",
+]
+FUSED = ["Phi3"]  # one projection for q, k and v
 TINY = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4)
 
 
@@ -98,9 +108,17 @@ def test_imports(module, name):
 
 @functools.cache
 def decoder(family: str):
-    config = getattr(transformers, family + "Config")(
-        **TINY, num_key_value_heads=2, intermediate_size=32, vocab_size=8
-    )
+    small = dict(**TINY, num_key_value_heads=2, intermediate_size=32, vocab_size=8)
+    if "VL" in family:
+        small["rope_parameters"] = dict(rope_type="default", mrope_section=[2, 1, 1])
+    if family == "Mixtral":
+        small["num_local_experts"] = 2
+    if family == "Qwen3Moe":
+        small |= dict(num_experts=2, num_experts_per_tok=1, moe_intermediate_size=8)
+    if family in ("Qwen3", "Qwen3Moe", "Qwen3VLText", "Gemma", "Gemma3Text"):
+        small["head_dim"] = 8
+    small |= dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    config = getattr(transformers, family + "Config")(**small)
     return getattr(transformers, family + "Model")(config).eval()
 
 
@@ -121,13 +139,16 @@ def decoder(family: str):
         "layers.0.self_attn.k_proj",
         "layers.0.self_attn.v_proj",
         "layers.0.self_attn.o_proj",
+        "layers.0.self_attn.o_proj.in_features",
         "layers.0.self_attn.head_dim",
         "layers.0.self_attn.scaling",
     ],
 )
 def test_decoders_have(path):
+    separate = path.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj")
     for family in DECODERS:
-        check_path(decoder(family), path, "stage3_decode.py")
+        if not (separate and family in FUSED):
+            check_path(decoder(family), path, "stage3_decode.py")
 
 
 @pytest.mark.parametrize(
@@ -135,7 +156,19 @@ def test_decoders_have(path):
     [
         ("Qwen3", "layers.0.self_attn.q_norm"),
         ("Qwen3", "layers.0.self_attn.k_norm"),
+        ("Gemma3Text", "layers.0.self_attn.q_norm"),
+        ("Gemma3Text", "layers.0.self_attn.layer_type"),
+        ("Gemma3Text", "layers.0.self_attn.is_causal"),
+        ("Gemma", "layers.0.self_attn.is_causal"),
+        ("Phi3", "layers.0.self_attn.qkv_proj"),
+        ("Phi3", "layers.0.self_attn.qkv_proj.out_features"),
+        ("SmolLM3", "layers.0.self_attn.use_rope"),
+        ("Qwen2_5_VLText", "rotary_emb.mrope_section"),
+        ("Qwen3VLText", "rotary_emb.mrope_section"),
         ("Mistral", "config.sliding_window"),
+        ("Phi3", "config.sliding_window"),
+        ("Gemma3Text", "config.sliding_window"),
+        ("Gemma3Text", "config.layer_types"),
     ],
 )
 def test_one_family_has(family, path):
@@ -143,7 +176,39 @@ def test_one_family_has(family, path):
     check_path(decoder(family), path, "stage3_decode.py")
 
 
-@pytest.mark.parametrize("outer", ["LlamaForCausalLM", "LlavaForConditionalGeneration"])
+@pytest.mark.parametrize(
+    "family, module, name",
+    [("Gemma3Text", "rotary_emb", "layer_type"), ("Qwen3VLText", "", "deepstack_visual_embeds")],
+)
+def test_one_family_takes(family, module, name):
+    """Stage 3 would call the first without it, and would not see the second."""
+    forward = decoder(family).get_submodule(module).forward
+    if name not in inspect.signature(forward).parameters:
+        missing(f"transformers: {family}Model{'.' + module if module else ''}", name, "stage 3")
+
+
+def test_the_name_of_the_features_that_are_added():
+    """As stage 3 spells it."""
+    assert 'ADDED_FEATURES = "deepstack_visual_embeds"' in (ROOT / "stage3_decode.py").read_text()
+
+
+def test_a_type_of_layers_that_slides():
+    types = decoder("Gemma3Text").config.layer_types
+    if "sliding_attention" not in types:
+        missing(
+            "transformers.Gemma3TextConfig.layer_types", "sliding_attention", "stage3_decode.py"
+        )
+
+
+@pytest.mark.parametrize(
+    "outer",
+    ["LlamaForCausalLM"]
+    + [
+        f"{name}ForConditionalGeneration"
+        for name in ("Llava", "LlavaOnevision", "InternVL", "PaliGemma", "Gemma3", "Qwen2_5_VL")
+        + ("Qwen3VL",)
+    ],
+)
 def test_get_decoder(outer):
     if not hasattr(getattr(transformers, outer), "get_decoder"):
         missing(f"transformers.{outer}", "get_decoder", "stage3_decode.py")
@@ -215,7 +280,7 @@ def test_the_cache_of_a_call_is_a_dynamic_cache_of_known_length():
             assert len(caches) == 1 and isinstance(caches[0], DynamicCache), (
                 f"{family}: {len(caches)} KV caches in a call"
             )
-            assert caches[0].get_seq_length(0) == 5
+            assert caches[0].get_seq_length() == caches[0].get_seq_length(0) == 5
             check_path(caches[0].layers[0], "keys", "meteor_mini/bench.py")
             check_path(caches[0].layers[0], "values", "meteor_mini/bench.py")
 

@@ -574,6 +574,22 @@ def test_ask_answers_as_the_model_with_the_wanted_tokens(folder):
         vlm.ask(model, processor, image, "what is this", tokens=17)
 
 
+def test_a_processor_without_a_chat_template_gets_the_question_alone(folder):
+    """PaliGemma's."""
+    model, processor = vlm.load_vlm(str(folder))
+    processor.chat_template = None
+    image = Image.new("RGB", (40, 30), "red")
+    inputs = vlm.inputs_of(model, processor, image, "<image> what is this")
+    assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
+    words = processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
+    assert words.split() == ["what", "is", "this"]
+
+
+def test_every_family_of_these_tests_is_loaded_by_its_name():
+    names = {FAMILIES[name]()[0].config.model_type for name in FAMILIES}
+    assert names | {"deepseek_vl"} == set(vlm.FAMILIES)
+
+
 def test_the_command_line_asks_it(folder, tmp_path, capsys):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
     command = ["ask", "--model", str(folder), str(tmp_path / "photo.png"), "what is this"]
