@@ -1,17 +1,29 @@
 r"""METEOR stage 1: prune the tokens of C vision encoders while they encode, each to its own count.
 
 Paper: METEOR (ICCV 2025, https://arxiv.org/abs/2507.20842), rank-guided collaborative token
-assignment; supplement A and B.1. The blocks of an encoder are cut into three equal parts.
-Tokens are pruned after the last block of each part b = 0, 1, 2.
+assignment; supplement A and B.1. The blocks of an encoder are cut into three parts, as equal as can
+be. Tokens are pruned after the last block of each part b = 0, 1, 2.
 
-    R_i   = cos(x_i, 1/N \sum_j x_j)           b = 0: redundancy; tokens like the mean token go
-    s_i   = 1/H \sum_h softmax(q_cls^h K^h)_i  b > 0: score; tokens that CLS attends to stay
-    k_b^l = k_b r_b^l / \sum_m r_b^m           how many tokens encoder l keeps: in proportion to
-                                               the expected rank r_b^l of its feature map
+Which tokens stay:
+
+    R_i   = cos(x_i, 1/N \sum_j x_j)
+        redundancy, in the shallow part: tokens that are like the mean token go
+    s_i   = 1/H \sum_h softmax(q_cls^h . k^h / sqrt(d))_i
+        score, in the deeper parts: tokens that CLS attends to stay
+
+How many, for a total of k_b tokens over all encoders:
+
+    k_b^l = k_b r_b^l / \sum_m r_b^m
+        encoder l keeps a part of them in proportion to r_b^l, the expected rank of its features
 
 In:   encoders of open_clip, timm and transformers, unmodified; for each the pixels that its own
       preprocessing makes; how many tokens to keep.
 Out:  per encoder, tokens (B, K, D) without CLS, and keep_idx (B, K): which patches they are.
+
+    ranks = expected_ranks(encoders, batches)  # once, on some pictures; store them
+    features, keep_idx = encode_all(encoders, pixels, total=1193, ranks=ranks)
+
+or one encoder, to counts that you choose:
 
     with EncoderPruner(encoder, keep=(300, 200, 100)) as pruner:
         encoder(pixels)
@@ -20,11 +32,11 @@ Out:  per encoder, tokens (B, K, D) without CLS, and keep_idx (B, K): which patc
 Change here: `mean_similarity` and `received_attention` (which tokens stay), `feature_rank` and
 `RTOL` (what rank means), `allocate_budget` (how encoders share), `FAMILIES` (one more encoder).
 
-Not from the paper: rank counts the singular values above RTOL times the largest. Shares are rounded
-by largest remainder, and lie between one token and all there are. k_0 and k_1 fall geometrically
-unless given. Part 0 uses similarity, the later parts attention. Where there is no CLS, the score is
-the mean attention from all tokens. A ConvNet needs its dense grid, and is pruned at its output
-only.
+Not from the paper: which parts count as shallow (the first alone). Rank counts the singular values
+above RTOL times the largest. Shares are rounded by largest remainder, and lie between one token and
+all there are. Totals before the last fall geometrically unless given. Where there is no CLS, the
+score is the mean attention from all tokens. A ConvNet needs its dense grid, and is pruned at its
+output only. Tested with open_clip 3.0 to 3.3, timm 1.0.30 and 31, transformers 5.18 to 5.24.
 """
 
 import math
@@ -37,7 +49,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-RTOL = 1e-2  # at 1e-3 float features have all but full rank; at 1e-1 the rank varies by a third
+# Smaller, and rounding noise counts: at 1e-3 all encoders have nearly full rank. Larger, and the
+# rank depends on the picture: at 1e-1 it varies by a third from one to the next.
+RTOL = 1e-2
 POINTS = 3  # pruning points of the paper: after each third of the blocks
 STRATEGIES = ("rank", "average", "rank_reverse")
 
@@ -70,7 +84,7 @@ def received_attention(q: Tensor, k: Tensor, scale: float, chunk: int = 256) -> 
         k (B, H, N, d) float: keys of all tokens.
         scale: factor of q . k, as the encoder's own attention has it.
         chunk: queries computed at a time, so that no N x N matrix is held.
-    Returns: score (B, N) float32, 0..1; each row sums to 1; the highest stay.
+    Returns: score (B, N) float32, 0..1; over all tokens a row sums to 1; the highest stay.
     Source: [paper, Finding 2]; all tokens as queries where there is no CLS [our choice]
     """
     q, k = q.float(), k.float()
@@ -151,8 +165,10 @@ def allocate_budget(
 ) -> list[int]:
     r"""k^l = k r^l / \sum_m r^m: share `total` tokens among encoders in proportion to their ranks.
 
-    No encoder gets more than it has, and each gets at least one token. Who meets such a bound is
-    settled there, and the others share what is left by the same rule.
+    No encoder gets more than it has, and each gets at least one token. An encoder that meets such a
+    bound keeps the bound, and the others share what is left by the same rule. Ten tokens, ranks
+    6, 3, 1, four tokens in the first encoder: the shares would be 6, 3, 1; the first keeps 4, and
+    the others share 6 as 3 : 1, which is 4.5 and 1.5; rounded, 4, 5, 1.
 
     Args:
         total: k, from C to sum(available); ranks: r^l, C positive numbers.
@@ -181,11 +197,11 @@ def allocate_budget(
         wanted = {l: left * weights[l] / weight_sum for l in waiting}
         bounded = {l: min(max(wanted[l], 1), available[l]) for l in waiting}
         too_much = sum(bounded.values()) - left
-        if too_much > 0:  # the others will get less than now: who is at one token stays there
+        if too_much > 0:  # all shares must fall: who was raised to one token stays there
             settled = {l for l in waiting if bounded[l] > wanted[l]}
-        elif too_much < 0:  # the others will get more: who is given all it has stays there
+        elif too_much < 0:  # all shares can rise: who was cut to all it has stays there
             settled = {l for l in waiting if bounded[l] < wanted[l]}
-        else:
+        else:  # the bounds give and take the same
             settled = set(waiting)
         for l in settled:
             shares[l] = bounded[l]
@@ -215,23 +231,30 @@ def plan_budgets(
 
     Args:
         totals: k_2, the tokens of all encoders together at their output; or (k_0, k_1, k_2), one
-            total for each point; or None to keep all. With k_2 alone, k_0 and k_1 fall
-            geometrically.
+            total for each point; or None to keep all. With k_2 alone, the totals before it fall by
+            the same factor from point to point.
         ranks: (points, C), as `expected_ranks` gives them; may be None with strategy "average".
         available: C counts of tokens, unpruned.
-        inside: C bool: whether an encoder can be pruned before its output. Those that cannot share
-            the last total only, and the totals before are shared among the others.
+        inside: C bool: whether an encoder can be pruned before its output. Only the last total is
+            for all encoders; k_0 and k_1 are shared among those that can.
         strategy: one of `STRATEGIES`.
-    Returns: for each encoder its counts at the points, never rising; the last ones sum to k_2.
+    Returns: for each encoder its counts at the points, never rising; the last ones sum to k_2. What
+        an encoder has lost at one point it cannot get back at the next, whatever its rank is there.
     Raises: ValueError for totals or ranks not as above.
     Source: [paper]; totals that fall geometrically [our choice]
     """
     C = len(available)
+    is_list = isinstance(totals, (list, tuple)) and len(totals) > 0
     require(
-        totals is None or isinstance(totals, (int, list, tuple)),
+        totals is None or isinstance(totals, int) or is_list,
         f"totals must be an int, a list of ints, one for each point, or None, got {totals!r}",
     )
-    given = len(totals) if isinstance(totals, (list, tuple)) else None
+    require(len(inside) == C, f"inside must be {C} bools, one for each encoder, got {inside}")
+    given = len(totals) if is_list else None
+    require(
+        given is None or ranks is None or len(ranks) == given,
+        f"totals must be an int or have an entry for each row of ranks, got {totals} and {ranks}",
+    )
     points = given or (POINTS if ranks is None else len(ranks))
     if totals is None:
         return [(n,) * points for n in available]
@@ -239,7 +262,8 @@ def plan_budgets(
         ranks = [[1.0] * C] * points
     require(
         ranks is not None and len(ranks) == points and all(len(row) == C for row in ranks),
-        f"ranks must be ({points}, {C}), points by encoders, as expected_ranks gives, got {ranks}",
+        f"ranks must be ({points}, {C}), points by encoders, as expected_ranks gives, or None "
+        f"with strategy 'average', got {ranks}",
     )
     prunable = [l for l in range(C) if inside[l]]
     require(
@@ -291,13 +315,15 @@ class EncoderPruner:
         encoder: a model of `FAMILIES`, or one that holds such a model, as a LLaVA does.
         keep: tokens left after each part, never rising; None keeps all that are there.
         criteria: "similarity" or "attention" for each part; None: similarity first, then attention.
-        depth: number of blocks to use, without the final norm; None: all, and the norm that the
-            library applies to patches. LLaVA reads the last block but one: depth = blocks - 1.
+        depth: number of blocks whose output is wanted, without the final norm, as LLaVA reads the
+            last block but one (later blocks run all the same); None: all, and the norm that the
+            library applies to patches.
     After a forward:
         tokens (B, K, D): the patches that are left, as the encoder returns them; with gradient.
         keep_idx (B, K) int64: their numbers among all patches, ascending; ties to the lower index.
     Raises: TypeError for a model that is not supported; ValueError for arguments not as above, for
-        features that are not finite, and for a forward with patch dropout or an attention mask.
+        features that are not finite, and for a forward with patch dropout, an attention mask or
+        gradient checkpointing.
     Source: [paper, rank-guided collaborative token assignment]
     """
 
@@ -360,27 +386,33 @@ class EncoderPruner:
         masks = [m for m in args[1:] if torch.is_tensor(m)]
         masks += [m for name, m in kwargs.items() if torch.is_tensor(m) and name != ROPE]
         if i == 0:
-            require(
-                not any(hides_tokens(mask) for mask in masks) and not drops_patches(self.encoder),
-                "the encoder must see all its patches: without padding or an attention mask, and "
-                "with patch dropout switched off",
-            )
-            N = x.shape[1] - self.prefix
-            self.keep_idx = torch.arange(N, device=x.device).expand(len(x), N)  # (B, N)
-            self._pruned = False
-            self.tokens = None
+            self._start(x, masks)
         if not self._pruned:
             return args, kwargs
-        args = (
-            x,
-            *(None if torch.is_tensor(m) else m for m in args[1:]),
-        )  # a mask that hid nothing
+        # The masks hide nothing (see _start), but they are as long as the whole sequence was.
+        args = (x, *(None if torch.is_tensor(m) else m for m in args[1:]))
         kwargs = {name: None if torch.is_tensor(m) else m for name, m in kwargs.items()}
         if rope is not None:
             table = rope.reshape(-1, *rope.shape[-2:])  # (1 or B, N, 2 d)
             kept_rows = table.take_along_dim(self.keep_idx[..., None], dim=1)  # (B, K, 2 d)
             kwargs[ROPE] = kept_rows[:, None]  # an axis for heads, or B would be read as heads
         return args, kwargs
+
+    def _start(self, x: Tensor, masks: list[Tensor]) -> None:
+        """A forward begins: all patches are there."""
+        require(
+            not any(hides_tokens(mask) for mask in masks) and not drops_patches(self.encoder),
+            "the encoder must see all its patches: without padding or an attention mask, and "
+            "with patch dropout switched off",
+        )
+        require(
+            not reruns_blocks(self.encoder),
+            "gradient checkpointing must be off: it runs the blocks again after they were pruned",
+        )
+        N = x.shape[1] - self.prefix
+        self.keep_idx = torch.arange(N, device=x.device).expand(len(x), N)  # (B, N)
+        self._pruned = False
+        self.tokens = None
 
     def _after_part(self, b: int, block: nn.Module, args: tuple, kwargs: dict, output):
         """Stage 1 itself: score the patches that leave this block, and keep the best."""
@@ -411,7 +443,11 @@ class EncoderPruner:
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
     def _attention_score(self, block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-        """Attention in the block that has just run, from its own input x, q and k. -> (B, N)"""
+        """Attention in the block that has just run. -> (B, N)
+
+        It is computed once more from the block's input, as fused attention gives no weights out;
+        of CLS, one row.
+        """
         queries = 1 if self.has_cls else x.shape[1]
         q, k, scale = self.family.queries_and_keys(block, x, queries, rope)
         return received_attention(q, k, scale)[:, self.prefix :]
@@ -425,7 +461,10 @@ class EncoderPruner:
 
 
 def default_criteria(parts: int) -> tuple[str, ...]:
-    """Similarity where attention is still dense and unstable, attention in the deeper parts."""
+    """Similarity in the first part, where attention is still dense and unstable; then attention.
+
+    Source: [paper, Findings 1 and 2]; the first part alone [our choice]
+    """
     return ("similarity",) + ("attention",) * (parts - 1)
 
 
@@ -433,13 +472,13 @@ def pruning_points(blocks: int, parts: int) -> list[int]:
     """The last block of each part, from 0: of 24 blocks in 3 parts 7, 15, 23.  Source: [paper]"""
     require(
         1 <= parts <= blocks,
-        f"keep must have 1 to {blocks} entries, at most one for each block, got {parts}",
+        f"there must be 1 to {blocks} pruning points, at most one for each block, got {parts}",
     )
     return [blocks * (b + 1) // parts - 1 for b in range(parts)]
 
 
 def hides_tokens(mask: Tensor) -> bool:
-    """Whether an attention mask hides anything: False if it is bool, below 0 if it is added."""
+    """Whether an attention mask hides a token: a bool mask by False, an additive one by below 0."""
     hidden = ~mask if mask.dtype == torch.bool else mask < 0
     return bool(hidden.any())
 
@@ -449,6 +488,17 @@ def drops_patches(encoder: nn.Module) -> bool:
     for module in encoder.modules():
         if type(module).__name__.startswith("PatchDropout") and module.training and module.prob > 0:
             return True
+    return False
+
+
+def reruns_blocks(encoder: nn.Module) -> bool:
+    """Whether gradient checkpointing is on, in open_clip, timm or transformers."""
+    if not torch.is_grad_enabled():
+        return False
+    for module in encoder.modules():
+        for name in CHECKPOINTING:
+            if module.training and getattr(module, name, False) is True:
+                return True
     return False
 
 
@@ -463,9 +513,9 @@ def encode(
 ) -> tuple[Tensor, Tensor]:
     """Run one encoder under `EncoderPruner`, or a ConvNeXt under `encode_dense`.
 
-    Args: encoder, keep, criteria: as in `EncoderPruner`; of a ConvNeXt only the last entry of keep
-        may prune; pixels: what the encoder's own preprocessing makes, (B, 3, H, W), or the
-        flattened patches (B, N, 2 + 3 p^2) of a Pix2Struct.
+    Args: encoder, keep, criteria: as in `EncoderPruner`; a ConvNeXt is pruned by the last entry of
+        keep alone, by similarity; pixels: what the encoder's own preprocessing makes, (B, 3, H, W),
+        or the flattened patches (B, N, 2 + 3 p^2) of a Pix2Struct.
     Returns: tokens (B, K, D) without CLS; keep_idx (B, K) int64, ascending.
     Raises: as `EncoderPruner`.
     """
@@ -520,6 +570,10 @@ def encode_all(
     Args: encoders, pixels: C of each; the others as in `plan_budgets` and `EncoderPruner`.
     Returns: C tensors of tokens (B, n_l, D_l); C tensors keep_idx (B, n_l) int64.
     """
+    require(
+        len(pixels) == len(encoders),
+        f"pixels must be one tensor for each of the {len(encoders)} encoders, got {len(pixels)}",
+    )
     available = [count_tokens(encoder, x) for encoder, x in zip(encoders, pixels)]
     inside = [can_prune_inside(encoder) for encoder in encoders]
     plan = plan_budgets(total, ranks, available, inside, strategy)
@@ -587,14 +641,22 @@ def count_tokens(encoder: nn.Module, pixels: Tensor) -> int:
 def patch_grid(encoder: nn.Module, pixels: Tensor) -> tuple[int, int]:
     """(h, w) patches; of a Pix2Struct by the row and column, from 1, in front of each patch."""
     model, family = find_encoder(encoder)
-    if pixels.dim() == 3:
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    reads_patches = len(convolutions) == 0  # a Pix2Struct
+    dims = 3 if reads_patches else 4
+    require(
+        pixels.dim() == dims,
+        f"pixels of a {type(model).__name__} must have {dims} dimensions, the first of them the "
+        f"batch, got shape {tuple(pixels.shape)}",
+    )
+    if reads_patches:
         rows, columns = pixels[0, :, :2].amax(dim=0).long().tolist()
         return rows, columns
-    H, W = pixels.shape[-2:]
     if family.dense:
         stride = (model.feature_info[-1]["reduction"],) * 2
     else:  # a vision transformer cuts its patches by the one convolution that it has
-        stride = next(m.stride for m in model.modules() if isinstance(m, nn.Conv2d))
+        stride = convolutions[0].stride
+    H, W = pixels.shape[-2:]
     return H // stride[0], W // stride[1]
 
 
@@ -608,20 +670,31 @@ def can_prune_inside(encoder: nn.Module) -> bool:
 # stand before the patches, and how a block makes q and k. tests/test_library_names.py tests them.
 
 ROPE = "rope"  # the argument by which timm hands a rotary table to a block
+CHECKPOINTING = ("grad_checkpointing", "gradient_checkpointing")  # timm, open_clip; transformers
 
 
 @dataclass(frozen=True)
 class Family:
-    """What stage 1 must know of a class of encoders; a path is attributes joined by dots."""
+    """What stage 1 must know of a class of encoders; a path is attributes joined by dots.
 
-    blocks: str = ""  # path of the list of blocks
-    norm: str | None = None  # path of the norm that the library applies to all tokens at the end
-    prefix: Callable | None = None  # encoder -> tokens before the patches, whether the first is CLS
-    queries_and_keys: Callable | None = (
-        None  # block, x (B, N, D), Q, rope -> q of the first Q, k, scale
-    )
-    kinds: tuple[str, ...] = ()  # classes "block.attention" that queries_and_keys is written for
-    dense: bool = False  # no blocks: a ConvNeXt
+    blocks: path of the list of blocks. A block takes its tokens (B, P + N, D) as first argument,
+        and gives them back, alone or first in a tuple. Its other tensors are masks, or `ROPE`.
+    norm: path of the norm that the library applies to all tokens at the end; None where it does
+        not, as transformers' CLIP norms its CLS alone.
+    prefix: encoder -> (P, the number of tokens before the patches; whether the first is CLS).
+    queries_and_keys: (block, x, Q, rope) -> q (B, H, Q, d) of the first Q tokens of the block's
+        input x (B, P + N, D), k (B, H, P + N, d) of all, and the scale of their products.
+    kinds: "block.attention" classes that queries_and_keys is written for, where a model may have
+        others.
+    dense: a ConvNeXt, which has none of these.
+    """
+
+    blocks: str = ""
+    norm: str | None = None
+    prefix: Callable | None = None
+    queries_and_keys: Callable | None = None
+    kinds: tuple[str, ...] = ()
+    dense: bool = False
 
 
 def cls_only(encoder) -> tuple[int, bool]:
@@ -679,7 +752,8 @@ def timm_queries_and_keys(
         k = rotate_patches(k, rope, P, attention)
         if Q > 1:  # Q = 1 is CLS, which has none
             q = rotate_patches(q, rope, P, attention)
-    k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # grouped keys: (B, H, N, d)
+    heads_per_key = q.shape[1] // k.shape[1]  # several heads may share keys
+    k = k.repeat_interleave(heads_per_key, dim=1)  # (B, H, N, d)
     return q, k, attention.scale
 
 
@@ -830,7 +904,7 @@ def main() -> None:
         timm.create_model("convnext_atto"),
     ]
     sides = [96, 192, 168, 192, 384]
-    pictures = F.interpolate(torch.rand(4, 3, 7, 7), 80)
+    pictures = F.interpolate(torch.rand(4, 3, 7, 7), 80)  # 7 x 7 coloured squares, not mere noise
     pixels = [F.interpolate(pictures, side, mode="bilinear") for side in sides]
 
     ranks = expected_ranks([encoder.eval() for encoder in encoders], [pixels])

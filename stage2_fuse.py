@@ -1,31 +1,34 @@
-r"""METEOR stage 2: project the tokens of C vision encoders into one space, keep the least
-redundant.
+r"""METEOR stage 2: of the tokens of C vision encoders, keep those that no other encoder repeats.
 
 Paper: METEOR (ICCV 2025, https://arxiv.org/abs/2507.20842), post-projection fusion with
 collaborative pruning.
 
-    z^l   = P_l(x^l)                                 one two-layer MLP per encoder, to the LLM's
-    width R_i^j = \sum_{l \neq j} \sum_m cos(z_i^j, z_m^l)   redundancy of token i of encoder j: how
-                                                     much all OTHER encoders together look like it
+    z^l   = P_l(x^l)
+        each encoder's tokens in the LLM's width, by a two-layer MLP of its own (`Projector`)
+    R_i^j = \sum_{l \neq j} \sum_m cos(z_i^j, z_m^l)
+        redundancy of token i of encoder j: how much all tokens of all OTHER encoders are like it
 
-Keep the K tokens with the lowest R over all encoders together, in their order (encoder by encoder,
-each in raster order). How many tokens each encoder keeps is an outcome, not an input.
+Keep the K tokens with the lowest R over all encoders together, in their order: encoder by encoder,
+each in raster order. How many tokens each encoder keeps is an outcome, not an input.
 
 With unit vectors u = z / |z|, one sum per encoder T_l = \sum_m u_m^l, and T = \sum_l T_l, the
 double sum is a dot product, linear in the number of tokens, without any N x N matrix:
 
     R_i^j = u_i^j . \sum_{l \neq j} T_l = u_i^j . (T - T_j)
 
-In:   a list of C tensors (B, N_l, D), any N_l, one D; a budget K.
+In:   C tensors (B, N_l, D), already projected: any N_l, one D; a budget K.
 Out:  `Fused`: tokens (B, K, D), encoder_id (B, K), keep_idx (B, K).
+
+    z = [project(x) for project, x in zip(projectors, features)]
+    fused = fuse(z, budget=576)
 
 Change here: `mutual_redundancy` (what is redundant), `fuse` (who is kept), `Projector` (the map
 into the LLM).
 
 Not from the paper: strategy "greedy", which drops one token at a time and updates the sums, so that
 one copy of what two encoders both see stays (the one-shot rule drops both copies). In "separate",
-budgets are in proportion to N_l. Ties go to the lower index. A zero vector has cosine 0 to
-everything.
+each encoder gets one token, and the others are shared in proportion to N_l - 1. Of equal tokens the
+lower index stays, but in "greedy" it goes first. A zero vector has cosine 0 to everything.
 
 Needs torch only. `python stage2_fuse.py` runs it on random features.
 """
@@ -40,8 +43,7 @@ from torch import Tensor, nn
 STRATEGIES = ("collaborative", "greedy", "separate", "random")
 
 
-# --------------------------------------------------------------------------------------------- the
-# idea
+# ----------------------------------------------------------------------------------------- the idea
 
 
 class Projector(nn.Sequential):
@@ -69,10 +71,13 @@ def mutual_redundancy(tokens: Sequence[Tensor]) -> list[Tensor]:
     units = [F.normalize(z.float(), dim=-1) for z in tokens]  # u: C x (B, N_l, D)
     sums = torch.stack([u.sum(dim=1) for u in units])  # T_l: (C, B, D)
     of_others = sums.sum(dim=0) - sums  # T - T_j: (C, B, D)
-    redundancy = []
-    for u, others in zip(units, of_others):
-        redundancy.append(torch.einsum("bnd,bd->bn", u, others))  # (B, N_l)
-    return redundancy
+    return [dot(u, others) for u, others in zip(units, of_others)]  # C x (B, N_l)
+
+
+def dot(u: Tensor, v: Tensor) -> Tensor:
+    """u_i . v for every token: (B, N, D), (B, D) -> (B, N), in float32 also under autocast."""
+    with torch.autocast(u.device.type, enabled=False):
+        return torch.einsum("bnd,bd->bn", u, v)
 
 
 def own_redundancy(z: Tensor) -> Tensor:
@@ -81,7 +86,7 @@ def own_redundancy(z: Tensor) -> Tensor:
     Args: z (B, N, D) float. Returns: (B, N) float32.  Source: [supplement Table 2]
     """
     u = F.normalize(z.float(), dim=-1)
-    return torch.einsum("bnd,bd->bn", u, u.sum(dim=1))
+    return dot(u, u.sum(dim=1))
 
 
 def lowest(values: Tensor, K: int) -> Tensor:
@@ -93,7 +98,7 @@ def lowest(values: Tensor, K: int) -> Tensor:
     return order[:, :K].sort(dim=1).values
 
 
-# ---------------------------------------------------------------------------------------- fusing
+# ------------------------------------------------------------------------------------------- fusing
 
 
 @dataclass
@@ -102,7 +107,9 @@ class Fused:
 
     tokens (B, K, D) float: the kept tokens, tokens[b, j] == torch.cat(input, 1)[b, keep_idx[b, j]].
     encoder_id (B, K) int64: which encoder each came from, 0..C-1.
-    keep_idx (B, K) int64: ascending places in the concatenation of all encoders.
+    keep_idx (B, K) int64: ascending places in the concatenation of all encoders. A place minus the
+        tokens of the encoders before is a place in its own encoder's list: which of the tokens
+        that stage 1 kept.
     """
 
     tokens: Tensor
@@ -130,7 +137,7 @@ def fuse(
         budget: K, tokens kept per sample, 1 to \sum N_l (C or more for "separate"); None keeps all.
         strategy: "collaborative": the K lowest mutual redundancies over all encoders together (the
             paper); "greedy": one at a time, sums updated (ours); "separate": redundancy within each
-            encoder, with a budget of its own in proportion to N_l; "random": uniform.
+            encoder, with a budget of its own (see `proportional`); "random": uniform.
         generator: of "random"; torch's global one where None.
     Returns: `Fused`; tokens keep their order. The choice carries no gradient, the kept tokens do.
     Raises: TypeError where tokens is no list of float tensors or budget no int; ValueError for a
@@ -158,8 +165,7 @@ def fuse(
 def owners(tokens: Sequence[Tensor], keep_idx: Tensor) -> Tensor:
     """Which encoder each place (B, K) of the concatenation belongs to. -> (B, K) int64"""
     sizes = torch.tensor([z.shape[1] for z in tokens], device=keep_idx.device)
-    # encoder l has the places below ends[l] that the ones before do not have
-    ends = sizes.cumsum(0)
+    ends = sizes.cumsum(0)  # encoder l has the places ends[l - 1] to ends[l] - 1
     return torch.bucketize(keep_idx.contiguous(), ends, right=True)
 
 
@@ -172,10 +178,11 @@ def choose(
         return lowest(torch.cat(mutual_redundancy(tokens), dim=1), K)
     if strategy == "greedy":
         dropped = greedy_drop(tokens, N - K)
-        return lowest(dropped.float(), K)
+        return lowest(dropped.float(), K)  # the K places where it is 0
     if strategy == "separate":
         return choose_within_each(tokens, K)
-    noise = torch.rand(B, N, generator=generator)  # "random"
+    where = "cpu" if generator is None else generator.device
+    noise = torch.rand(B, N, generator=generator, device=where)  # "random"
     return lowest(noise, K).to(tokens[0].device)
 
 
@@ -189,7 +196,7 @@ def choose_within_each(tokens: Sequence[Tensor], K: int) -> Tensor:
 
 
 def proportional(K: int, sizes: list[int]) -> list[int]:
-    """K split in proportion to `sizes`: one each, the rest by largest remainder.
+    """K shared out: one each, the rest in proportion to what each has beyond that one.
 
     Args: K: len(sizes) to sum(sizes).
     Returns: counts that sum to K exactly, each at least 1 and at most its size; ties go to the
@@ -227,7 +234,7 @@ def greedy_drop(tokens: Sequence[Tensor], drop: int) -> Tensor:
     dropped = torch.zeros_like(R, dtype=torch.bool)
     for _ in range(drop):
         worst = R.argmax(dim=1)  # (B,); the first of equals
-        cos = torch.einsum("bnd,bd->bn", u, u[batch, worst])  # (B, N)
+        cos = dot(u, u[batch, worst])  # (B, N)
         had_it_in_their_sum = owner != owner[batch, worst, None]  # tokens of the other encoders
         R = torch.where(had_it_in_their_sum, R - cos, R)
         R[batch, worst] = -torch.inf  # never the maximum again
@@ -235,8 +242,7 @@ def greedy_drop(tokens: Sequence[Tensor], drop: int) -> Tensor:
     return dropped
 
 
-# ------------------------------------------------------------------------------------- what is
-# refused
+# ---------------------------------------------------------------------------------- what is refused
 
 
 def check_tokens(tokens: Sequence[Tensor]) -> None:

@@ -42,8 +42,7 @@ class Budget:
         return cls()
 
 
-# ------------------------------------------------------------------- a budget from one wanted
-# number
+# ------------------------------------------------------------------ a budget from one wanted number
 
 
 def proportions(budget: Budget) -> tuple[float, float]:
@@ -92,8 +91,7 @@ def budget_for(model, tokens: float) -> Budget:
     )
 
 
-# ---------------------------------------------------------------------- lambda from a wanted
-# average
+# --------------------------------------------------------------------- lambda from a wanted average
 
 
 def stage3_lambda(config: dict, budget: Budget, K: int) -> float:
@@ -168,8 +166,7 @@ def read_table(table: dict) -> tuple[Tensor, Tensor, Tensor]:
     return Ks, lams, averages
 
 
-# ---------------------------------------------------------------------------------- what is
-# measured
+# --------------------------------------------------------------------------------- what is measured
 
 
 @torch.no_grad()

@@ -39,8 +39,7 @@ TABLE_SAMPLES = 640  # questions a row: all tables in under an hour on 2 cores
 RESULTS = Path("results")  # where all tables and the whole benchmark go
 
 
-# ------------------------------------------------------------------------------------- the
-# arguments
+# ------------------------------------------------------------------------------------ the arguments
 
 
 class Parser(argparse.ArgumentParser):
@@ -235,8 +234,7 @@ def number(text: str) -> int | float:
     return int(text) if text.lstrip("-").isdecimal() else float(text)
 
 
-# ----------------------------------------------------------------- what can be checked before
-# working
+# --------------------------------------------------------------- what can be checked before working
 
 
 def check_output(path: Path, directory: bool = False) -> None:
@@ -282,8 +280,7 @@ def load_model(name: str) -> Meteor:
         raise ValueError(f"model {name!r} cannot be loaded: {error}") from error
 
 
-# --------------------------------------------------------------------------------------- demo and
-# ask
+# ------------------------------------------------------------------------------------- demo and ask
 
 
 def run_demo(args: Namespace) -> None:
@@ -352,8 +349,7 @@ def ask_vlm(args: Namespace, images: torch.Tensor) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------- eval and
-# bench
+# ----------------------------------------------------------------------------------- eval and bench
 
 
 def run_eval(args: Namespace) -> None:
@@ -434,8 +430,7 @@ def run_bench(args: Namespace) -> None:
     bench.bench(args.size, args.device, getattr(torch, dtype), args.quick, done)
 
 
-# ---------------------------------------------------------------------------- models of pretrained
-# parts
+# ----------------------------------------------------------------------- models of pretrained parts
 
 
 def run_calibrate(args: Namespace) -> None:

@@ -116,7 +116,8 @@ def read_dataset(folder: Path):
         from datasets import load_from_disk  # nothing else here needs it
     except ImportError as error:
         raise ValueError(
-            f"data {folder} is a directory: reading one of save_to_disk needs `pip install datasets`"
+            f"data {folder} is a directory: reading one of save_to_disk needs "
+            "`pip install datasets`"
         ) from error
     try:
         rows = load_from_disk(str(folder))
@@ -244,8 +245,7 @@ def filled_up(rows: list[list[int]], filler: int, device: torch.device) -> Tenso
     return torch.tensor([row + [filler] * (T - len(row)) for row in rows], device=device)
 
 
-# -------------------------------------------------------------------------------------- the
-# training
+# ------------------------------------------------------------------------------------- the training
 
 
 class Loss(nn.Module):

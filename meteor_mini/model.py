@@ -308,8 +308,7 @@ def check_words(tokenizer: PreTrainedTokenizerBase, question: str) -> None:
         )
 
 
-# ------------------------------------------------------------------- which tokens survived each
-# stage
+# ----------------------------------------------------------------- which tokens survived each stage
 
 
 def account(model: Meteor, encoded: Encoded, texts: list[str], pruner) -> list[Answer]:

@@ -135,7 +135,7 @@ def resize_square(image: Tensor, side: int) -> Tensor:
     return transforms.resize(image, [side, side], bicubic, antialias=True).clamp(0, 1)
 
 
-# ------------------------------------------------------------------------- what each encoder reads
+# -------------------------------------------------------------------------- what each encoder reads
 
 
 @dataclass(frozen=True)

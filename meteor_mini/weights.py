@@ -211,8 +211,7 @@ def build_decoder(options: dict) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config)
 
 
-# ---------------------------------------------------------------------------------- pretrained
-# parts
+# --------------------------------------------------------------------------------- pretrained parts
 
 
 def from_parts(cls, preset: str | None = None, **choice):
@@ -325,8 +324,11 @@ def fetch_from_hub_by_open_clip(name: str, cache_dir: str | None) -> tuple[nn.Mo
     """ "hf-hub:OWNER/NAME": configuration and weights lie in one repository."""
     repository = name.removeprefix("hf-hub:")
     download = partial(download_pretrained_from_hf, repository, cache_dir=cache_dir)
-    config_file = fetched(name, partial(download, filename="open_clip_config.json"), repository)
-    weights_file = fetched(name, download, repository)
+
+    def both() -> tuple[str, str]:
+        return download(filename="open_clip_config.json"), download()
+
+    config_file, weights_file = fetched(name, both, repository)
     model_cfg = json.loads(Path(config_file).read_text())["model_cfg"]
     return open_clip_tower(name, weights_file, model_cfg, {"cache_dir": cache_dir})
 
@@ -372,8 +374,7 @@ def short_name(name: str) -> str:
     return architecture.replace(".", "-")
 
 
-# ------------------------------------------------------------------------------------------- the
-# hub
+# ------------------------------------------------------------------------------------------ the hub
 
 
 def fetched(name: str, load_it: Callable, repository: str | None = None):

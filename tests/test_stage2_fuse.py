@@ -314,3 +314,12 @@ def test_the_file_runs_alone_in_an_empty_folder(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert "3200 -> 576 tokens" in run.stdout
+
+
+def test_redundancy_is_float32_under_autocast():
+    tokens = features((9, 7, 5))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside, kept = mutual_redundancy(tokens), fuse(tokens, 8).keep_idx
+    for mine, plain in zip(inside, mutual_redundancy(tokens)):
+        assert torch.equal(mine, plain)
+    assert torch.equal(kept, fuse(tokens, 8).keep_idx)

@@ -528,7 +528,7 @@ def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
     )
 
 
-# ------------------------------------------------------------------ the command line
+# --------------------------------------------------------------------------------- the command line
 
 
 def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, capsys):
@@ -639,8 +639,7 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
     ] == pytest.approx(model.budget.stage3, abs=4)
 
 
-# ------------------------------------------------------------------ real weights, where a warm
-# cache holds them
+# ------------------------------------------------------ real weights, where a warm cache holds them
 
 
 def warm(load):

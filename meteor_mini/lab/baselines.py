@@ -110,8 +110,7 @@ class EagerFastV(AdaptivePruner):
         return text | keep
 
 
-# ---------------------------------------------------------------------- inside and behind the
-# encoders
+# ------------------------------------------------------------------- inside and behind the encoders
 
 
 @torch.no_grad()
