@@ -398,11 +398,6 @@ def has_rotary(attn) -> bool:
     return getattr(attn, "use_rope", True)
 
 
-def project_separately(attn, x: Tensor, query_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, T, H d) of the tokens at query_idx and k (B, S, H_kv d) of all, by a matrix each."""
-    return attn.q_proj(take(x, query_idx)), attn.k_proj(x)
-
-
 def split_fused(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q (B, S, H d), k and v (B, S, H_kv d) from one matrix for all three, as Phi-3 has it."""
     q_width = attn.o_proj.in_features
@@ -415,7 +410,7 @@ def project(attn, x: Tensor, query_idx: Tensor) -> tuple[Tensor, Tensor]:
     if hasattr(attn, "qkv_proj"):
         q, k, _ = split_fused(attn, x)
         return take(q, query_idx), k
-    return project_separately(attn, x, query_idx)
+    return attn.q_proj(take(x, query_idx)), attn.k_proj(x)
 
 
 def project_values(attn, x: Tensor) -> Tensor:
@@ -847,27 +842,25 @@ class AdaptivePruner:
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
         """A pruned layer selects. It and those up to the next one are called with what is left."""
         call = read_layer_call(layer, args, kwargs)
-        hidden, mask, rotary = call.hidden, call.mask, call.rotary
+        hidden, rotary = call.hidden, call.rotary
         reads_prompt = self._past == 0
         if i in self.layers:
             if reads_prompt:
                 hidden = self._prune(i, layer, call)
                 self._cache = call.cache
-            self._causal_mask = self._mask_of_those_left(i, hidden, call.cache)
+            self._causal_mask = self._causal_mask_of_those_left(i, hidden, call.cache)
+        mask = self._causal_mask
         if reads_prompt:
             rotary = self._rotary_of_those_left(rotary)
-        if reads_prompt and not self._prompt.is_causal and mask is not None:
-            mask = cut_mask(mask, self._prompt.index, self._prompt.valid)
-        else:
-            mask = self._causal_mask
+            own_mask = self._own_mask_of_those_left(call.mask)
+            mask = self._causal_mask if own_mask is None else own_mask
         return change_layer_call(kwargs, hidden, mask, rotary)
 
     def _prune(self, i: int, layer, call: LayerCall) -> Tensor:
         """Drops tokens prior to layer i. Returns the hidden states (rows, N, D) of those left."""
         prompt = self._prompt
-        self._sees = None  # (rows, N, N) bool: who sees whom, where it is not simply who is before
-        if not prompt.is_causal and call.mask is not None:
-            self._sees = allowed(cut_mask(call.mask, prompt.index, prompt.valid))[:, 0]
+        own_mask = self._own_mask_of_those_left(call.mask)  # (rows, 1, N, N) or None
+        self._sees = None if own_mask is None else allowed(own_mask)[:, 0]  # (rows, N, N)
         rotary = self._rotary_of_those_left(call.rotary)
         stays = self._stays(i, layer, call.hidden, rotary)
         idx, real = compact(stays)  # (rows, N), in the numbering of the tokens that were there
@@ -880,7 +873,13 @@ class AdaptivePruner:
         """The tables are the whole prompt's, in each layer: kept tokens keep their positions."""
         return tuple(take(table, self._prompt.index) for table in rotary)
 
-    def _mask_of_those_left(self, i: int, hidden: Tensor, cache) -> Tensor | None:
+    def _own_mask_of_those_left(self, mask: Tensor | None) -> Tensor | None:
+        """The mask that the model made for a layer, cut; None where it is simply causal."""
+        if self._prompt.is_causal or mask is None:
+            return None
+        return cut_mask(mask, self._prompt.index, self._prompt.valid)
+
+    def _causal_mask_of_those_left(self, i: int, hidden: Tensor, cache) -> Tensor | None:
         """Of layers i and on: no padding, no filler, no future."""
         valid = torch.cat([self._valid_from[i], self._since], dim=1)  # (rows, N + those since)
         return create_causal_mask(self.decoder.config, hidden, valid, cache, layer_idx=i)

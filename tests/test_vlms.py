@@ -1,8 +1,9 @@
-"""Stage 3 around vision-language models of transformers as they come: tiny random ones of the real classes, their own
-`generate`. One case a family; every property for every family.
+"""Stage 3 around vision-language models of transformers as they come, and their own `generate`.
 
-A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are put there as the
-family's processor does.
+Tiny random ones of the real classes. One case a family; every property for every family.
+
+A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are
+put there as the family's processor does.
 """
 
 import json
@@ -333,7 +334,10 @@ def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
 
 
 def test_in_several_turns_the_text_after_the_last_picture_asks(family):
-    """Of each prompt: as with those tokens named in a query_mask, and not as with all text; counts are each prompt's own."""
+    """Of each prompt: as if query_mask named those tokens, and not as if it named all text.
+
+    Counts are each prompt's own.
+    """
     prompts = PROMPTS["several turns"]
     inputs, visual_mask = batch(family, prompts)
     masks = {
@@ -429,7 +433,10 @@ def test_the_model_is_as_before_also_after_an_error(family):
     inputs, visual_mask = batch(family, PROMPTS["ragged"])
     before = {k: v.clone() for k, v in model.state_dict().items()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-    hooks = lambda: [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+    def hooks():
+        return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
     there = hooks()
     with (
         pytest.raises(ValueError, match="visual_mask's"),
@@ -523,7 +530,7 @@ def test_a_llava_that_joins_layers_is_refused(small_llava):
     small_llava.config.vision_feature_layer = before
 
 
-# ------------------------------------------------------------------ meteor_mini.vlm and the command line
+# ---------------------------------------------------------- meteor_mini.vlm and the command line
 
 
 @pytest.fixture(scope="module")
@@ -543,7 +550,8 @@ def folder(tmp_path_factory):
     T.LlavaForConditionalGeneration(config).save_pretrained(path)
     sight = T.CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
     template = (
-        "{% for m in messages %}USER : {% for c in m['content'] %}{{ '<image> ' if c['type'] == 'image' else c['text'] }}"
+        "{% for m in messages %}USER : {% for c in m['content'] %}"
+        "{{ '<image> ' if c['type'] == 'image' else c['text'] }}"
         "{% endfor %}{% endfor %} ASSISTANT :"
     )
     T.LlavaProcessor(
