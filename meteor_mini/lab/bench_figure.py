@@ -29,18 +29,20 @@ def benchmark_figure(tables: dict[str, list[dict]]) -> Picture:
     contenders = list(dict.fromkeys(row["contender"] for row in one_picture))
     for name, style in zip(contenders, METHOD_STYLES):
         rows = [row for row in one_picture if row["contender"] == name]
-        draw_prefill(prefill, name, rows, style)
-        draw_speed_up(speed, name, rows, style)
-    describe(prefill, "prefill, batch 1 (median, least and most)", "visual tokens", "seconds")
-    describe(speed, "speed-up: measured, and the ratio of FLOPs", "visual tokens", "unpruned / row")
-    draw_parts(parts, tables["split"])
-    draw_peers(peers, tables["peers"])
-    draw_growth(growth, tables["growth"])
-    draw_overhead(overhead, tables["overhead"])
+        _draw_prefill(prefill, name, rows, style)
+        _draw_speed_up(speed, name, rows, style)
+    _describe(prefill, "prefill, batch 1 (median, least and most)", "visual tokens", "seconds")
+    _describe(
+        speed, "speed-up: measured, and the ratio of FLOPs", "visual tokens", "unpruned / row"
+    )
+    _draw_parts(parts, tables["split"])
+    _draw_peers(peers, tables["peers"])
+    _draw_growth(growth, tables["growth"])
+    _draw_overhead(overhead, tables["overhead"])
     return figure
 
 
-def draw_prefill(ax: Axes, name: str, rows: list[dict], style: tuple) -> None:
+def _draw_prefill(ax: Axes, name: str, rows: list[dict], style: tuple) -> None:
     color, marker, dash = style
     below = [row["prefill, s"] - row["least"] for row in rows]
     above = [row["most"] - row["prefill, s"] for row in rows]
@@ -56,7 +58,7 @@ def draw_prefill(ax: Axes, name: str, rows: list[dict], style: tuple) -> None:
     )
 
 
-def draw_speed_up(ax: Axes, name: str, rows: list[dict], style: tuple) -> None:
+def _draw_speed_up(ax: Axes, name: str, rows: list[dict], style: tuple) -> None:
     color, marker, _ = style
     sizes = [row["visual tokens"] for row in rows]
     measured = [row["speed-up"] for row in rows]
@@ -65,17 +67,17 @@ def draw_speed_up(ax: Axes, name: str, rows: list[dict], style: tuple) -> None:
     ax.plot(sizes, counted, color=color, linestyle=":", label=f"{name}: FLOPs")
 
 
-def draw_parts(ax: Axes, rows: list[dict]) -> None:
+def _draw_parts(ax: Axes, rows: list[dict]) -> None:
     labels = [f"{row['contender']}, {row['visual tokens']}" for row in rows]
     left = np.zeros(len(rows))
     for name, color in PART_COLORS.items():
         seconds = np.array([row[f"{name}, ms"] / 1000 for row in rows])
         ax.barh(labels, seconds, left=left, color=color, label=name)
         left = left + seconds
-    describe(ax, "where a prefill's time goes", "seconds", "")
+    _describe(ax, "where a prefill's time goes", "seconds", "")
 
 
-def draw_peers(ax: Axes, rows: list[dict]) -> None:
+def _draw_peers(ax: Axes, rows: list[dict]) -> None:
     sizes = list(dict.fromkeys(row["visual tokens"] for row in rows))
     methods = list(dict.fromkeys(row["method"] for row in rows))
     methods.remove("unpruned")
@@ -84,12 +86,12 @@ def draw_peers(ax: Axes, rows: list[dict]) -> None:
         x = np.arange(len(sizes)) + 0.16 * place
         ax.bar(x, speed_ups, width=0.16, color=color, label=name)
     ax.set_xticks(np.arange(len(sizes)) + 0.32, sizes)
-    leave_room_for_legend(ax)
+    _leave_room_for_legend(ax)
     title = "in the LLM alone, as many tokens kept by each"
-    describe(ax, title, "visual tokens into the LLM", "speed-up")
+    _describe(ax, title, "visual tokens into the LLM", "speed-up")
 
 
-def draw_growth(ax: Axes, rows: list[dict]) -> None:
+def _draw_growth(ax: Axes, rows: list[dict]) -> None:
     for column, (color, marker) in GROWTH_STYLES.items():
         measured = [row for row in rows if column in row]
         ax.loglog(
@@ -99,10 +101,10 @@ def draw_growth(ax: Axes, rows: list[dict]) -> None:
             marker=marker,
             label=column.removesuffix(", ms"),
         )
-    describe(ax, "stage 2's choice", "tokens of all encoders", "milliseconds")
+    _describe(ax, "stage 2's choice", "tokens of all encoders", "milliseconds")
 
 
-def draw_overhead(ax: Axes, rows: list[dict]) -> None:
+def _draw_overhead(ax: Axes, rows: list[dict]) -> None:
     _, *choices = rows[0]  # the first column counts tokens
     for column, (color, marker, dash) in zip(choices, METHOD_STYLES):
         ax.plot(
@@ -113,17 +115,17 @@ def draw_overhead(ax: Axes, rows: list[dict]) -> None:
             linestyle=dash,
             label=column.removesuffix(", % of a block").removesuffix(", % of a layer"),
         )
-    leave_room_for_legend(ax)
+    _leave_room_for_legend(ax)
     title = "one choice, in percent of the block or layer it is made in"
-    describe(ax, title, "tokens", "percent")
+    _describe(ax, title, "tokens", "percent")
 
 
-def leave_room_for_legend(ax: Axes) -> None:
+def _leave_room_for_legend(ax: Axes) -> None:
     _, top = ax.get_ylim()
     ax.set_ylim(top=1.45 * top)
 
 
-def describe(ax: Axes, title: str, x: str, y: str) -> None:
+def _describe(ax: Axes, title: str, x: str, y: str) -> None:
     """Title, labels and legend; a linear axis starts at 0 unless something lies below."""
     ax.set_title(title, fontsize=9, color=INK, loc="left")
     ax.set_xlabel(x, fontsize=9)

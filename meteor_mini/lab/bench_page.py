@@ -1,4 +1,4 @@
-"""How the tables of `bench` are shown: results/benchmark.md, with a note to each, and its figure."""
+"""How the tables of `bench` are shown: results/benchmark.md, a note to each, and its figure."""
 
 import importlib.util
 import platform

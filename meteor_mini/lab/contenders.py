@@ -160,7 +160,7 @@ def pix2struct_options(size: dict, n: int) -> dict:
     return size | {"seq_len": n * n, "initializer_range": 0.02}
 
 
-# ----------------------------------------------------------------------------------- who is compared
+# ---------------------------------------------------------------------------------- who is compared
 
 
 class Contender(NamedTuple):

@@ -17,7 +17,7 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
 
 
 def cell(value: float, low: float, high: float, form: str = ".1f") -> str:
-    """A value with its 95 % interval; form: of the value, a sign in it is left out of the others."""
+    """A value with its 95 % interval; form: of the value, the others are written without a sign."""
     ends = form.strip("+")
     return f"{value:{form}} [{low:{ends}}, {high:{ends}}]"
 
@@ -188,7 +188,7 @@ def verdict(order: Order, low: float, high: float) -> str:
 
 
 def compared_rows(result: dict, label: str) -> list[dict]:
-    """Rows whose label begins so, and that keep as many tokens as the row they are compared with."""
+    """Rows whose label begins so, and that keep as many tokens as the row compared with."""
     rows = {row["label"]: row for row in result.get("rows", [])}
     compared = []
     for row in rows.values():

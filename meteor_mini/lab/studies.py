@@ -1,5 +1,5 @@
-"""What is measured of the embedded model besides rows: ranks, patches that stage 2 leaves, what each
-encoder is worth, clips.
+"""What is measured of the embedded model besides rows: ranks, patches that stage 2 leaves, what
+each encoder is worth, clips.
 """
 
 import itertools

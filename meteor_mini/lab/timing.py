@@ -1,4 +1,4 @@
-"""How `bench` measures: seconds of a call, of contenders in turns, of the parts of a prefill; bytes.
+"""How `bench` measures: seconds of a call, of contenders in turns, of the parts of a prefill.
 
 Nothing here knows what is compared. Everything waits for the device, so that what a GPU has only
 been asked for is not taken for done.
@@ -75,7 +75,7 @@ class Clock:
         return {"prefill": first - start, "decode": decode}
 
 
-# -------------------------------------------------------------------------------- of several, fairly
+# ------------------------------------------------------------------------------- of several, fairly
 
 
 def turns(
@@ -158,7 +158,7 @@ def silent_stderr() -> Iterator[None]:
         os.close(sink)
 
 
-# ------------------------------------------------------------------------- of the parts of a prefill
+# ------------------------------------------------------------------------ of the parts of a prefill
 
 
 @contextlib.contextmanager
