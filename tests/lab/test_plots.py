@@ -1,8 +1,11 @@
-"""plots.py: every function returns a titled, labelled, white figure and leaves its arguments alone."""
+"""plots.py and bench_figure.py: every function returns a titled, labelled, white figure and leaves
+its arguments alone.
+"""
 
 import copy
 import inspect
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -14,8 +17,8 @@ pytest.importorskip(
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
-from meteor_mini import plots  # noqa: E402
-from meteor_mini.plots import COLORS  # noqa: E402
+from meteor_mini.lab import bench_figure, plots  # noqa: E402
+from meteor_mini.lab.survivors import COLORS  # noqa: E402
 
 NAMES = ["clip", "convnext", "eva", "pix2struct"]
 G = torch.Generator().manual_seed(0)
@@ -25,6 +28,11 @@ HEAT = {name: torch.rand(12, 12, generator=G) for name in NAMES}
 HEAT["eva"][:6] = torch.nan
 COUNTS = {"a": dict(zip(NAMES, [40, 30, 20, 10])), "b": dict(zip(NAMES, [4, 3, 0, 1]))}
 SIX = [0.1, 0.2, 0.4, 0.3, 0.5, 0.6]
+SIGMA = {name: torch.rand(40, generator=G) for name in NAMES}
+RANKS = {name: torch.tensor([40, 42, 39]) for name in NAMES}
+TOKENS = {name: torch.randn(9, 16, generator=G) for name in NAMES}
+FIRST_FOUR = {name: torch.arange(9) < 4 for name in NAMES}
+VAV = {1: torch.rand(8, generator=G), 3: torch.rand(8, generator=G)}
 POINTS = [(10.0, {"all": 50.0, "General": 40.0}), (20.0, {"all": 70.0, "General": 60.0})]
 
 PARTS = {
@@ -67,60 +75,69 @@ BENCH = {
     ],
 }
 CALLS = {
-    "benchmark_figure": lambda: plots.benchmark_figure(BENCH),
-    "patch_maps": lambda: plots.patch_maps(
-        IMAGE, {"one": MASKS, "two": {"clip": MASKS["clip"]}}, "A finding"
+    "patch_maps": partial(
+        plots.patch_maps, IMAGE, {"one": MASKS, "two": {"clip": MASKS["clip"]}}, "A finding"
     ),
-    "heat_maps": lambda: plots.heat_maps(
-        IMAGE, {"": HEAT, "x": {"clip": HEAT["clip"]}}, "A finding", "cosine", mark=(2, 3)
+    "heat_maps": partial(
+        plots.heat_maps,
+        IMAGE,
+        {"": HEAT, "x": {"clip": HEAT["clip"]}},
+        "A finding",
+        "cosine",
+        mark=(2, 3),
     ),
-    "token_flow": lambda: plots.token_flow(COUNTS),
-    "encoder_bars": lambda: plots.encoder_bars(COUNTS, "A finding", "tokens", "group"),
-    "tokens_by_layer": lambda: plots.tokens_by_layer({"q": [9, 5, 2], "r": [9, 9, 1]}, "A finding"),
-    "cost_curve": lambda: plots.cost_curve(
-        [1, 2, 3], [1e9, 2e9, 3e9], [1e8, 4e8, 9e8], [3.0, 5.0, 9.0], "A finding"
+    "token_flow": partial(plots.token_flow, COUNTS),
+    "encoder_bars": partial(plots.encoder_bars, COUNTS, "A finding", "tokens", "group"),
+    "tokens_by_layer": partial(
+        plots.tokens_by_layer, {"q": [9, 5, 2], "r": [9, 9, 1]}, "A finding"
     ),
-    "time_bars": lambda: plots.time_bars(
-        {"x": {"a": 3.0, "b": 4.0}, "y": {"a": 1.0, "b": 4.0}}, "A finding"
-    ),
-    "kv_bars": lambda: plots.kv_bars({"x": [4096.0, 2048.0], "y": [1024.0, 512.0]}, "A finding"),
-    "spectra": lambda: plots.spectra(
-        {n: torch.rand(40, generator=G) for n in NAMES}, 0.01, "A finding"
-    ),
-    "rank_spread": lambda: plots.rank_spread(
-        {n: torch.tensor([40, 42, 39]) for n in NAMES}, dict.fromkeys(NAMES, 40.0)
-    ),
-    "depth_curves": lambda: plots.depth_curves(
-        {"clip": SIX, "eva": SIX[::-1]}, "A finding", "entropy"
-    ),
-    "criteria_by_depth": lambda: plots.criteria_by_depth(
-        {"eva": {"x": SIX, "y": SIX[::-1]}}, "A finding", "percent", chance=0.5
-    ),
-    "projection_plot": lambda: plots.projection_plot(
-        {n: torch.randn(9, 16, generator=G) for n in NAMES},
-        {n: torch.arange(9) < 4 for n in NAMES},
+    "cost_curve": partial(
+        plots.cost_curve,
+        [1, 2, 3],
+        [1e9, 2e9, 3e9],
+        [1e8, 4e8, 9e8],
+        [3.0, 5.0, 9.0],
         "A finding",
     ),
-    "vav_bars": lambda: plots.vav_bars(
-        {1: torch.rand(8, generator=G), 3: torch.rand(8, generator=G)}, 5, "A finding"
+    "time_bars": partial(
+        plots.time_bars, {"x": {"a": 3.0, "b": 4.0}, "y": {"a": 1.0, "b": 4.0}}, "A finding"
     ),
-    "lambda_curve": lambda: plots.lambda_curve(
-        [0.0, 1, 2], [10.0, 20, 30], (1.0, 20.0), "A finding"
+    "kv_bars": partial(plots.kv_bars, {"x": [4096.0, 2048.0], "y": [1024.0, 512.0]}, "A finding"),
+    "spectra": partial(plots.spectra, SIGMA, 0.01, "A finding"),
+    "rank_spread": partial(plots.rank_spread, RANKS, dict.fromkeys(NAMES, 40.0)),
+    "depth_curves": partial(
+        plots.depth_curves, {"clip": SIX, "eva": SIX[::-1]}, "A finding", "entropy"
     ),
-    "accuracy_curves": lambda: plots.accuracy_curves(
-        {"METEOR": POINTS, "other": POINTS}, "A finding", {"all": 80.0, "General": 70.0}
+    "criteria_by_depth": partial(
+        plots.criteria_by_depth,
+        {"eva": {"x": SIX, "y": SIX[::-1]}},
+        "A finding",
+        "percent",
+        chance=0.5,
     ),
+    "projection_plot": partial(plots.projection_plot, TOKENS, FIRST_FOUR, "A finding"),
+    "vav_bars": partial(plots.vav_bars, VAV, 5, "A finding"),
+    "lambda_curve": partial(
+        plots.lambda_curve, [0.0, 1, 2], [10.0, 20, 30], (1.0, 20.0), "A finding"
+    ),
+    "accuracy_curves": partial(
+        plots.accuracy_curves,
+        {"METEOR": POINTS, "other": POINTS},
+        "A finding",
+        {"all": 80.0, "General": 70.0},
+    ),
+    "benchmark_figure": partial(bench_figure.benchmark_figure, BENCH),
 }
 
 
 def test_every_figure_is_tested():
-    public = {
-        name
-        for name, f in inspect.getmembers(plots, inspect.isfunction)
-        if f.__module__ == plots.__name__ and not name.startswith("_")
-    }
-    assert public == {*CALLS, "canvas", "encoder_color"}
-    assert all(inspect.getdoc(getattr(plots, name)) for name in public)
+    figures = set()
+    for module in (plots, bench_figure):
+        for name, function in inspect.getmembers(module, inspect.isfunction):
+            if function.__module__ == module.__name__ and not name.startswith("_"):
+                assert inspect.getdoc(function), name
+                figures |= {name}
+    assert figures == {*CALLS, "canvas", "encoder_color"}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -139,15 +156,13 @@ def test_has_a_title_and_labels_and_shows_itself(name):
 
 def test_arguments_stay_as_they_are():
     before = copy.deepcopy((HEAT, MASKS, COUNTS, IMAGE))
-    CALLS["heat_maps"](), CALLS["patch_maps"](), CALLS["token_flow"]()
-    for old, new in zip(before[:2], (HEAT, MASKS)):
-        assert all(
-            torch.equal(old[n].nan_to_num(), new[n].nan_to_num())
-            if old[n].is_floating_point()
-            else torch.equal(old[n], new[n])
-            for n in NAMES
-        )
-    assert before[2] == COUNTS and torch.equal(before[3], IMAGE)
+    for name in ("heat_maps", "patch_maps", "token_flow"):
+        CALLS[name]()
+    heat, masks, counts, image = before
+    for name in NAMES:
+        assert torch.equal(heat[name].nan_to_num(), HEAT[name].nan_to_num())
+        assert torch.equal(masks[name], MASKS[name])
+    assert counts == COUNTS and torch.equal(image, IMAGE)
 
 
 def test_an_encoder_has_one_colour_whichever_are_drawn():
@@ -164,18 +179,15 @@ def test_computed_titles_say_what_was_given():
         plots.token_flow(COUNTS).get_suptitle()
         == "100 visual tokens come in, 8 are left at the end"
     )
-    title = (
-        plots.rank_spread({n: torch.tensor([10, 10]) for n in NAMES}, dict.fromkeys(NAMES, 10.0))
-        .get_suptitle()
-        .replace("\n", " ")
-    )
+    ranks = {name: torch.tensor([10, 10]) for name in NAMES}
+    figure = plots.rank_spread(ranks, dict.fromkeys(NAMES, 10.0))
+    title = figure.get_suptitle().replace("\n", " ")
     assert "varies by 0 %" in title and "by 0 to 0 %" in title
 
 
 def test_patch_maps_take_a_picture_for_each_row():
     rows = {"first": torch.zeros(3, 8, 8), "second": torch.ones(3, 8, 8)}
-    figure = plots.patch_maps(
-        rows, {row: {"clip": torch.ones(2, 2, dtype=torch.bool)} for row in rows}, "A finding"
-    )
+    kept = {row: {"clip": torch.ones(2, 2, dtype=torch.bool)} for row in rows}
+    figure = plots.patch_maps(rows, kept, "A finding")
     centre = [ax.images[0].get_array()[40, 40].tolist() for ax in figure.axes]
     assert centre == [[0, 0, 0], [255, 255, 255]]

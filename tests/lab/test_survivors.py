@@ -4,7 +4,15 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from meteor_mini.survivors import CELL, COLORS, font, patch_map, survivor_figure, to_pillow, wrap
+from meteor_mini.lab.survivors import (
+    CELL,
+    COLORS,
+    font,
+    patch_map,
+    survivor_figure,
+    to_pillow,
+    wrap,
+)
 
 
 @pytest.fixture
@@ -16,11 +24,12 @@ def image():
 def written(monkeypatch):
     """Every text that is drawn."""
     texts, draw = [], ImageDraw.ImageDraw.text
-    monkeypatch.setattr(
-        ImageDraw.ImageDraw,
-        "text",
-        lambda self, xy, text, *a, **k: (texts.append(text), draw(self, xy, text, *a, **k)),
-    )
+
+    def noted(self, xy, text, *args, **kwargs):
+        texts.append(text)
+        draw(self, xy, text, *args, **kwargs)
+
+    monkeypatch.setattr(ImageDraw.ImageDraw, "text", noted)
     return texts
 
 
@@ -34,10 +43,8 @@ def test_to_pillow_is_exact():
 def test_kept_patches_are_clear_and_framed_the_others_grey(image, h, w):
     alive = torch.rand(h, w, generator=torch.Generator().manual_seed(1)) < 0.4
     picture = to_pillow(image)
-    cell, clear = (
-        patch_map(picture, alive, COLORS[0]),
-        picture.resize((CELL, CELL), Image.Resampling.BICUBIC),
-    )
+    cell = patch_map(picture, alive, COLORS[0])
+    clear = picture.resize((CELL, CELL), Image.Resampling.BICUBIC)
     for row in range(h):
         for column in range(w):
             left, top = column * CELL // w, row * CELL // h
@@ -45,7 +52,8 @@ def test_kept_patches_are_clear_and_framed_the_others_grey(image, h, w):
             inside = cell.crop(box)
             if alive[row, column]:
                 assert inside.tobytes() == clear.crop(box).tobytes()
-                assert "#%02X%02X%02X" % cell.getpixel((left, top)) == COLORS[0]
+                red, green, blue = cell.getpixel((left, top))
+                assert f"#{red:02X}{green:02X}{blue:02X}" == COLORS[0]
             else:
                 bands = inside.split()
                 assert bands[0].tobytes() == bands[1].tobytes() == bands[2].tobytes()
@@ -94,14 +102,10 @@ def test_any_number_of_encoders_and_long_texts_stay_inside(image, written, encod
     figure = survivor_figure(
         image, {"question": "word " * 200, "answer": "x" * 300, "nothing": ""}, kept
     )
-    rim = [
-        figure.crop(box).getextrema()
-        for box in (
-            (0, figure.height - 10, figure.width, figure.height),
-            (figure.width - 10, 0, figure.width, figure.height),
-        )
-    ]
-    assert rim == [((255, 255),) * 3] * 2
+    white = ((255, 255),) * 3
+    bottom = figure.crop((0, figure.height - 10, figure.width, figure.height))
+    right = figure.crop((figure.width - 10, 0, figure.width, figure.height))
+    assert bottom.getextrema() == right.getextrema() == white
 
 
 def test_wrap_loses_nothing_and_fits():

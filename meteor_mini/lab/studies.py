@@ -1,0 +1,210 @@
+"""What is measured of the embedded model besides rows: ranks, patches that stage 2 leaves, what
+each encoder is worth, clips.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import stage1_encode
+from stage3_decode import AdaptivePruner
+
+from ..budgets import Budget
+from ..glyph.evaluate import (
+    Example,
+    batches,
+    difference,
+    interval,
+    recall,
+    to_images,
+    utilization,
+)
+from ..glyph.world import FAMILIES, make_clip, make_picture
+from ..model import Encoded, Meteor
+from .tables import GROUPS
+
+STRATEGIES = ("collaborative", "separate", "random", "greedy")  # of stage 2
+
+
+@torch.no_grad()
+def rank_statistics(model: Meteor, pictures: int = 64) -> dict[str, dict[str, float]]:
+    """Per encoder at its output: expected rank, its spread (std over mean) over pictures,
+    nuclear-norm diversity.
+    """
+    images = to_images([make_picture(i, "val").image for i in range(pictures)])
+    encoders = list(model.encoders.values())
+    features, _ = stage1_encode.encode_all(encoders, model.pixels(images), None)
+    table = {}
+    for name, x in zip(model.encoders, features):
+        rank = stage1_encode.feature_rank(x).double()  # (pictures,)
+        table[name] = {
+            "rank": rank.mean().item(),
+            "spread": (rank.std() / rank.mean()).item(),
+            "diversity": stage1_encode.nuclear_diversity(x).mean().item(),
+        }
+    return table
+
+
+def coverage(model: Meteor) -> dict[str, dict[str, float]]:
+    """Why strategies differ: patches that are left in one encoder or more after stage 2, in percent
+    of each kind, on validation pictures, at table 2's tightest K.
+
+    Returns: {strategy: {kind of patch: percent}}.
+    """
+    K = model.budget.stage1 // 3
+    torch.manual_seed(0)  # of "random"
+    table = {}
+    for strategy in STRATEGIES:
+        budget = Budget(stage1=model.budget.stage1, stage2=K, stage2_strategy=strategy)
+        table[f"{strategy}, {K}"] = recall(model, budget)["stage2"]["any"]
+    return table
+
+
+# ------------------------------------------------------------------ what each encoder is worth
+
+
+@torch.no_grad()
+def redundancy(model: Meteor, samples: int) -> dict:
+    """Accuracy of all 2^C - 1 subsets of encoders, the others' outputs replaced by zeros; CUR, IG,
+    attention KL.
+
+    Kinds of question: "all", the groups, the families. Zeros are projected like any feature, so a
+    masked encoder still gives its tokens, all alike: CUR holds what an encoder adds and what its
+    constant tokens cost.
+
+    Returns: {"subsets": {"clip+eva": {kind: (accuracy, low, high)}}, "cur": {kind: {encoder: CUR}},
+        "ig": {kind: IG}, "kl": {encoder: KL of the last layer's attention over visual tokens, full
+        model || that encoder alone}, "questions": n}.
+    Source: [arXiv 2507.03262]
+    """
+    names = list(model.encoders)
+    subsets = all_subsets(names)
+    right, kl, family = {s: [] for s in subsets}, {n: [] for n in names}, []
+    for examples in batches("test", samples):
+        right_here, kl_here = by_subset(model, subsets, examples)
+        for subset in subsets:
+            right[subset] += right_here[subset]
+        for name in names:
+            kl[name] += kl_here[name]
+        family += [example.family for example in examples]
+    kinds = question_kinds()
+    measured, score = {}, {}
+    for subset in subsets:
+        measured[subset], score[subset] = {}, {}
+        for kind, families in kinds.items():
+            own = [r for r, f in zip(right[subset], family) if f in families]
+            score[subset][kind] = 100 * float(np.mean(own))
+            measured[subset][kind] = (score[subset][kind], *interval(own))
+    cur = {kind: utilization({s: score[s][kind] for s in subsets}, names) for kind in kinds}
+    return {
+        "subsets": {"+".join(n for n in names if n in s): measured[s] for s in subsets},
+        "cur": cur,
+        "ig": {kind: max(rates.values()) - min(rates.values()) for kind, rates in cur.items()},
+        "kl": {name: float(np.mean(values)) for name, values in kl.items()},
+        "questions": len(family),
+    }
+
+
+def all_subsets(names: list[str]) -> list[frozenset[str]]:
+    """All but the empty one, the largest first."""
+    subsets = []
+    for size in range(len(names), 0, -1):
+        subsets += map(frozenset, itertools.combinations(names, size))
+    return subsets
+
+
+def question_kinds() -> dict[str, list[str]]:
+    """Kind of question -> its families: all, each group, each family."""
+    kinds = {"all": list(FAMILIES)}
+    for group in GROUPS:
+        kinds[group] = [family for family, its_group in FAMILIES.items() if its_group == group]
+    for family in FAMILIES:
+        kinds[family] = [family]
+    return kinds
+
+
+def by_subset(model: Meteor, subsets: list[frozenset[str]], examples: list[Example]) -> tuple:
+    """Answers to one batch of questions with every subset of encoders.
+
+    Returns: {subset: was each answer right}; {encoder: KL of each question}.
+    """
+    names = list(model.encoders)
+    images = to_images([example.picture.image for example in examples])
+    questions = [example.question for example in examples]
+    encoders = list(model.encoders.values())
+    features, kept = stage1_encode.encode_all(encoders, model.pixels(images), None)
+    right, attention = {}, {}
+    for subset in subsets:
+        encoded = model.fuse(masked(features, names, subset), kept, Budget.none())
+        ids, _ = model.generate(encoded, questions, Budget.none())
+        texts = model.decode(ids)
+        right[subset] = [text == e.answer for text, e in zip(texts, examples)]
+        if len(subset) in (1, len(names)):
+            attention[subset] = last_attention(model, encoded, questions)
+    full, kl = attention[frozenset(names)], {}
+    for name in names:
+        kl[name] = divergence(full, attention[frozenset([name])]).tolist()
+    return right, kl
+
+
+def masked(features: list[Tensor], names: list[str], subset: frozenset[str]) -> list[Tensor]:
+    """Zeros in place of the features of encoders that are not in the subset."""
+    return [x if name in subset else torch.zeros_like(x) for name, x in zip(names, features)]
+
+
+def last_attention(model: Meteor, encoded: Encoded, questions: list[str]) -> Tensor:
+    """The last layer's attention from the text onto the K visual tokens, mean over heads, summing
+    to 1: (B, K).
+    """
+    embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
+    last = model.decoder.config.num_hidden_layers - 1
+    with AdaptivePruner(model.decoder, visual_mask, layers=[last], lam=float("inf")) as pruner:
+        model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+    over_heads = pruner.attention[last].mean(dim=1)  # (B, S)
+    on_picture = over_heads[visual_mask].view(len(questions), -1)  # (B, K)
+    return on_picture / on_picture.sum(dim=1, keepdim=True)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats, row by row. (B, K), (B, K) -> (B,)"""
+    tiny = torch.finfo(p.dtype).tiny
+    log_ratio = p.clamp(min=tiny).log() - q.clamp(min=tiny).log()
+    return (p * log_ratio).sum(dim=1)
+
+
+# ------------------------------------------------------------------ clips
+
+
+@torch.no_grad()
+def video(model: Meteor, samples: int) -> dict:
+    """Tiled clips, never seen in training.
+
+    Returns: {kind: {"unpruned" or "METEOR": {"accuracy", "interval", "average_tokens",
+        "questions"}, "difference": METEOR minus unpruned (mean, low, high)}}.
+    """
+    table = {}
+    for kind in ("colors", "counter"):
+        clips = [make_clip(i, kind) for i in range(samples)]
+        unpruned, right_unpruned = clip_accuracy(model, Budget.none(), clips)
+        meteor, right_meteor = clip_accuracy(model, model.budget, clips)
+        table[kind] = {"unpruned": unpruned, "METEOR": meteor}
+        table[kind]["difference"] = difference(right_meteor, right_unpruned)
+    return table
+
+
+def clip_accuracy(model: Meteor, budget: Budget, clips: list[tuple]) -> tuple[dict, list[bool]]:
+    """Of clips (image, question, truth) under a budget, and whether each answer was right."""
+    answers = []
+    for start in range(0, len(clips), 50):
+        images, questions, _ = zip(*clips[start : start + 50])
+        answers += model.answer(to_images(images), list(questions), budget)
+    right = [answer.text == truth for answer, (*_, truth) in zip(answers, clips)]
+    figures = {
+        "accuracy": 100 * float(np.mean(right)),
+        "interval": interval(right),
+        "average_tokens": float(np.mean([answer.tokens["stage3"] for answer in answers])),
+        "questions": len(clips),
+    }
+    return figures, right
