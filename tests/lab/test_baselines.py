@@ -9,7 +9,7 @@ import stage1_encode
 from meteor_mini import Budget, load
 from meteor_mini.glyph import world
 from meteor_mini.glyph.evaluate import to_images
-from meteor_mini.lab import baselines
+from meteor_mini.lab import baselines, tables
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +249,7 @@ def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     features, kept = stage1_encode.encode_all(
         [model.encoders["eva"]], [pixels], 20, model.ranks[:, [2]]
     )
-    encoded = baselines.only(model, ["eva"], features, kept)
+    encoded = tables.alone("eva", 20)(model, images)
     torch.testing.assert_close(encoded.fused.tokens, model.projectors["eva"](features[0]))
     answer = model.answer(encoded, questions, Budget.none())[3]
     assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}
