@@ -244,10 +244,10 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
         one encoder or more; 0 for a group without patches.
     """
     stages, names = ("stage1", "stage2", "stage3"), (*model.encoders, "any")
-    alive = {
-        stage: {name: dict.fromkeys(PATCHES, 0) for name in names} for stage in stages
-    }  # patches
-    total = dict.fromkeys(PATCHES, 0)
+    total = dict.fromkeys(PATCHES, 0)  # patches of each group
+    alive = {}  # how many of them are left: stage -> encoder -> group
+    for stage in stages:
+        alive[stage] = {name: dict.fromkeys(PATCHES, 0) for name in names}
     for examples in batches(split, samples):
         images = to_images([example.picture.image for example in examples])
         answers = model.answer(images, [example.question for example in examples], budget)

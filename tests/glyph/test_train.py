@@ -1,4 +1,7 @@
-"""The training's losses against loops, and one tiny run of every stage end to end (slow), stopped and resumed."""
+"""The training's losses against loops.
+
+And one tiny run of every stage end to end (slow), stopped and resumed.
+"""
 
 import math
 
@@ -6,7 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from meteor_mini import evaluate, glyphworld, load, tables, train, train_baselines
+from meteor_mini import load
+from meteor_mini.finetune import pack
+from meteor_mini.glyph import evaluate, train, world
+from meteor_mini.lab import fusions, tables, train_fusions
+from meteor_mini.weights import build_encoder
 
 
 @pytest.fixture(scope="module")
@@ -41,24 +48,16 @@ def test_word_loss_equals_a_loop_over_patches_and_slots():
 @torch.no_grad()
 def test_align_loss_equals_a_loop_over_patches(model):
     torch.manual_seed(0)
-    projected, words = (
-        torch.randn(2, 3, 128),
-        torch.zeros(2, 3, len(glyphworld.SLOTS), dtype=torch.long),
-    )
-    words[0, 0, 0], words[0, 0, 1], words[1, 2, 2] = (
-        2,
-        3,
-        8,
-    )  # a red something, a digit, four background patches
+    projected = torch.randn(2, 3, 128)
+    words = torch.zeros(2, 3, len(world.SLOTS), dtype=torch.long)  # background
+    words[0, 0, 0], words[0, 0, 1] = 2, 3  # but one patch with two words
+    words[1, 2, 2] = 8  # and one with a digit
     table, total, mass = train.slot_ids(model), 0.0, 0.0
     for b in range(2):
         for n in range(3):
             x = projected[b, n]
-            h = (
-                x
-                / (x.pow(2).mean() + model.decoder.config.rms_norm_eps).sqrt()
-                * model.decoder.model.norm.weight
-            )
+            length = (x.pow(2).mean() + model.decoder.config.rms_norm_eps).sqrt()
+            h = x / length * model.decoder.model.norm.weight
             logp = (model.decoder.get_input_embeddings().weight @ h).log_softmax(0)
             there = [table[s][w].item() for s, w in enumerate(words[b, n].tolist()) if w]
             weight = 1.0 if there else train.BACKGROUND_WEIGHT
@@ -66,19 +65,18 @@ def test_align_loss_equals_a_loop_over_patches(model):
                 [logp[i].item() for i in there or [model.tokenizer.pad_token_id]]
             )
             mass += weight
-    assert train.align_loss(model, projected, words, table).item() == pytest.approx(
-        total / mass, rel=1e-5
-    )
+    got = train.align_loss(model, projected, words, table)
+    assert got.item() == pytest.approx(total / mass, rel=1e-5)
 
 
 def test_slot_ids_are_the_words_of_the_tokenizer(model):
-    for ids, words in zip(train.slot_ids(model), glyphworld.SLOTS.values()):
+    for ids, words in zip(train.slot_ids(model), world.SLOTS.values()):
         assert model.tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<pad>", *words]
 
 
 def test_packed_positions_and_mask_by_hand(model):
     visual = torch.zeros(1, 2, 128)
-    embeds, mask, position, labels = model.pack(visual, [[("is there", "yes"), ("red", "4 2")]])
+    embeds, mask, position, labels = pack(model, visual, [[("is there", "yes"), ("red", "4 2")]])
     # <bos> v v | is there <ans> yes <eos> | red <ans> 4 2 <eos>
     assert position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7]]
     spoken = [
@@ -94,7 +92,7 @@ def test_packed_positions_and_mask_by_hand(model):
 def test_dialogues_are_true_and_short():
     rng = np.random.default_rng(0)
     for index in range(20):
-        picture = glyphworld.make_picture(index)
+        picture = world.make_picture(index)
         pairs = train.dialogue(picture, rng)
         assert 1 <= len(pairs) <= 9 and all(q and a for q, a in pairs)
         assert len({q for q, _ in pairs}) == len(pairs)
@@ -103,9 +101,50 @@ def test_dialogues_are_true_and_short():
 def test_background_is_weighted_down():
     scores = torch.zeros(1, 10, sum(train.SLOT_SIZES))
     words = torch.zeros(1, 10, len(train.SLOT_SIZES), dtype=torch.long)
-    assert train.word_loss(scores, words, [1] * len(train.SLOT_SIZES)).item() == pytest.approx(
-        np.mean([math.log(size) for size in train.SLOT_SIZES]), rel=1e-5
-    )
+    got = train.word_loss(scores, words, [1] * len(train.SLOT_SIZES))
+    expected = np.mean([math.log(size) for size in train.SLOT_SIZES])
+    assert got.item() == pytest.approx(expected, rel=1e-5)
+
+
+@torch.no_grad()
+def test_all_tokens_are_the_librarys_own(model):
+    images = evaluate.to_images([world.make_picture(i).image for i in range(2)])
+    clip = model.encoders["clip"]
+    x = clip.ln_post(clip.transformer(clip._embeds(model.views["clip"](images))))
+    whole, patches = train.all_tokens(clip, images)
+    torch.testing.assert_close(whole, x[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(patches, x[:, 1:], atol=1e-5, rtol=1e-5)
+    eva = model.encoders["eva"]
+    x = eva.forward_features(model.views["eva"](images))
+    whole, patches = train.all_tokens(eva, images)
+    assert torch.equal(whole, x[:, 0]) and torch.equal(patches, x[:, 1:])
+    x = model.encoders["pix2struct"](model.views["pix2struct"](images)).last_hidden_state
+    whole, patches = train.all_tokens(model.encoders["pix2struct"], images)
+    assert torch.equal(whole, x.mean(dim=1)) and torch.equal(patches, x)
+    x = model.encoders["convnext"].forward_features(model.views["convnext"](images))
+    whole, patches = train.all_tokens(model.encoders["convnext"], images)
+    assert torch.equal(whole, x.flatten(2).mT.mean(dim=1)) and patches.shape == (2, 144, 96)
+
+
+@pytest.mark.parametrize("name", train.ENCODERS)
+def test_gradients_reach_the_blocks_through_all_tokens_and_no_hook_stays(name):
+    encoder = build_encoder(name, train.ENCODERS[name]).train()
+    whole, patches = train.all_tokens(encoder, torch.rand(1, 3, 96, 96))
+    (whole.sum() + (patches**2).sum()).backward()
+    grads = [p.grad for p in encoder.parameters() if p.grad is not None]
+    assert len(grads) > 20 and any(grad.abs().max() > 0 for grad in grads)
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_a_batch_without_masking_is_untouched_and_a_masked_encoder_is_zero():
+    features = [torch.randn(2, 3, 4) for _ in range(4)]
+    masked = 0
+    for seed in range(200):
+        out = train.mask_encoders(features, np.random.default_rng(seed))
+        untouched = [torch.equal(x, y) for x, y in zip(features, out)]
+        assert all(same or y.abs().max() == 0 for same, y in zip(untouched, out))
+        masked += not all(untouched)
+    assert 5 <= masked <= 30  # 8 % of batches, less those in which all are seen
 
 
 def run(module, monkeypatch, work, out, *options):
@@ -120,11 +159,8 @@ def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp
         monkeypatch.setattr(train, name, value)
     run(train, monkeypatch, tmp_path / "work", tmp_path / "model")
     model = load(tmp_path / "model")
-    assert (
-        model.config["ranks"]
-        and model.config["lambda_table"]
-        and model.budget.stage1 == train.BUDGET["stage1"]
-    )
+    assert model.config["ranks"] and model.config["lambda_table"]
+    assert model.budget.stage1 == train.BUDGET["stage1"]
 
     once = (tmp_path / "work" / "answer.safetensors").read_bytes()
     for name in ("answer.safetensors", "answer.resume.safetensors"):
@@ -137,18 +173,10 @@ def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp
     run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", "answer")
     assert (tmp_path / "work" / "answer.safetensors").read_bytes() == once
 
-    monkeypatch.setattr(train_baselines, "CHUNKS", 2)
-    monkeypatch.setattr(train_baselines, "STEPS", {"align": 2, "answer": 4})
-    run(
-        train_baselines,
-        monkeypatch,
-        tmp_path / "work",
-        tmp_path / "model" / "baselines.safetensors",
-    )
-    rows = [
-        row for row in tables.table2(load(tmp_path / "model")) if row.label.startswith("Resampler")
-    ]
-    assert (
-        len(rows) == 1
-        and evaluate.accuracy(model, rows[0].method, "val", 8)["average_tokens"] == 144
-    )
+    monkeypatch.setattr(train_fusions, "CHUNKS", 2)
+    monkeypatch.setattr(train_fusions, "STEPS", {"align": 2, "answer": 4})
+    file = tmp_path / "model" / fusions.FILE
+    run(train_fusions, monkeypatch, tmp_path / "work", file)
+    rows = tables.table2(load(tmp_path / "model"))
+    (row,) = [row for row in rows if row.label.startswith("Resampler")]
+    assert evaluate.accuracy(model, row.method, "val", 8)["average_tokens"] == 144

@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from meteor_mini import glyphworld as g
+from meteor_mini.glyph import world as g
 
 
 def pictures(n, split="train", kind=None):
@@ -23,9 +23,8 @@ def test_shapes_and_ranges():
         assert picture.image.shape == (g.SIZE, g.SIZE, 3) and picture.image.dtype == np.uint8
         assert picture.patch_words.shape == (g.GRID**2, len(g.SLOTS))
         for slot, words in enumerate(g.SLOTS.values()):
-            assert 0 <= picture.patch_words[:, slot].min() and picture.patch_words[
-                :, slot
-            ].max() <= len(words)
+            numbers = picture.patch_words[:, slot]
+            assert 0 <= numbers.min() and numbers.max() <= len(words)
 
 
 def test_all_kinds_are_drawn():
@@ -50,13 +49,14 @@ def test_in_test_every_number_is_held_out_and_held_out_pairs_occur():
 
 
 def test_every_object_owns_patches_with_its_words():
-    index = lambda slot, word: 1 + g.SLOTS[slot].index(word)
+    def index(slot, word):
+        return 1 + g.SLOTS[slot].index(word)
+
     slots = list(g.SLOTS)
     for picture in pictures(40, kind="scene"):
         for color, shape, row, column in picture.facts["objects"]:
-            here = picture.patch_words.reshape(3, 4, 3, 4, -1)[row, :, column].reshape(
-                16, -1
-            )  # the shape's cell
+            cells = picture.patch_words.reshape(3, 4, 3, 4, -1)
+            here = cells[row, :, column].reshape(16, -1)  # the shape's cell
             mine = here[here[:, slots.index("what")] == index("what", shape)]
             assert len(mine) and (mine[:, slots.index("color")] == index("color", color)).all()
     for picture in pictures(40, kind="table"):
@@ -68,7 +68,7 @@ def test_every_object_owns_patches_with_its_words():
 
 
 def truth(picture, question):
-    """Answer a question from the facts, by its wording alone: an independent second implementation."""
+    """Answer a question from the facts, by its wording alone: a second implementation."""
     facts, words = picture.facts, question.split()
     if match := re.match(r"is there a (\w+) (\w+)", question):
         return "yes" if any(o[:2] == match.groups() for o in facts["objects"]) else "no"
@@ -77,13 +77,10 @@ def truth(picture, question):
     if match := re.match(r"how many (\w+) shapes", question):
         return str(len([o for o in facts["objects"] if o[1] == match[1]]))
     if match := re.match(r"is the (\w+) (left of|right of|above|below) the (\w+)", question):
-        (_, _, r1, c1), (_, _, r2, c2) = (
-            next(o for o in facts["objects"] if o[1] == match[k]) for k in (1, 3)
-        )
-        holds = {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}[
-            match[2]
-        ]
-        return "yes" if holds else "no"
+        r1, c1 = next(o[2:] for o in facts["objects"] if o[1] == match[1])
+        r2, c2 = next(o[2:] for o in facts["objects"] if o[1] == match[3])
+        holds = {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}
+        return "yes" if holds[match[2]] else "no"
     if question == "what is the number ?":
         return "".join(map(str, facts["number"]))
     if match := re.match(r"read row (\w)", question):
@@ -150,17 +147,14 @@ def test_clips_are_seeded_and_their_answers_true():
         image, question, answer = g.make_clip(index, "colors")
         assert np.array_equal(image, g.make_clip(index, "colors")[0]) and image.shape == (96, 96, 3)
         color = np.array(g.COLORS[question.split()[3]])
-        middles = [
-            image[r * 32 + 16, c * 32 + 16] for r in range(2) for c in range(3)
-        ]  # of the six frames
-        assert answer == ("yes" if any(np.array_equal(m, color) for m in middles) else "no")
+        middles = [image[r * 32 + 16, c * 32 + 16] for r in range(2) for c in range(3)]  # of frames
+        seen = any(np.array_equal(middle, color) for middle in middles)
+        assert answer == ("yes" if seen else "no")
         answers.add(answer)
         _, question, answer = g.make_clip(index, "counter")
-        assert question == "what is the number ?" and [int(d) - int(answer[0]) for d in answer] == [
-            0,
-            1,
-            2,
-        ]
+        first = int(answer[0])
+        assert question == "what is the number ?"
+        assert [int(digit) for digit in answer] == [first, first + 1, first + 2]
     assert answers == {"yes", "no"}
 
 

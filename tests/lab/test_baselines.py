@@ -1,15 +1,15 @@
 """Each baseline against a naive version: loops over heads, tokens and groups."""
 
-import copy
-
 import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from meteor_mini.evaluate import to_images
 
 import stage1_encode
-from meteor_mini import Budget, baselines, glyphworld, load, tables
+from meteor_mini import Budget, load
+from meteor_mini.glyph import world
+from meteor_mini.glyph.evaluate import to_images
+from meteor_mini.lab import baselines, tables
 
 
 @pytest.fixture(scope="module")
@@ -19,12 +19,15 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    examples = [glyphworld.example(5, "val", family) for family in glyphworld.FAMILIES]
+    examples = [world.example(5, "val", family) for family in world.FAMILIES]
     return to_images([p.image for p, *_ in examples]), [q for _, q, _ in examples]
 
 
 def dense_attention(layer, hidden, position_embeddings, mask, t):
-    """Attention of token t of one sample in every head, by loops. hidden (S, D); mask (S,) bool. -> (H, S)"""
+    """Attention of token t of one sample in every head, by loops.
+
+    hidden (S, D); mask (S,) bool. -> (H, S)
+    """
     from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
     attn, S = layer.self_attn, len(hidden)
@@ -86,11 +89,8 @@ def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_
     with baselines.fastv(7, layer=3, eager=True)(model.decoder, visual_mask) as pruner:
         assert model.decoder.config._attn_implementation == "eager"
         model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
-    assert model.decoder.config._attn_implementation == "sdpa" and pruner.counts[3].tolist() == [
-        7,
-        7,
-        7,
-    ]
+    assert model.decoder.config._attn_implementation == "sdpa"
+    assert pruner.counts[3].tolist() == [7, 7, 7]
     states = model.decoder(
         inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True
     ).hidden_states
@@ -106,9 +106,10 @@ def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_
         assert [places.index(s) for s in pruner.kept[3][b].nonzero()[:, 0].tolist()] == expected
 
 
+@torch.no_grad()
 def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model, batch):
     images, questions = batch
-    encoded = model.encode_no_grad(images, Budget(stage1=60, stage2=24))
+    encoded = model.encode(images, Budget(stage1=60, stage2=24))
     sdpa, eager = (
         model.answer(encoded, questions, Budget.none(), baselines.fastv(7, 2, e))
         for e in (False, True)
@@ -135,13 +136,13 @@ def siglip():
         global_pool="",
         num_classes=0,
     ).eval()
-    return vit, torch.rand(2, 3, 64, 64)  # 4 x 4 patches
+    return vit, 2 * torch.rand(2, 3, 64, 64) - 1  # 4 x 4 patches
 
 
 @torch.no_grad()
 def test_tome_that_merges_nothing_is_the_vit_itself():
     vit, images = siglip()
-    expected = vit.forward_features((images - 0.5) / 0.5)
+    expected = vit.forward_features(images)
     torch.testing.assert_close(baselines.tome(vit, images, 0), expected, atol=1e-5, rtol=1e-5)
     assert baselines.tome(vit, images, 4).shape == (2, 16 - 3 * 4, 48)
 
@@ -149,41 +150,35 @@ def test_tome_that_merges_nothing_is_the_vit_itself():
 @pytest.mark.parametrize("eager", [False, True])
 @torch.no_grad()
 def test_tome_equals_the_vit_on_pictures_whose_merged_patches_are_alike(monkeypatch, eager):
-    """A token that counts twice beside some that count once is two that are the same: what log(size) is for."""
+    """A token that counts twice is two tokens that are the same: what log(size) is for."""
     vit, images = siglip()
     vit.pos_embed.data[:, 1::2] = vit.pos_embed[:, ::2]  # pairs of patches with one position
     images[..., 16:32], images[..., 48:] = images[..., :16], images[..., 32:48]  # and one content
-    every, once = (
-        vit.forward_features((images - 0.5) / 0.5),
-        baselines.merge_pairs,
-    )  # the first block merges, the others do not
-    monkeypatch.setattr(
-        baselines,
-        "merge_pairs",
-        lambda x, s, k, r, p: once(x, s, k, r if x.shape[1] == 16 else 0, p),
-    )
+    every, merge_pairs = vit.forward_features(images), baselines.merge_pairs
+
+    def once(x, size, keys, r, prefix):  # the first block merges, the others do not
+        return merge_pairs(x, size, keys, r if x.shape[1] == 16 else 0, prefix)
+
+    monkeypatch.setattr(baselines, "merge_pairs", once)
     merged = baselines.tome(vit, images, 4, eager)  # 4 of 8 pairs
     assert merged.shape == (2, 12, 48)
     for b in range(2):
-        distance = torch.cdist(
-            merged[b], every[b, 1::2]
-        )  # each is one of the 8 pairs' tokens, and each pair is there
-        assert distance.min(dim=1).values.max() < 1e-4 and distance.min(dim=0).values.max() < 1e-4
+        distance = torch.cdist(merged[b], every[b, 1::2])
+        assert distance.min(dim=1).values.max() < 1e-4  # each is one of the 8 pairs' tokens
+        assert distance.min(dim=0).values.max() < 1e-4  # and each pair is there
 
 
 def test_pairs_are_merged_by_loops():
     torch.manual_seed(0)
-    x, keys, size = (
-        torch.randn(2, 8, 5),
-        torch.randn(2, 8, 3),
-        torch.randint(1, 4, (2, 8, 1)).float(),
-    )
+    x, keys = torch.randn(2, 8, 5), torch.randn(2, 8, 3)
+    size = torch.randint(1, 4, (2, 8, 1)).float()
     merged, sizes = baselines.merge_pairs(x, size, keys, r=2, prefix=1)
     for b in range(2):
         givers, takers = [1, 3, 5, 7], [2, 4, 6]
-        cos = lambda i, j: F.cosine_similarity(keys[b, i], keys[b, j], dim=0).item()
-        best = {i: max(takers, key=lambda j: cos(i, j)) for i in givers}
-        gone = sorted(givers, key=lambda i: -cos(i, best[i]))[:2]
+        cos = F.cosine_similarity(keys[b, :, None], keys[b, None], dim=-1).tolist()
+        best = {i: max(takers, key=cos[i].__getitem__) for i in givers}
+        most_alike = sorted((-cos[i][best[i]], i) for i in givers)
+        gone = [i for _, i in most_alike[:2]]
         rows = []
         for i in range(8):
             group = [i] + [g for g in gone if best[g] == i]
@@ -226,12 +221,10 @@ def test_merged_tokens_are_the_means_of_their_groups():
         groups = {j: [tokens[b, j]] for j in keep_idx[b].tolist()}
         for i in range(9):
             if i not in groups:
-                groups[
-                    max(
-                        groups,
-                        key=lambda j: F.cosine_similarity(tokens[b, i], tokens[b, j], dim=0).item(),
-                    )
-                ].append(tokens[b, i])
+                cos = {
+                    j: F.cosine_similarity(tokens[b, i], tokens[b, j], dim=0).item() for j in groups
+                }
+                groups[max(cos, key=cos.get)].append(tokens[b, i])
         for place, group in enumerate(groups.values()):
             torch.testing.assert_close(merged[b, place], torch.stack(group).mean(0))
     assert torch.equal(baselines.merge(tokens, torch.arange(9).expand(2, 9)), tokens)
@@ -244,78 +237,19 @@ def test_prumerge_shares_equally_and_knows_its_patches(model, batch):
     assert encoded.fused.tokens.shape[:2] == (8, 34)
     answer = model.answer(encoded, questions, Budget.none())[0]
     assert sorted(answer.survivors["stage2"].values()) == [8, 8, 9, 9]
-    _, attended = stage1_encode.encode(model.encoders["clip"], images, (None, None, 9))
+    pixels = model.views["clip"](images)
+    _, attended = stage1_encode.encode(model.encoders["clip"], pixels, (None, None, 9))
     assert torch.equal(encoded.stage1_idx[0], attended)
-
-
-@torch.no_grad()
-def test_learned_fusions_see_each_cell_of_each_encoder(model, batch):
-    """The shapes, and by hand: which patches meet in one token."""
-    torch.manual_seed(0)
-    fusions = baselines.new_fusions(model).eval()
-    features, _ = stage1_encode.encode_all(
-        list(model.encoders.values()), batch[0], None
-    )  # 4 x (8, 144, 96)
-    for name, fusion in fusions.items():
-        assert fusion(features).shape == (8, 144, model.decoder.config.hidden_size), name
-    cell = torch.cat([x[3, 50] for x in features])  # EAGLE: one cell, all channels
-    torch.testing.assert_close(
-        fusions["EAGLE-style"](features)[3, 50], fusions["EAGLE-style"].project(cell)
-    )
-    x = features[1][3].view(12, 12, -1)  # PixShuffle: rows 4-5, columns 6-7 of the second encoder
-    four = torch.cat([x[4, 6], x[4, 7], x[5, 6], x[5, 7]])
-    token = fusions["PixShuffle"](features)[3, 36 + 2 * 6 + 3]
-    torch.testing.assert_close(
-        token, fusions["PixShuffle"].projectors[1](four), atol=1e-5, rtol=1e-5
-    )
-    projected = [
-        model.projectors[n](x[3]) for n, x in zip(model.encoders, features)
-    ]  # MLP: one encoder, channel by channel
-    mixed = torch.stack(
-        [fusions["MLP"].mix[2](projected[2][:, d]) for d in range(128)], dim=1
-    )  # (36, 128)
-    torch.testing.assert_close(fusions["MLP"](features)[3, 72:108], mixed, atol=1e-5, rtol=1e-5)
-
-
-def test_learned_fusions_come_back_with_their_own_llama(model, batch, tmp_path):
-    torch.manual_seed(1)
-    other, file = copy.deepcopy(model), tmp_path / "baselines.safetensors"
-    for p in other.decoder.parameters():
-        p.data += 0.02 * torch.randn_like(p)
-    fusions = baselines.new_fusions(other)
-    baselines.save_learned(other, fusions, file)
-    again = baselines.load_learned(model, file)
-    assert list(again) == list(baselines.LEARNED)
-    for name, fusion in fusions.items():
-        other.decoder.half().float(), fusion.half().float()  # as they were stored
-        expected = baselines.learned(other, fusion).answer(None, *batch)
-        answers = again[name].answer(None, *batch)
-        assert [a.text for a in answers] == [a.text for a in expected] and answers[0].layers == [
-            144
-        ] * 8
-    assert [a.text for a in answers] != [
-        a.text for a in baselines.learned(model, fusion).answer(None, *batch)
-    ]
-
-
-def test_learned_fusions_of_other_encoders_or_of_a_damaged_file_are_refused(model, tmp_path):
-    file, other = tmp_path / "baselines.safetensors", copy.deepcopy(model)
-    other.encoders["clip"].ln_post.weight.data[0] += 0.5
-    baselines.save_learned(other, baselines.new_fusions(other), file)
-    with pytest.raises(ValueError, match="trained on other encoders than the model's"):
-        baselines.load_learned(model, file)
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(ValueError, match="is not a safetensors file, or is cut short"):
-        baselines.load_learned(model, file)
 
 
 @torch.no_grad()
 def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     images, questions = batch
-    encoded = tables.alone("eva", 20)(model, images)
+    pixels = model.views["eva"](images)
     features, kept = stage1_encode.encode_all(
-        [model.encoders["eva"]], images, 20, model.ranks[:, [2]]
+        [model.encoders["eva"]], [pixels], 20, model.ranks[:, [2]]
     )
+    encoded = tables.alone("eva", 20)(model, images)
     torch.testing.assert_close(encoded.fused.tokens, model.projectors["eva"](features[0]))
     answer = model.answer(encoded, questions, Budget.none())[3]
     assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}

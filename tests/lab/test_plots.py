@@ -16,14 +16,9 @@ pytest.importorskip(
 )
 from matplotlib.colors import to_hex  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
-from meteor_mini.plots import COLORS  # noqa: E402
 
-<<<<<<< HEAD
-from meteor_mini import plots  # noqa: E402
-=======
 from meteor_mini.lab import bench_figure, plots  # noqa: E402
 from meteor_mini.lab.survivors import COLORS  # noqa: E402
->>>>>>> 09a65d74020d5d6b02a4873b905f57db129a22dd
 
 NAMES = ["clip", "convnext", "eva", "pix2struct"]
 G = torch.Generator().manual_seed(0)
