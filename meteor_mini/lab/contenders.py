@@ -12,7 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-import stage2_fuse
 from stage3_decode import find_cache
 
 from ..budgets import Budget
@@ -224,11 +223,8 @@ def encode_by_budget(model: Meteor, budget: Budget, images: Tensor) -> Encoded:
 
 
 def encode_by_fusion(model: Meteor, fusion: fusions.Learned, images: Tensor) -> Encoded:
-    """The tokens of a learned fusion; they are no patches, so their numbers mean nothing."""
-    tokens = fusion.encode(model, images)  # (B, K, D)
-    B, K, _ = tokens.shape
-    place = torch.arange(K, device=tokens.device).expand(B, K)
-    return Encoded(stage2_fuse.Fused(tokens, torch.zeros_like(place), place), [])
+    """The tokens of a learned fusion, which are no patches."""
+    return fusions.without_books(model, fusion.encode(model, images))
 
 
 def in_proportion(count: int, N: int) -> int:
