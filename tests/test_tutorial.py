@@ -92,9 +92,9 @@ def test_sections_links_and_exercises():
 
 
 def test_exercise_answers_with_numbers_are_right():
-    share = lambda total, ranks, strategy: stage1_encode.allocate_budget(
-        total, ranks, [144] * 4, strategy
-    )
+    def share(total, ranks, strategy):
+        return stage1_encode.allocate_budget(total, ranks, [144] * 4, strategy)
+
     assert share(25, [40, 30, 20, 10], "rank") == [10, 8, 5, 2]
     assert share(25, [40, 30, 20, 10], "rank_reverse") == [3, 4, 6, 12]
     assert share(4, [100, 1, 1, 1], "rank") == [1, 1, 1, 1]

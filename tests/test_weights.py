@@ -630,9 +630,8 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
                 picture, ["what is this"], budget, max_new_tokens=5, min_new_tokens=5
             )[0]
         with capsys.disabled():
-            print(
-                f"\n{name}: {time.perf_counter() - start:.2f} s, tokens {answer.tokens}, '{answer.text}'"
-            )
+            seconds = time.perf_counter() - start
+            print(f"\n{name}: {seconds:.2f} s, tokens {answer.tokens}, '{answer.text}'")
         assert answer.tokens["encoders"] == 196 + 64 + 196 + 256 and len(answer.text.split()) >= 4
     assert answer.tokens["stage1"] == model.budget.stage1 and answer.tokens[
         "stage3"

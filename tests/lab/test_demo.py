@@ -1,4 +1,4 @@
-"""`meteor-mini demo` on an untrained model of the embedded one's classes: what it prints and draws."""
+"""`meteor-mini demo` on an untrained model of the embedded classes: what it prints and draws."""
 
 import contextlib
 import io
