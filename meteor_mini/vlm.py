@@ -52,7 +52,7 @@ def load_vlm(name: str, dtype="auto", **hub):
 
 def inputs_of(model, processor, image: Image.Image, question: str) -> dict:
     """A prompt in the model's own words, with one picture."""
-    if processor.chat_template is None:  # PaliGemma: no chat; its processor puts the picture in front
+    if processor.chat_template is None:  # PaliGemma: its processor puts the picture in front
         text = question
     else:
         content = [{"type": "image"}, {"type": "text", "text": question}]
