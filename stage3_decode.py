@@ -28,8 +28,9 @@ SmolLM3, Starcoder2, and the decoders inside LLaVA, LLaVA-NeXT, LLaVA-OneVision,
 SmolVLM, DeepSeek-VL, PaliGemma, Qwen2.5-VL and Qwen3-VL. No list decides: `check_decoder` does.
 
 Change here: `text_relevance` (which tokens are kept), `adaptive_count` (how many),
-`visual_attention` (what is looked at), and `counts` of `AdaptivePruner`: fixed budgets in place of
-`lam` (FastV, PyramidDrop).
+`visual_attention` (what is looked at), `AdaptivePruner._choose` (all of it). Fixed budgets go by
+`counts` in place of `lam`; with k=None and the last token alone as query_mask that is FastV or
+PyramidDrop.
 Not from the paper: layers L/8, 3L/8, 5L/8 at other depths; halves round up; ties go to the lower
 index; \lambda is solved from a wanted average; zeros where a token is gone.
 `python stage3_decode.py` is a tiny demo.
@@ -49,7 +50,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
-# ------------------------------------------------------------------------------- the paper's idea
+# --------------------------------------------------------------------------------- the paper's idea
 
 
 def visual_attention(
@@ -68,10 +69,11 @@ def visual_attention(
 
     Args:
         q (B, H, T, d) float: queries of the text.
-        k (B, H_kv, S, d) float: keys of all tokens; H_kv divides H, as heads may share keys.
+        k (B, H_kv, S, d) float: keys of the S tokens that are there; H_kv divides H, as heads may
+            share keys.
         scale: what the layer multiplies its scores by, mostly 1 / sqrt(d).
         query_idx (B, T) int64: place in S of each query.
-        query_valid (B, T) bool: False for a filler.
+        query_valid (B, T) bool: False for a filler, in samples with fewer queries than others.
         visual_mask (B, S) bool: the visual tokens.
         valid (B, S) bool: False on padding.
         sees (B, T, S) bool: what each query may see; None: itself and what is before it.
@@ -213,6 +215,8 @@ def solve_lambda(
         tolerance: in tokens.
     Returns:
         lam: a float.
+    Calls measure up to 42 times. Where it jumps over the target, the answer lies at the jump.
+
     Raises: ValueError where target_average is not in measure(0)..measure(infinity).
     Source: [our choice]
     """
@@ -235,14 +239,16 @@ def solve_lambda(
     return lam
 
 
-# ----------------------------------------------------------------- tokens that stay, as indices
+# --------------------------------------------------------------------- tokens that stay, as indices
 
 
 def compact(stays: Tensor) -> tuple[Tensor, Tensor]:
     """Close the gaps: the tokens that stay, in order, right-aligned in as few columns as they need.
 
-    A row with fewer tokens than the longest is filled up in front. Its fillers are the places of
-    tokens that do not stay, none of them twice.
+    Right-aligned, so that an answer's tokens follow without a gap, and the last column is the last
+    token of every row. A row with fewer tokens than the longest is filled up in front; the masks
+    hide its fillers. They are places of tokens that do not stay, none of them twice. Of five
+    tokens, True for 1 and 4: idx [1, 4]; beside a row that keeps three, [3, 1, 4].
 
     Args:
         stays (B, S) bool.
@@ -257,7 +263,7 @@ def compact(stays: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def take(x: Tensor, idx: Tensor) -> Tensor:
-    """The tokens at idx (B, N) of x (B, S, D): (B, N, D). Of one x for all samples, too."""
+    """The tokens at idx (B, N) of x (B or 1, S, D): (B, N, D)."""
     return x.take_along_dim(idx[..., None], dim=1)
 
 
@@ -266,7 +272,7 @@ def require(condition, message: str) -> None:
         raise ValueError(message)
 
 
-# ------------------------------------------------------------------------- the library's own names
+# -------------------------------------------------------------------------- the library's own names
 # Hooks see a call by the names of its arguments, and a release of transformers may rename them, as
 # 5.24 did. What stage 3 reads or replaces in transformers is named in this part alone, apart from
 # config, device, dtype and layers. Each name has a test in tests/test_library_names.py.
@@ -356,7 +362,7 @@ def on_sdpa_or_eager(decoder) -> bool:
     return decoder.config._attn_implementation in ("sdpa", "eager")
 
 
-def is_causal(decoder) -> bool:
+def hides_future(decoder) -> bool:
     """Whether its attention hides the future where it is given no mask. PaliGemma's does not."""
     return all(getattr(layer.self_attn, "is_causal", True) for layer in decoder.layers)
 
@@ -440,7 +446,7 @@ class Padding(NamedTuple):
     """What a decoder's attention mask says."""
 
     valid: Tensor  # (rows, tokens so far) bool: False on padding
-    is_causal: bool  # False where the model made masks that say more than "no padding, no future"
+    is_plain: bool  # False where the model made masks that say more than "no padding, no future"
 
 
 def read_mask(mask: Tensor | dict | None, rows: int, past: int, T: int, device) -> Padding | None:
@@ -454,17 +460,21 @@ def read_mask(mask: Tensor | dict | None, rows: int, past: int, T: int, device) 
     if isinstance(mask, dict):
         mask = next((one for one in mask.values() if one is not None), None)
     if mask is None:
-        return Padding(everything, is_causal=True)
+        return Padding(everything, is_plain=True)
     if getattr(mask, "shape", None) == everything.shape:
-        return Padding(mask.bool(), is_causal=True)
+        return Padding(mask.bool(), is_plain=True)
     if not is_finished_mask(mask, rows, T):
         return None
-    if past > 0:  # an answer's token sees all that is not padding, and the prompt's is known
-        return Padding(everything, is_causal=True) if T == 1 else None
+    # Of what follows the prompt, only the mask's last columns are used: the prompt's padding is
+    # known. One token of an answer sees all of them; of several, who sees whom is not understood.
+    if past > 0:
+        return Padding(everything, is_plain=True) if T == 1 else None
     sees = allowed(mask)[:, 0].expand(rows, -1, -1)  # (rows, T, T)
     valid = sees.diagonal(dim1=1, dim2=2)  # (rows, T): only padding does not see itself
+    # An answer's token will see all that is valid. The prompt's last token must have done so too,
+    # or these masks hide more than padding and the future.
     last_sees_all = sees[:, -1].equal(valid)
-    return Padding(valid, is_causal=False) if last_sees_all else None
+    return Padding(valid, is_plain=False) if last_sees_all else None
 
 
 def is_finished_mask(mask, rows: int, T: int) -> bool:
@@ -503,7 +513,7 @@ def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     return mask.masked_fill(~valid[:, None, None], unseen)
 
 
-# --------------------------------------------------------------------- q and k, and proof of them
+# ----------------------------------------------------------------------- q and k, and proof of them
 
 CHECKED = weakref.WeakSet()  # decoders whose layers passed `check_decoder`, which takes a while
 
@@ -612,7 +622,22 @@ def sharpen(attn, x: Tensor, last: Tensor) -> Tensor:
     return x * (2 / size).sqrt().to(x.dtype)
 
 
-# ------------------------------------------------------------------------------- inside a decoder
+# --------------------------------------------------------------------------------- inside a decoder
+
+
+# How it works. `generate` calls the decoder once with the whole prompt, and then with one token at
+# a time and the KV cache.
+#   Prompt: hooks run before every layer from the first pruned one on. A pruned layer chooses, and
+#     its hidden states are cut before it writes its keys and values; so its part of the KV cache,
+#     and those of all later layers, are short from the start. Layers in between get the short
+#     masks and rotary tables.
+#   Afterwards: nothing is chosen. A layer's cache is already short; only its mask has to be, too:
+#     the tokens that were left at that layer, and all that came since.
+#   Batches: samples keep different numbers of tokens, so short ones have fillers in front, which
+#     the masks hide as they hide padding. Padding itself is dropped at the first pruned layer, or
+#     becomes such a filler.
+#   Beams: copies of one prompt choose alike, once, so the library may reorder them as it likes.
+# Layer 0 is never pruned: the library takes the length of its cache for the length of all.
 
 
 @dataclass
@@ -627,7 +652,7 @@ class Prompt:
     visual: Tensor  # (rows, T) bool: of the whole prompt
     asks: Tensor  # (rows, T) bool: text that selects
     copies: int  # rows of one sample
-    is_causal: bool  # False: the masks of the layers say more than "no padding, no future"
+    is_plain: bool  # False: the masks of the layers say more than "no padding, no future"
     index: Tensor  # (rows, N) int64: place in the prompt of each token left, right-aligned
     valid: Tensor  # (rows, N) bool: False for padding, and for fillers in front of short rows
 
@@ -646,10 +671,11 @@ class AdaptivePruner:
         visual_mask (B, S) bool: the visual tokens of each prompt, if any.
         layers: ascending, 1..L-1, pruned prior to their input; None: L/8, 3L/8, 5L/8.
         lam: \lambda, 0..infinity; infinity keeps all.
-        k: number of heads that decide, 1..H; None: all.
+        k: number of heads that decide, 1..H, the paper's 5; None: all.
         query_mask (B, S) bool: who asks; None: the text after the last visual token. In training,
             leave out the answers.
-        counts: {layer: tokens kept at most, an int or (B,) int64}, in place of layers and lam.
+        counts: {layer: tokens kept at most, an int or (B,) int64, 1 or more}, in place of layers
+            and lam.
     After a prompt:
         kept[layer] (B, S) bool: visual tokens there from that layer on.
         counts[layer] (B,) int64: how many they are.
@@ -672,7 +698,7 @@ class AdaptivePruner:
         self.decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
         if self.decoder not in CHECKED or not on_sdpa_or_eager(self.decoder):
             check_decoder(self.decoder)
-        self._is_causal = is_causal(self.decoder)
+        self._hides_future = hides_future(self.decoder)
         L = self.decoder.config.num_hidden_layers
         H = self.decoder.config.num_attention_heads
 
@@ -697,11 +723,13 @@ class AdaptivePruner:
         self.k = H if k is None else k
         self.fixed = {}  # layer -> (B,): the counts given, one a sample
         for i, K in (counts or {}).items():
-            self.fixed[i] = torch.as_tensor(K).expand(len(visual_mask))
+            self.fixed[i] = counts_of_samples(K, len(visual_mask))
         self._handles = []
 
     def average_tokens(self) -> Tensor:
         """(B,) float: visual tokens there in the last prompt, mean over the decoder's layers."""
+        ran = list(getattr(self, "counts", {})) == self.layers
+        require(ran, "average_tokens is known after a prompt ran in the block, and not before")
         counts = list(self.counts.values())
         return average_tokens(self.visual_mask.sum(1), counts, self.layers, self.num_layers)
 
@@ -760,7 +788,7 @@ class AdaptivePruner:
         if past == 0:
             self._require_prompt(call.x, hint)
             require(
-                self._is_causal or not padding.is_causal,
+                self._hides_future or not padding.is_plain,
                 "attention_mask must be the model's own, (B, 1, S, S), as this decoder's attention "
                 "is not causal: PaliGemma makes it from token_type_ids",
             )
@@ -823,7 +851,7 @@ class AdaptivePruner:
             visual=visual.repeat_interleave(copies, dim=0),  # (rows, T)
             asks=asks.repeat_interleave(copies, dim=0),  # (rows, T)
             copies=copies,
-            is_causal=padding.is_causal,
+            is_plain=padding.is_plain,
             index=torch.arange(T, device=visual.device).expand(rows, T),
             valid=padding.valid,
         )
@@ -847,7 +875,10 @@ class AdaptivePruner:
         if i in self.layers:
             if reads_prompt:
                 hidden = self._prune(i, layer, call)
-                self._cache = call.cache
+                self._cache = call.cache  # what the layers really fill; see _after_decoder
+            else:
+                self._require_whole_cache(i, call.cache)
+            # For sliding layers too: the sequence fits their window, see _before_decoder.
             self._causal_mask = self._causal_mask_of_those_left(i, hidden, call.cache)
         mask = self._causal_mask
         if reads_prompt:
@@ -856,15 +887,25 @@ class AdaptivePruner:
             mask = self._causal_mask if own_mask is None else own_mask
         return change_layer_call(kwargs, hidden, mask, rotary)
 
+    def _require_whole_cache(self, i: int, cache) -> None:
+        """Cutting all layers back to one length, as transformers once did, misses the short ones."""
+        prompt_length = self._prompt.visual.shape[1]
+        since_prompt = self._past - prompt_length
+        expected = self._valid_from[i].shape[1] + since_prompt
+        require(
+            cache is None or cache.get_seq_length(i) == expected,
+            "the KV cache must be cut back by as many tokens in every layer, or not at all",
+        )
+
     def _prune(self, i: int, layer, call: LayerCall) -> Tensor:
         """Drops tokens prior to layer i. Returns the hidden states (rows, N, D) of those left."""
         prompt = self._prompt
         own_mask = self._own_mask_of_those_left(call.mask)  # (rows, 1, N, N) or None
-        self._sees = None if own_mask is None else allowed(own_mask)[:, 0]  # (rows, N, N)
+        sees = None if own_mask is None else allowed(own_mask)[:, 0]  # (rows, N, N)
         rotary = self._rotary_of_those_left(call.rotary)
-        stays = self._stays(i, layer, call.hidden, rotary)
-        idx, real = compact(stays)  # (rows, N), in the numbering of the tokens that were there
-        prompt.index = prompt.index.gather(1, idx)
+        stays = self._choose(i, layer, call.hidden, rotary, sees)
+        idx, real = compact(stays)  # (rows, N'): places among the N tokens that were there
+        prompt.index = prompt.index.gather(1, idx)  # their places in the prompt
         prompt.valid = real
         self._valid_from[i] = real
         return take(call.hidden, idx)
@@ -875,7 +916,7 @@ class AdaptivePruner:
 
     def _own_mask_of_those_left(self, mask: Tensor | None) -> Tensor | None:
         """The mask that the model made for a layer, cut; None where it is simply causal."""
-        if self._prompt.is_causal or mask is None:
+        if self._prompt.is_plain or mask is None:
             return None
         return cut_mask(mask, self._prompt.index, self._prompt.valid)
 
@@ -885,12 +926,13 @@ class AdaptivePruner:
         return create_causal_mask(self.decoder.config, hidden, valid, cache, layer_idx=i)
 
     @torch.no_grad()
-    def _stays(self, i: int, layer, hidden: Tensor, rotary: tuple) -> Tensor:
-        """Stage 3 itself: which of the tokens that are there stay.
+    def _choose(self, i: int, layer, hidden: Tensor, rotary: tuple, sees: Tensor | None) -> Tensor:
+        """Stage 3 itself: which of the tokens that are there stay. Records kept and counts.
 
         Args:
             hidden (rows, N, D) float: input of layer i.
             rotary: cos and sin of these tokens, (rows, N, d) each.
+            sees (rows, N, N) bool: who sees whom; None: each sees itself and who is before.
         Returns:
             stays (rows, N) bool.
         """
@@ -900,7 +942,8 @@ class AdaptivePruner:
         asks = prompt.asks.gather(1, prompt.index) & valid  # (rows, N)
 
         query_idx, query_valid = compact(asks)  # (rows, T)
-        sees = None if self._sees is None else take(self._sees, query_idx)  # (rows, T, N)
+        if sees is not None:
+            sees = take(sees, query_idx)  # (rows, T, N)
         attn = layer.self_attn
         q, k = queries_and_keys(attn, layer.input_layernorm(hidden), rotary, query_idx)
         attention = visual_attention(
@@ -962,20 +1005,6 @@ class AdaptivePruner:
         place = prompt.index[..., None].expand_as(hidden)  # (rows, N, D)
         output.last_hidden_state = whole.scatter(1, place, hidden)
 
-    # --------------------------------------- what a subclass reads that chooses in another way
-
-    @property
-    def _visual(self) -> Tensor:
-        return self._prompt.visual
-
-    @property
-    def _index(self) -> Tensor:
-        return self._prompt.index
-
-    @property
-    def _valid(self) -> Tensor:
-        return self._prompt.valid
-
 
 def layers_to_prune(layers: list | None, counts: dict | None, L: int) -> list:
     """The layers given, or the keys of counts, or L/8, 3L/8, 5L/8."""
@@ -983,6 +1012,7 @@ def layers_to_prune(layers: list | None, counts: dict | None, L: int) -> list:
         require(layers is None, "layers must be None beside counts, whose keys they are")
         layers = sorted(counts)
     elif layers is None:
+        require(L >= 8, f"layers must be given for a decoder of {L} layers, fewer than 8")
         layers = [L // 8, 3 * L // 8, 5 * L // 8]
     layers = list(layers)
     ascending = sorted(set(layers) & set(range(1, L)))
@@ -991,6 +1021,17 @@ def layers_to_prune(layers: list | None, counts: dict | None, L: int) -> list:
         f"layers must be ascending numbers, 1 to {L - 1} for this decoder, got {layers}",
     )
     return layers
+
+
+def counts_of_samples(K: int | Tensor, B: int) -> Tensor:
+    """(B,) int64: counts given as one number, or one a sample."""
+    K = torch.as_tensor(K)
+    is_count = not K.is_floating_point() and K.dtype != torch.bool and K.shape in ((), (B,))
+    require(
+        is_count and bool((K >= 1).all()),
+        f"counts must be whole numbers of 1 or more, one or {B} of them a layer, got {K.tolist()}",
+    )
+    return K.expand(B)
 
 
 def require_mask(name: str, mask: Tensor, shape: tuple) -> None:

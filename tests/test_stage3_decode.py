@@ -1299,7 +1299,7 @@ def test_bad_masks():
         with pytest.raises(ValueError, match=r"query_mask must be bool of shape \(B, S\), got"):
             prune(tiny(), visual_mask, query_mask=bad)
     too_few_layers = build(num_hidden_layers=4)
-    with pytest.raises(ValueError, match="layers must be ascending numbers, 1 to 3"):
+    with pytest.raises(ValueError, match="layers must be given for a decoder of 4 layers, fewer than 8"):
         prune(too_few_layers, visual_mask)
 
 
@@ -1665,3 +1665,45 @@ def test_file_runs_alone(tmp_path):
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("KV cache [64, ") == 3 and "lambda inf: 48 -> [[48, 48]" in run.stdout
+
+
+@torch.no_grad()
+def test_a_cache_that_was_cut_back_in_some_layers_only_is_refused():
+    """As older versions cut it back: to one length, which the short caches never reach."""
+    model = build()
+    embeds, attention_mask, visual_mask = ragged()
+    longer = torch.cat([attention_mask, attention_mask[:, -1:]], dim=1)
+    named = inspect.signature(model.forward).parameters
+    name = "cache" if "cache" in named else "past_key_values"
+    with prune(model, visual_mask, lam=2):
+        out = model(inputs_embeds=embeds, attention_mask=attention_mask)
+        cache = find_cache(out.values())
+        model(inputs_embeds=embeds[:, -1:], attention_mask=longer, **{name: cache})
+        for layer in cache.layers:
+            if layer.keys.shape[2] > embeds.shape[1]:
+                layer.keys = layer.keys[:, :, :-1]
+                layer.values = layer.values[:, :, :-1]
+        with pytest.raises(ValueError, match="must be cut back by as many tokens in every layer"):
+            model(inputs_embeds=embeds[:, -1:], attention_mask=longer, **{name: cache})
+
+
+@pytest.mark.parametrize("K", [0, -3, 2.5, True, torch.tensor([1, 2, 3, 4, 5])])
+def test_counts_that_are_no_counts_are_refused(K):
+    _, _, visual_mask = ragged()
+    with pytest.raises(ValueError, match="counts must be whole numbers of 1 or more, one or"):
+        AdaptivePruner(build(), visual_mask, counts={2: K})
+
+
+def test_default_layers_need_a_decoder_that_is_deep_enough():
+    _, _, visual_mask = ragged()
+    model = build(num_hidden_layers=7)
+    with pytest.raises(ValueError, match="layers must be given for a decoder of 7 layers"):
+        AdaptivePruner(model, visual_mask, lam=2)
+    AdaptivePruner(model, visual_mask, layers=[1, 3], lam=2)
+
+
+def test_there_is_no_average_before_a_prompt():
+    _, _, visual_mask = ragged()
+    pruner = prune(build(), visual_mask)
+    with pytest.raises(ValueError, match="average_tokens is known after a prompt ran in the block"):
+        pruner.average_tokens()

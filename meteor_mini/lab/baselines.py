@@ -93,7 +93,7 @@ class EagerFastV(AdaptivePruner):
             self._weights = weights[:, :, -1].float().mean(dim=1)  # (B, N)
 
     @torch.no_grad()
-    def _stays(self, i: int, layer, hidden: Tensor, rotary: tuple) -> Tensor:
+    def _choose(self, i, layer, hidden: Tensor, rotary: tuple, sees: Tensor | None) -> Tensor:
         """In place of stage 3's choice: which of the tokens that are there stay, (B, N) bool."""
         prompt = self._prompt
         if prompt.copies > 1:
