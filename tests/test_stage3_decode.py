@@ -1299,7 +1299,9 @@ def test_bad_masks():
         with pytest.raises(ValueError, match=r"query_mask must be bool of shape \(B, S\), got"):
             prune(tiny(), visual_mask, query_mask=bad)
     too_few_layers = build(num_hidden_layers=4)
-    with pytest.raises(ValueError, match="layers must be given for a decoder of 4 layers, fewer than 8"):
+    with pytest.raises(
+        ValueError, match="layers must be given for a decoder of 4 layers, fewer than 8"
+    ):
         prune(too_few_layers, visual_mask)
 
 

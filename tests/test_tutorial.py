@@ -31,6 +31,8 @@ HELPERS = {
     "measure",
     "cache_bytes",
     "by_group",
+    "pairs",
+    "run",
 }  # of measurement; no part of the method
 
 
