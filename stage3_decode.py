@@ -888,7 +888,7 @@ class AdaptivePruner:
         return change_layer_call(kwargs, hidden, mask, rotary)
 
     def _require_whole_cache(self, i: int, cache) -> None:
-        """Cutting all layers back to one length, as transformers once did, misses the short ones."""
+        """Cutting all to one length, as transformers once did, would miss the short ones."""
         prompt_length = self._prompt.visual.shape[1]
         since_prompt = self._past - prompt_length
         expected = self._valid_from[i].shape[1] + since_prompt
