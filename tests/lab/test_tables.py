@@ -80,7 +80,7 @@ FUSIONS = ("EAGLE-style", "Resampler", "MLP", "PixShuffle")
 
 @pytest.fixture(scope="module")
 def rows(model):
-    """All rows, with lambdas that are not solved: that takes half a minute, and has its own tests."""
+    """All rows, their lambdas not solved: that takes half a minute, and has its own tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tables, "lambda_for", lambda *_: 2.0)
         return {name: build(model) for name, build in tables.TABLES.items()}
