@@ -244,33 +244,21 @@ def plan_budgets(
     Source: [paper]; totals that fall geometrically [our choice]
     """
     C = len(available)
-    is_list = isinstance(totals, (list, tuple)) and len(totals) > 0
-    require(
-        totals is None or isinstance(totals, int) or is_list,
-        f"totals must be an int, a list of ints, one for each point, or None, got {totals!r}",
-    )
-    require(len(inside) == C, f"inside must be {C} bools, one for each encoder, got {inside}")
-    given = len(totals) if is_list else None
-    require(
-        given is None or ranks is None or len(ranks) == given,
-        f"totals must be an int or have an entry for each row of ranks, got {totals} and {ranks}",
-    )
-    points = given or (POINTS if ranks is None else len(ranks))
+    check_totals(totals, ranks, inside, C)
+    points = POINTS if ranks is None else len(ranks)
+    if isinstance(totals, (list, tuple)):
+        points = len(totals)
     if totals is None:
         return [(n,) * points for n in available]
     if ranks is None and strategy == "average":
         ranks = [[1.0] * C] * points
     require(
-        ranks is not None and len(ranks) == points and all(len(row) == C for row in ranks),
+        ranks is not None and all(len(row) == C for row in ranks),
         f"ranks must be ({points}, {C}), points by encoders, as expected_ranks gives, or None "
         f"with strategy 'average', got {ranks}",
     )
     prunable = [l for l in range(C) if inside[l]]
-    require(
-        given is None or given == 1 or len(prunable) > 0,
-        f"totals must be an int where no encoder is pruned before its output, got {totals}",
-    )
-    if given is None:
+    if isinstance(totals, int):
         last = allocate_budget(totals, ranks[-1], available, strategy)
         totals = geometric_totals(totals, last, available, prunable, points)
     left = list(available)
@@ -285,6 +273,26 @@ def plan_budgets(
                 left[l] = count
         plan.append(tuple(left))
     return list(zip(*plan))
+
+
+def check_totals(totals, ranks, inside: Sequence[bool], C: int) -> None:
+    """ValueError for totals, or lengths of lists, that `plan_budgets` cannot serve."""
+    require(len(inside) == C, f"inside must be {C} bools, one for each encoder, got {inside}")
+    is_list = isinstance(totals, (list, tuple)) and len(totals) > 0
+    require(
+        totals is None or isinstance(totals, int) or is_list,
+        f"totals must be an int, a list of ints, one for each point, or None, got {totals!r}",
+    )
+    if not is_list:
+        return
+    require(
+        ranks is None or len(ranks) == len(totals),
+        f"totals must be an int or have an entry for each row of ranks, got {totals} and {ranks}",
+    )
+    require(
+        len(totals) == 1 or any(inside),
+        f"totals must be an int where no encoder is pruned before its output, got {totals}",
+    )
 
 
 def geometric_totals(

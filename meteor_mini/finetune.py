@@ -10,6 +10,7 @@ launch -m meteor_mini.cli train ...`, and --set for its own options, as `--set b
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,7 +83,7 @@ def pairs(row: dict) -> Dialogue:
     )
 
 
-def read_rows(file: str | Path):
+def read_rows(file: str | Path) -> Sequence[dict]:
     """The rows of a JSON file, or of a directory that `save_to_disk` of Hugging Face's datasets
     wrote.
 
@@ -111,7 +112,7 @@ def read_rows(file: str | Path):
     return rows
 
 
-def read_dataset(folder: Path):
+def read_dataset(folder: Path) -> Sequence[dict]:
     try:
         from datasets import load_from_disk  # nothing else here needs it
     except ImportError as error:
@@ -278,6 +279,22 @@ def side_of(model: Meteor) -> int:
     return max(max(view.size) for view in model.views.values())
 
 
+def training_arguments(checkpoints: Path, phase: str, options: dict) -> TrainingArguments:
+    """LLaVA's settings, where the user gives no others."""
+    defaults = {
+        "output_dir": str(checkpoints),
+        "learning_rate": RATES[phase],
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 20,
+        "per_device_train_batch_size": 8,
+        "num_train_epochs": 1,
+        "remove_unused_columns": False,
+        "report_to": "none",
+        "seed": 0,
+    }
+    return TrainingArguments(**defaults | options)
+
+
 def finetune(
     model: Meteor,
     data: Dialogues,
@@ -309,20 +326,9 @@ def finetune(
     model.requires_grad_(False)
     for part in PHASES[phase]:
         getattr(model, part).requires_grad_(True)
-    defaults = {
-        "output_dir": str(checkpoints),
-        "learning_rate": RATES[phase],
-        "lr_scheduler_type": "cosine",
-        "warmup_steps": 20,
-        "per_device_train_batch_size": 8,
-        "num_train_epochs": 1,
-        "remove_unused_columns": False,
-        "report_to": "none",
-        "seed": 0,
-    }
     trainer = MeteorTrainer(
         Loss(model),
-        TrainingArguments(**defaults | options),
+        training_arguments(checkpoints, phase, options),
         data_collator=collate,
         train_dataset=data,
     )

@@ -168,7 +168,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         budget: Budget | None = None,
         pruner: Callable | None = None,
         **options,
-    ):
+    ) -> tuple:
         """Hugging Face `generate` under stage 3's pruner; options go on to it.
 
         Args: pruner: (decoder, visual_mask) -> `AdaptivePruner`, in place of the budget's stage 3.
@@ -225,7 +225,9 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         weights.save(self, Path(save_directory))  # of save_pretrained and push_to_hub
 
 
-def stage3_pruner(model: Meteor, budget: Budget, K: int, visual_mask: Tensor):
+def stage3_pruner(
+    model: Meteor, budget: Budget, K: int, visual_mask: Tensor
+) -> stage3_decode.AdaptivePruner | None:
     """Stage 3 for the K tokens that enter the LLM, or None where the budget keeps all of them."""
     lam = stage3_lambda(model.config, budget, K)
     if lam == float("inf"):

@@ -33,7 +33,7 @@ FAMILIES = (
 SHARE = 242 / 1024
 
 
-def load_vlm(name: str, dtype="auto", **hub):
+def load_vlm(name: str, dtype="auto", **hub) -> tuple:
     """A model of `FAMILIES` and its processor, from the hub, its cache or a directory.
 
     Raises: ValueError where it cannot be fetched; TypeError for another kind of model.

@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import open_clip
 import torch
@@ -42,6 +43,7 @@ from transformers import (
 
 from .budgets import PAPER_TOKENS
 
+T = TypeVar("T")
 CHECKPOINTS = {"glyph": Path(__file__).parent / "glyph" / "checkpoint"}
 FILES = ("config.json", "model.safetensors")
 # "grid": patches (h, w) of a Pix2Struct or DINOv2, which take any.
@@ -72,7 +74,7 @@ PRESETS = {
 BUDGET_SHARES = [tokens / 4096 for tokens in PAPER_TOKENS]
 
 
-def load(cls, name: str | Path = "glyph", **hub):
+def load(cls: type[T], name: str | Path = "glyph", **hub) -> T:
     """A model of class `cls`, in eval mode; of our own files in float32.
 
     Args: name: see the head of this file; hub: of huggingface_hub's `hf_hub_download`, as revision,
@@ -214,7 +216,7 @@ def build_decoder(options: dict) -> PreTrainedModel:
 # --------------------------------------------------------------------------------- pretrained parts
 
 
-def from_parts(cls, preset: str | None = None, **choice):
+def from_parts(cls: type[T], preset: str | None = None, **choice) -> T:
     """A model of pretrained encoders and decoder; projectors random (seed 0), not calibrated.
 
     Args: preset: one of `PRESETS`; choice: of `pretrained_parts`.
@@ -257,12 +259,7 @@ def pretrained_parts(
             "encoders must be 2 or more of different names, and decoder a hub id or directory, got "
             f"{encoders} and {decoder}"
         )
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype must be a floating-point type of torch or its name, as bfloat16, got {dtype!r}"
-        )
+    dtype = floating_dtype(dtype)
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ValueError('device_map needs accelerate: pip install -e ".[train]"')
     built, specs = {}, {}
@@ -286,6 +283,17 @@ def pretrained_parts(
     }
     config = json.loads(json.dumps(config, default=str))  # as it will be read again
     return config, tokenizer, built, llm
+
+
+def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """A floating-point type of torch, given as such or by its name."""
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(
+            f"dtype must be a floating-point type of torch or its name, as bfloat16, got {dtype!r}"
+        )
+    return dtype
 
 
 def fetch_encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.Module, list]:
@@ -377,7 +385,7 @@ def short_name(name: str) -> str:
 # ------------------------------------------------------------------------------------------ the hub
 
 
-def fetched(name: str, load_it: Callable, repository: str | None = None):
+def fetched(name: str, load_it: Callable[[], T], repository: str | None = None) -> T:
     """load_it(), or one sentence that says what could not be fetched and how to bring it here."""
     try:
         with hub_or_cache(name):
