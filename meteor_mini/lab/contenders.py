@@ -224,7 +224,7 @@ def encode_by_budget(model: Meteor, budget: Budget, images: Tensor) -> Encoded:
 
 def encode_by_fusion(model: Meteor, fusion: fusions.Learned, images: Tensor) -> Encoded:
     """The tokens of a learned fusion, which are no patches."""
-    return fusions.without_books(model, fusion.encode(model, images))
+    return fusions.as_sequence(model, fusion.encode(model, images))
 
 
 def in_proportion(count: int, N: int) -> int:

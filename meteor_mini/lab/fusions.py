@@ -161,14 +161,14 @@ def learned(model: Meteor, fusion: nn.Module) -> Learned:
         return fusion(features)
 
     def answer(_, images: Tensor, questions: list[str]) -> list[Answer]:
-        encoded = without_books(model, encode(_, images))
+        encoded = as_sequence(model, encode(_, images))
         return model.answer(encoded, questions, Budget.none())
 
     return Learned(answer, encode)
 
 
-def without_books(model: Meteor, tokens: Tensor) -> Encoded:
-    """Tokens (B, K, D) as a model's sequence. They are no patches: the books stay empty."""
+def as_sequence(model: Meteor, tokens: Tensor) -> Encoded:
+    """Tokens (B, K, D) as a sequence for the LLM. They are no patches, so no map shows them."""
     B, K, _ = tokens.shape
     place = torch.arange(K, device=tokens.device).expand(B, K)
     no_patches = place[:, :0]
