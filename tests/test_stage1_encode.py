@@ -951,9 +951,6 @@ def test_autocast_and_half_precision(models):
 
 @pytest.mark.parametrize("name", OF_HUGGING_FACE)
 def test_eager_attention_keeps_the_same_tokens(name):
-    """There transformers hands a mask to every block; pruned, it must not be the full-length
-    one.
-    """
     x = pixels(name, 2)
     kept = []
     for implementation in ("sdpa", "eager"):
@@ -964,6 +961,42 @@ def test_eager_attention_keeps_the_same_tokens(name):
             kept.append(encode(model, x, (40, 23, 9)))
     assert torch.equal(kept[0][1], kept[1][1])
     torch.testing.assert_close(kept[0][0], kept[1][0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("by_position", [True, False])
+@pytest.mark.parametrize("name", ["hf clip", "pix2struct", "dinov2", "vit"])
+@torch.no_grad()
+def test_a_mask_that_hides_nothing_is_not_handed_on_at_its_old_length(models, name, by_position):
+    """As a library may hand one to every block, by position or by name."""
+    model, x = models[name], pixels(name, 2)
+    want = encode(model, x, (40, 23, 9))
+    keyword = "attn_mask" if name == "vit" else "attention_mask"
+    S = 64 + PREFIX.get(name, 1)
+    mask = torch.zeros(2, 1, S, S)
+    lengths = []
+
+    def with_mask(block, args, kwargs):
+        others = {key: value for key, value in kwargs.items() if key != keyword}
+        if by_position:
+            return (args[0], mask), others
+        return args[:1], others | {keyword: mask}
+
+    def note(block, args, kwargs):
+        given = args[1] if len(args) > 1 else kwargs.get(keyword)
+        lengths.append(None if given is None else given.shape[-1])
+
+    pruner = EncoderPruner(model, (40, 23, 9))
+    handles = [b.register_forward_pre_hook(with_mask, with_kwargs=True) for b in pruner.blocks]
+    try:
+        with pruner:
+            handles += [b.register_forward_pre_hook(note, with_kwargs=True) for b in pruner.blocks]
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert lengths == [S, S, None, None, None, None]
+    assert torch.equal(pruner.keep_idx, want[1])
+    torch.testing.assert_close(pruner.tokens, want[0], rtol=0, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------- several encoders
