@@ -48,7 +48,7 @@ def data(tmp_path):
 
 
 def load_data(file, side):
-    return Dialogues(read_rows(file), side, file.parent)
+    return Dialogues(read_rows(file), side, Path(file).parent)
 
 
 def untrained():
@@ -264,8 +264,9 @@ import json, sys
 from tests.test_finetune import SHORT, finetune, load_data, untrained
 data, out, batch = sys.argv[1:]
 options = {} if batch == "4" else {"ddp_backend": "gloo"}
-trainer = finetune(untrained(), load_data(data, 96), out, **SHORT | dict(max_steps=3,
-per_device_train_batch_size=int(batch)) | options) assert trainer.args.world_size == 4 // int(batch)
+options |= {"max_steps": 3, "per_device_train_batch_size": int(batch)}
+trainer = finetune(untrained(), load_data(data, 96), out, **SHORT | options)
+assert trainer.args.world_size == 4 // int(batch)
 if trainer.is_world_process_zero():
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     open(out + "/loss.json", "w").write(json.dumps(losses))
