@@ -274,9 +274,7 @@ def check_budget(tokens: Sequence[Tensor], budget: int | None, strategy: str) ->
 
 
 def main() -> None:
-    """Four encoders of different N and width, random features: tokens in, tokens out, by
-    encoder.
-    """
+    """Four encoders of different N and width, random features: who survives, by strategy."""
     torch.manual_seed(0)
     shapes = {
         "CLIP": (576, 1024),

@@ -238,9 +238,7 @@ def number(text: str) -> int | float:
 
 
 def check_output(path: Path, directory: bool = False) -> None:
-    """ValueError where a file (or directory) cannot be written, before anything is computed for
-    it.
-    """
+    """ValueError where a file (or directory) cannot be written, before work is done for it."""
     parent = path.absolute().parent
     if not parent.is_dir():
         raise ValueError(f"cannot write {path}: the directory {parent} does not exist")
@@ -494,9 +492,7 @@ def training_options(settings: list[str]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a command; returns the exit code: 0, or 2 after one sentence on stderr about wrong
-    input.
-    """
+    """Run a command. Returns 0, or 2 after one sentence on stderr about wrong input."""
     transformers.logging.set_verbosity_error()  # what is wrong is said once, below
     hub_logging.set_verbosity_error()
     try:

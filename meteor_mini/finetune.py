@@ -223,9 +223,7 @@ def pack(
 
 
 def pack_dialogue(model: Meteor, dialogue: Dialogue, start: int) -> dict[str, list[int]]:
-    """All questions of one picture in a row: per token its id, question number, position and
-    label.
-    """
+    """All questions of one picture in a row: of each token id, question, position and label."""
     questions = model.tokenize([question for question, _ in dialogue])
     answers = [answer for _, answer in dialogue]
     answers = model.tokenizer(answers, add_special_tokens=False).input_ids

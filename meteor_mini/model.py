@@ -119,9 +119,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         return pixels_for(self.encoders, self.views, images, self.device)
 
     def encode(self, images: Tensor, budget: Budget | None = None) -> Encoded:
-        """Stages 1 and 2. images (B, 3, H, W) float in [0, 1]; budget: the model's own where
-        None.
-        """
+        """Stages 1 and 2. images (B, 3, H, W) float in [0, 1]; budget None: the model's own."""
         budget = self.budget if budget is None else budget
         features, kept = stage1_encode.encode_all(
             list(self.encoders.values()),

@@ -268,9 +268,7 @@ def view_of(encoder: nn.Module) -> EncoderView:
 
 
 def pix2struct_view(model: nn.Module) -> EncoderView:
-    """A fixed grid: the library's own preprocessing gives 31 x 31 patches for some square
-    pictures.
-    """
+    """A fixed grid: the library's own preprocessing makes 31 x 31 patches of some squares."""
     config = model.config
     patch = math.isqrt(config.patch_embed_hidden_size // 3)
     side = math.isqrt(config.seq_len)

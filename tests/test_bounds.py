@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import stage1_encode
 import stage3_decode
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
@@ -11,6 +12,15 @@ PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text()
 def test_the_versions_that_stage_3_names_are_the_bounds_of_pyproject():
     low, major, minor = re.search(r'"transformers>=([\d.]+),<(\d+)\.(\d+)"', PYPROJECT).groups()
     assert stage3_decode.TESTED_VERSIONS == f"{low} to {major}.{int(minor) - 1}"
+
+
+def test_the_versions_in_the_head_of_stage_1_are_the_bounds_of_pyproject():
+    head = " ".join(stage1_encode.__doc__.split())
+    assert f"transformers {stage3_decode.TESTED_VERSIONS}." in head
+    low, newest = re.search(r'"open_clip_torch>=([\d.]+),<3\.(\d+)"', PYPROJECT).groups()
+    assert f"open_clip {low} to 3.{int(newest) - 1}," in head
+    low, newest = re.search(r'"timm>=([\d.]+),<1\.0\.(\d+)"', PYPROJECT).groups()
+    assert f"timm {low} and {int(newest) - 1}," in head
 
 
 def test_every_library_that_we_reach_into_is_bounded_on_both_sides_with_a_reason():

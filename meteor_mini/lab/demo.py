@@ -117,9 +117,7 @@ def short(count: float) -> str:
 
 
 def token_line(answer: Answer) -> str:
-    """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, per LLM layer on
-    average.
-    """
+    """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, mean per LLM layer."""
     counts = [answer.tokens[key] for key in ("encoders", "stage1", "stage2", "stage3")]
     return " -> ".join(map(short, counts))
 
@@ -134,9 +132,7 @@ def survivor_lines(answer: Answer) -> list[str]:
 
 
 def figure(images: torch.Tensor, texts: dict[str, str], answers: dict[str, Answer]) -> Image.Image:
-    """The figure of the last of `answers`, with what all of them said and how many tokens it
-    took.
-    """
+    """The figure of the last of `answers`, with what all said and how many tokens it took."""
     texts = dict(texts)
     for name, answer in answers.items():
         heading = f"{name}, {short(answer.tokens['stage3'])} tokens per LLM layer"

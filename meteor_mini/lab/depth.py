@@ -1,6 +1,4 @@
-"""What stage 1's two criteria say of every patch after every block: the paper's Findings 1 and
-2.
-"""
+"""What stage 1's two criteria say of every patch after every block (Findings 1 and 2)."""
 
 import torch
 from torch import Tensor, nn
