@@ -322,7 +322,8 @@ class EncoderPruner:
     Args:
         encoder: a model of `FAMILIES`, or one that holds such a model, as a LLaVA does.
         keep: tokens left after each part, never rising; None keeps all that are there.
-        criteria: "similarity" or "attention" for each part; None: similarity first, then attention.
+        criteria: "similarity" or "attention" for each part; None: similarity first, then attention
+            (with one part, similarity alone).
         depth: number of blocks whose output is wanted, without the final norm, as LLaVA reads the
             last block but one (later blocks run all the same); None: all, and the norm that the
             library applies to patches.
@@ -356,6 +357,7 @@ class EncoderPruner:
             1 <= self.depth <= len(self.blocks),
             f"depth must be 1 to {len(self.blocks)}, the blocks of a {name}, got {depth}",
         )
+        check_keep(keep)
         self.keep = tuple(keep)
         self.points = pruning_points(self.depth, len(self.keep))
         self.criteria = default_criteria(len(self.keep)) if criteria is None else tuple(criteria)
@@ -476,6 +478,15 @@ def default_criteria(parts: int) -> tuple[str, ...]:
     return ("similarity",) + ("attention",) * (parts - 1)
 
 
+def check_keep(keep) -> None:
+    require(
+        isinstance(keep, Sequence),
+        "keep must be a sequence, with an int or None for each pruning point, as (40, 30, 20), got "
+        f"{keep!r}",
+        TypeError,
+    )
+
+
 def pruning_points(blocks: int, parts: int) -> list[int]:
     """The last block of each part, from 0: of 24 blocks in 3 parts 7, 15, 23.  Source: [paper]"""
     require(
@@ -528,11 +539,12 @@ def encode(
     Raises: as `EncoderPruner`.
     """
     model, family = find_encoder(encoder)
+    check_keep(keep)
+    N = count_tokens(model, pixels)
     if not family.dense:
         with EncoderPruner(model, keep, criteria) as pruner:
             model(pixels)
         return pruner.tokens, pruner.keep_idx
-    N = count_tokens(model, pixels)
     for b, K in enumerate(keep[:-1]):
         require(
             K is None or K == N,
@@ -652,6 +664,11 @@ def patch_grid(encoder: nn.Module, pixels: Tensor) -> tuple[int, int]:
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     reads_patches = len(convolutions) == 0  # a Pix2Struct
     dims = 3 if reads_patches else 4
+    require(
+        isinstance(pixels, Tensor),
+        f"pixels of a {type(model).__name__} must be a tensor, got {type(pixels).__name__}",
+        TypeError,
+    )
     require(
         pixels.dim() == dims,
         f"pixels of a {type(model).__name__} must have {dims} dimensions, the first of them the "

@@ -708,7 +708,7 @@ class AdaptivePruner:
             k is None or k in range(1, H + 1),
             f"k must be 1 to {H}, the heads, or None for all, got {k}",
         )
-        require_mask("visual_mask", visual_mask, visual_mask.shape)
+        require_mask("visual_mask", visual_mask)
         if query_mask is None:
             asks = text_after_image(visual_mask)
         else:
@@ -1034,8 +1034,10 @@ def counts_of_samples(K: int | Tensor, B: int) -> Tensor:
     return K.expand(B)
 
 
-def require_mask(name: str, mask: Tensor, shape: tuple) -> None:
-    good = mask.dtype == torch.bool and mask.dim() == 2 and mask.shape == shape
+def require_mask(name: str, mask: Tensor, shape: tuple | None = None) -> None:
+    is_tensor = isinstance(mask, Tensor)
+    require(is_tensor, f"{name} must be a bool tensor (B, S), got a {type(mask).__name__}")
+    good = mask.dtype == torch.bool and mask.dim() == 2 and shape in (None, mask.shape)
     got = mask.dtype, tuple(mask.shape)
     require(good, f"{name} must be bool of shape (B, S), got {got}")
 

@@ -1302,3 +1302,10 @@ def test_lists_that_do_not_fit_and_pixels_of_another_shape_are_refused(models):
         count_tokens(models["clip"], pictures(1)[0])
     with pytest.raises(ValueError, match="must have 3 dimensions, the first of them the batch"):
         count_tokens(models["pix2struct"], pictures(1))
+    with pytest.raises(ValueError, match="must have 4 dimensions, the first of them the batch"):
+        encode(models["clip"], pictures(1)[0], (9,))
+    for name in ("clip", "convnext"):
+        with pytest.raises(TypeError, match="keep must be a sequence, with an int or None for.* 9"):
+            encode(models[name], pictures(1), 9)
+        with pytest.raises(TypeError, match="pixels of a .* must be a tensor, got dict"):
+            encode(models[name], {"pixel_values": pictures(1)}, (9,))

@@ -1298,6 +1298,8 @@ def test_bad_masks():
     for bad in (visual_mask.long(), visual_mask[:, 1:]):
         with pytest.raises(ValueError, match=r"query_mask must be bool of shape \(B, S\), got"):
             prune(tiny(), visual_mask, query_mask=bad)
+    with pytest.raises(ValueError, match=r"visual_mask must be a bool tensor \(B, S\), got a list"):
+        prune(tiny(), visual_mask.tolist())
     too_few_layers = build(num_hidden_layers=4)
     with pytest.raises(
         ValueError, match="layers must be given for a decoder of 4 layers, fewer than 8"
