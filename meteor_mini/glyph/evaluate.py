@@ -5,6 +5,7 @@ these. `meteor-mini eval` prints them.
 """
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..budgets import Budget
 from ..model import Answer, Meteor
-from . import world
+from . import questions, world
 
 # What is measured: a budget, or a function (model, images, questions) -> answers.
 Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
@@ -25,7 +26,7 @@ Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
 PATCHES = {  # groups of patches, by their word in slot "what"; the background has none
     "background": [],
     "shape": world.SHAPES,
-    "glyph": ["number", "cell"],
+    "print": ["label", "number", "cell"],
     "header": ["header"],
     "bar": ["bar"],
 }
@@ -37,21 +38,40 @@ def to_images(pixels: Sequence[np.ndarray]) -> Tensor:
 
 
 class Example(NamedTuple):
+    """A question about a picture. asked (144,) bool: the patches that show what it is about, in
+    raster order; none where the answer is that nothing is there.
+    """
+
     family: str
     picture: world.Picture
     question: str
     answer: str
+    asked: np.ndarray
+
+
+@functools.lru_cache(maxsize=1024)  # the rows of all tables ask the same questions
+def make_example(index: int, split: str, family: str) -> Example:
+    """Example number `index` of a family."""
+    picture, question = questions.example(index, split, family)
+    asked = questions.asked_patches(picture, question)
+    return Example(family, picture, question.text, question.answer, asked)
+
+
+def images_and_questions(examples: list[Example]) -> tuple[Tensor, list[str]]:
+    """The pictures (B, 3, H, W) and the questions of examples, as a model is asked."""
+    images = to_images([example.picture.image for example in examples])
+    return images, [example.question for example in examples]
 
 
 def batches(split: str, samples: int, batch: int = 50, first: int = 0) -> Iterator[list[Example]]:
     """`samples` examples from number `first` on, the families in turn, in lists of `batch`."""
-    names = list(world.FAMILIES)
+    names = list(questions.FAMILIES)
     end = first + samples
     for start in range(first, end, batch):
         examples = []
         for i in range(start, min(start + batch, end)):
             index, code = divmod(i, len(names))
-            examples.append(Example(names[code], *world.example(index, split, names[code])))
+            examples.append(make_example(index, split, names[code]))
         yield examples
 
 
@@ -89,7 +109,7 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
     right = np.array([record.right for record in records])
     tokens = np.array([record.tokens for record in records])
     family = np.array([record.family for record in records])
-    asked = [name for name in world.FAMILIES if name in family]
+    asked = [name for name in questions.FAMILIES if name in family]
     return {
         "accuracy": 100 * right.mean(),
         "average_tokens": tokens.mean(),
@@ -105,16 +125,15 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
 
 def measure(model: Meteor, method: Method, examples: list[Example]) -> list[Record]:
     """Ask the questions of one batch."""
-    images = to_images([example.picture.image for example in examples])
-    questions = [example.question for example in examples]
+    images, texts = images_and_questions(examples)
     if isinstance(method, Budget):
-        answers = model.answer(images, questions, method)
+        answers = model.answer(images, texts, method)
     else:
-        answers = method(model, images, questions)
-    question_ids = model.tokenize(questions)
+        answers = method(model, images, texts)
+    before = len(model.before_ids)  # text tokens in front of the picture
     records = []
-    for example, answer, ids in zip(examples, answers, question_ids):
-        text_tokens = len(ids) + 1  # with <bos>, in front of the picture
+    for example, answer, ids in zip(examples, answers, model.tokenize(texts)):
+        text_tokens = before + len(ids)
         records.append(
             Record(
                 family=example.family,
@@ -144,21 +163,23 @@ def mean_survivors(records: list[Record], families: list[str]) -> dict:
 
 
 def prefill_flops(config, visual: Sequence[float], text: int) -> float:
-    """FLOPs of a Llama's prefill: 2 (4 n d^2 + 2 n^2 d + 3 n d m) summed over layers.
+    """FLOPs of a Llama's prefill: 2 (2 n d (q + k) + 2 n^2 q + 3 n d m) summed over layers.
 
-    n: tokens in a layer, d: width, m: width of the gated MLP. This is what
-    torch.utils.flop_counter counts; embeddings, head and a pruner's own q and k are not in it.
+    n: tokens in a layer, d: width, q: width of the queries and of what the heads read, k: width of
+    the keys and of the values, m: width of the gated MLP. This is what torch.utils.flop_counter
+    counts; embeddings, head and a pruner's own q and k are not in it.
 
     Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, which are
         in all layers.
     """
     d, m = config.hidden_size, config.intermediate_size
-    grouped = config.num_key_value_heads / config.num_attention_heads  # of d, in keys and values
+    q = config.num_attention_heads * config.head_dim
+    k = config.num_key_value_heads * config.head_dim
     flops = 0
     for count in visual:
         n = count + text
-        projections = n * d * d * (2 + 2 * grouped)
-        attention = 2 * n * n * d
+        projections = 2 * n * d * (q + k)
+        attention = 2 * n * n * q
         mlp = 3 * n * d * m
         flops += 2 * (projections + attention + mlp)
     return flops
@@ -205,6 +226,11 @@ def interval(right: Sequence[bool], draws: int = 2000, seed: int = 0) -> tuple[f
     return 100 * float(low), 100 * float(high)
 
 
+def with_interval(right: Sequence[bool]) -> tuple[float, float, float]:
+    """Accuracy in percent, and its 95 % interval."""
+    return (100 * float(np.mean(right)), *interval(right))
+
+
 def difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float, float]:
     """Accuracy of a minus b on the same questions, in points, with its paired 95 % interval.
 
@@ -213,6 +239,29 @@ def difference(a: Sequence[bool], b: Sequence[bool]) -> tuple[float, float, floa
     gains = np.asarray(a, dtype=float) - np.asarray(b, dtype=float)
     low, high = interval(gains)
     return 100 * float(gains.mean()), low, high
+
+
+def ratio(
+    a: Sequence[float], b: Sequence[float], paired: bool, draws: int = 2000, seed: int = 0
+) -> tuple[float, float, float]:
+    """mean(a) / mean(b), and its 95 % bootstrap interval over questions.
+
+    Args: paired: a and b are of the same questions, else of different ones.
+    Returns: ratio, low, high; nan where the mean of b, or of some questions of it, is 0.
+    """
+    rng = np.random.default_rng(seed)
+    a, b = np.asarray(a, dtype=float), np.asarray(b, dtype=float)
+    ratios = []
+    for _ in range(draws):
+        some = rng.integers(len(a), size=len(a))
+        others = some if paired else rng.integers(len(b), size=len(b))
+        ratios.append(divided(a[some].mean(), b[others].mean()))
+    low, high = np.percentile(ratios, [2.5, 97.5])
+    return divided(a.mean(), b.mean()), float(low), float(high)
+
+
+def divided(a: float, b: float) -> float:
+    return float(a / b) if b != 0 else float("nan")
 
 
 def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[str, float]:
@@ -249,8 +298,7 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
     for stage in stages:
         alive[stage] = {name: dict.fromkeys(PATCHES, 0) for name in names}
     for examples in batches(split, samples):
-        images = to_images([example.picture.image for example in examples])
-        answers = model.answer(images, [example.question for example in examples], budget)
+        answers = model.answer(*images_and_questions(examples), budget)
         for example, answer in zip(examples, answers):
             for group, patches in patch_groups(example.picture).items():
                 total[group] += int(patches.sum())

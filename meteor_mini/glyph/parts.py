@@ -21,8 +21,9 @@ ENCODERS = {
     },
     "convnext": {
         "num_classes": 0,
-        "depths": [1, 1, 4, 2],
+        "depths": [1, 1, 2, 1],
         "dims": [32, 64, 96, 96],
+        "kernel_sizes": 5,  # of 12 x 12 tokens; the big ones have 7
         "output_stride": 8,
         "input_size": [3, 96, 96],
         # the default, 1e-6, is for long schedules: it would delay every block
@@ -45,7 +46,8 @@ ENCODERS = {
         "num_attention_heads": 6,
         "d_kv": 16,
         "d_ff": 256,
-        "patch_embed_hidden_size": 192,
+        # patches of 16 x 16 pixels: it sees 192 x 192, the others 96 x 96
+        "patch_embed_hidden_size": 768,
         "seq_len": 144,
         "initializer_range": 0.02,  # the default is 1e-10, which leaves its MLPs dead
     },
@@ -55,15 +57,20 @@ DECODER = {
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
     "num_key_value_heads": 8,
+    "head_dim": 32,  # with 16, it learns to look things up much later
     "intermediate_size": 320,
     "max_position_embeddings": 2048,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
     "tie_word_embeddings": True,
-    "initializer_range": 0.05,  # the default, 0.02, is for models ten times as wide
+    "initializer_range": 0.1,  # the default, 0.02, is for models ten times as wide
 }
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<ans>"]  # <ans> ends the question
-# <bos>, the picture, the question, <ans>
-CHAT_TEMPLATE = "{% for m in messages %}{{ '<bos>' + m['content'] + '<ans>' }}{% endfor %}"
+# a system text, the picture, the question, <ans>
+CHAT_TEMPLATE = (
+    "{% for m in messages %}{{ '<bos> look at the picture and answer the question with a word or a "
+    "number . ' + m['content'] + '<ans>' }}{% endfor %}"
+)
 
 
 def build_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:

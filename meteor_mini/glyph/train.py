@@ -3,304 +3,228 @@
 Stages, each resumable, run in this order (one alone with --stage NAME):
 
     pictures         draw the training pool once (fixed seeds)
-    clip convnext    dense training of each encoder:
-    eva pix2struct     which words does each patch show?
+    clip convnext    each encoder alone, on its own subjects: see schooling.py
+    eva pix2struct
+    words            a Llama of few layers, on questions about pictures told in true words: each
+                     visual token is what a perfect encoder would say of a patch
     features         encode the pool once under random stage-1 budgets
-    align            projectors: from a projected patch token the LLM's own head reads its words
-    answer           the Llama, on questions, with stages 1 and 2 active at random budgets
-    polish           the same a little longer, near its own budget, on what it finds hardest
+    align            projectors: a projected patch is to be the sum of its words' vectors
+    answer           the Llama, grown to all its layers, on what the encoders see, with stages 1
+                     and 2 active at random budgets; it is also told where to look, and that to
+                     look costs
     calibrate        lambda for stage 3; writes the checkpoint
 """
 
 import argparse
+import contextlib
 import json
-import math
-import multiprocessing
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from tqdm import tqdm
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import stage1_encode
 
 from ..budgets import Budget, measure_lambda, measure_ranks
-from ..finetune import Dialogue, training_loss
+from ..finetune import Dialogue, answer_loss, filled_up, pack_dialogue, training_loss
 from ..model import Encoded, Meteor
-from ..pictures import view_of
-from ..weights import CHECKPOINTS, build_encoder, own_weights
-from . import world
+from ..weights import CHECKPOINTS, own_weights
+from . import questions, world
 from .evaluate import accuracy, batches, print_recall, recall, to_images
 from .parts import DECODER, ENCODERS, build_tokenizer
+from .pool import (
+    Pool,
+    draw_pool,
+    labels,
+    load_facts,
+    load_state,
+    progress,
+    save_state,
+    save_whole,
+    schedule,
+    update,
+)
+from .schooling import TOLD, told_words, train_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STAGES = ["pictures", *ENCODERS, "features", "align", "answer", "polish", "calibrate"]
+STAGES = ["pictures", *ENCODERS, "words", "features", "align", "answer", "calibrate"]
 STEPS = {
-    "clip": 3000,
-    "convnext": 1000,
-    "eva": 1000,
-    "pix2struct": 3000,
-    "align": 1000,
-    "answer": 5000,
-    "polish": 800,
+    "clip": 2400,
+    "convnext": 2100,
+    "eva": 2800,
+    "pix2struct": 4800,
+    "words": 4000,
+    "align": 3000,
+    "answer": 2700,
 }
-POOL = 40_000  # training pictures
+POOL = 16_000  # training pictures
 CHUNK = 32  # pictures a batch, and a file of cached features
-FEATURE_CHUNKS = 800  # of the pool's 1250: encoded in 5 minutes, 1.2 GB
 
-# Chosen on validation questions: 1 to 8 heads answer alike there, so k is the paper's. Its layers,
-# here 1, 3, 5, would begin after a single layer, and read fewer of the printed numbers.
-BUDGET = {"stage1": 215, "stage2": 124, "stage3": 34, "k": 5, "layers": [2, 4, 6]}
-# How often a stage asks each family, beside one: reading and charts are learned first, these last.
+BUDGET = {"stage1": 320, "stage2": 140, "stage3": 33, "k": 5, "layers": [1, 5, 7]}
+FIRST_LAYERS = 4  # of the Llama that learns words
+BATCH = 24  # pictures a step of the Llama
+# How often each family is asked, beside one: those that are learned last.
 FAMILY_WEIGHTS = {
-    "answer": {"relation": 3, "where": 2, "count": 2, "presence": 2},
-    "polish": {"count": 3, "presence": 4, "number": 4, "tallest": 2},
+    "presence": 4,
+    "count": 3,
+    "relation": 3,
+    "number": 8,
+    "label": 2,
+    "tag": 4,
 }
-COUNTS = {"answer": (48, 120), "polish": (90, 150)}  # tokens that stage 2 leaves, at random
-DESCRIBED = 0.4  # share of pictures that are also described as a whole
+# Share of pictures asked in short: up to this part of the steps on words, and from there on.
+SHORT, SHORT_UNTIL, SHORT_LATER = 0.5, 0.4, 0.3
+DESCRIBED = 0.3  # share of pictures that are also described as a whole
+NOISE = 0.2  # of a token made of true words, in standard deviations of the words' vectors
 # Stage 2 in training: mostly the default, so that the same weights serve every strategy that the
 # tables compare.
 STRATEGIES = {"collaborative": 0.7, "greedy": 0.1, "separate": 0.1, "random": 0.1}
+COUNTS = (40, 120)  # tokens that stage 2 leaves in training, at random
 # Share of batches with encoders replaced by zeros, so that the tables can ask what each is worth.
 MASKED = 0.08
-
-SLOT_SIZES = [len(words) + 1 for words in world.SLOTS.values()]
-# How much each encoder is asked about each slot of words (the order of `SLOTS`): a different mix
-# each, as CLIP, ConvNeXt, EVA and Pix2Struct were trained on different things, so that they
-# complement one another.
-SLOT_WEIGHTS = {
-    "clip": [1, 1, 0.1, 0.3, 2, 0.5, 0.5, 0.5],
-    "convnext": [1, 1, 1, 0.3, 0.1, 0.3, 0.3, 0.1],
-    "eva": [1, 0.7, 0.7, 1, 0.3, 0.5, 0.5, 1],
-    "pix2struct": [0.7, 0.4, 2, 1, 2, 1, 1, 0.5],
-}
-BACKGROUND_WEIGHT = 0.1  # of class "none" in each slot; at 1 the digits stay near chance
+# Weights of two more losses in the stage "answer": see `looking_loss` and `aside_loss`.
+LOOKING, ASIDE = 0.1, 0.1
+BLANK_WEIGHT = 0.3  # in `align`, of a patch of which an encoder tells no word
 # Tables of lambda: tokens that enter the LLM, and lambdas.
-TABLE_KS = [8, 24, 48, 80, BUDGET["stage2"], 180, 240, 576]
+TABLE_KS = [8, 24, 48, 72, 96, BUDGET["stage2"], 240, 576]
 TABLE_LAMBDAS = [0.0, *(2.0 ** np.arange(0, 9.75, 0.5)).round(2).tolist()]
-
-
-# ------------------------------------------------------------------------------------- the pictures
-
-
-def draw_pool(folder: Path, size: int) -> None:
-    """Write images.npy (size, 96, 96, 3) uint8, words.npy (size, 144, 8) uint8 and facts.json."""
-    images = np.empty((size, world.SIZE, world.SIZE, 3), np.uint8)
-    words = np.empty((size, world.GRID**2, len(SLOT_SIZES)), np.uint8)
-    facts = []
-    with multiprocessing.get_context("spawn").Pool() as pool:
-        drawn = pool.imap(world.make_picture, range(size), chunksize=64)
-        for i, picture in enumerate(tqdm(drawn, total=size, desc="pictures", mininterval=5)):
-            images[i] = picture.image
-            words[i] = picture.patch_words
-            facts.append([picture.kind, picture.facts])
-    np.save(folder / "images.npy", images)
-    np.save(folder / "words.npy", words)
-    (folder / "facts.json").write_text(json.dumps(facts))
-
-
-def load_images(folder: Path) -> np.ndarray:
-    return np.load(folder / "images.npy", mmap_mode="r")
-
-
-def load_words(folder: Path) -> np.ndarray:
-    return np.load(folder / "words.npy", mmap_mode="r")
-
-
-def load_facts(folder: Path) -> list[world.Picture]:
-    """The pool's pictures without their pixels: all that questions need."""
-    entries = json.loads((folder / "facts.json").read_text())
-    return [world.Picture(None, None, kind, facts) for kind, facts in entries]
-
-
-def labels(words: np.ndarray) -> Tensor:
-    """Words (B, N, slots) uint8 -> int64, on the device."""
-    return torch.from_numpy(words.astype(np.int64)).to(DEVICE)
 
 
 def pool_slice(chunk: int) -> slice:
     return slice(chunk * CHUNK, (chunk + 1) * CHUNK)
 
 
-# ------------------------------------------------------------------------- what all trainings share
+# ------------------------------------------------------------------------- pictures in true words
 
 
-def schedule(step: int, steps: int, warmup: int = 100, hold: float = 0.0) -> float:
-    """Learning-rate factor.
+def slot_ids(model: Meteor) -> list[Tensor]:
+    """Per slot, the token id of each of its words; index 0, "none", is <pad>."""
+    ids = []
+    for words in world.SLOTS.values():
+        of_words = model.tokenizer.convert_tokens_to_ids(words)
+        ids.append(torch.tensor([model.tokenizer.pad_token_id, *of_words], device=model.device))
+    return ids
 
-    Linear warm-up, 1 up to the fraction `hold` of the steps, then a cosine down to 2 %.
+
+def spoken(model: Meteor, words: Tensor, table: list[Tensor]) -> Tensor:
+    """What a perfect encoder would say of patches: the sum of n words' vectors, over sqrt(n).
+
+    A patch without words is <pad>.
+
+    Args: words (..., slots) int64; table: `slot_ids`. Returns: (..., D) float.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    start = max(warmup, hold * steps)
-    if step <= start:
-        return 1.0
-    angle = math.pi * (step - start) / (steps - start)  # 0 to pi
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(angle))
+    vectors = model.decoder.get_input_embeddings().weight  # (V, D)
+    total = 0.0
+    for slot, ids in enumerate(table):
+        there = (words[..., slot] > 0)[..., None]
+        total = total + vectors[ids[words[..., slot]]] * there  # (..., D)
+    number = (words > 0).sum(dim=-1, keepdim=True)
+    blank = vectors[model.tokenizer.pad_token_id]
+    return torch.where(number > 0, total / number.clamp(min=1).sqrt(), blank)
 
 
-def update(
-    optimizer: torch.optim.Optimizer, loss: Tensor, rate: float, clip: float | None = None
+def each_thing_once(words: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """What all encoders would say of pictures, without repetition.
+
+    Args: words (B, 144, slots) uint8.
+    Returns: (B, K, slots), K as the fullest picture needs; the others' blanks lie anywhere.
+    """
+    pictures = []
+    for patches in words:
+        said = []
+        for name in TOLD:
+            of_encoder = told_words(patches, name)
+            of_encoder = of_encoder[of_encoder.any(axis=1)]
+            _, first = np.unique(of_encoder, axis=0, return_index=True)
+            said.append(of_encoder[np.sort(first)])
+        pictures.append(np.concatenate(said))
+    K = max(map(len, pictures))
+    tokens = np.zeros((len(words), K, words.shape[-1]), np.uint8)
+    for picture, said in zip(tokens, pictures):
+        picture[np.sort(rng.permutation(K)[: len(said)])] = said
+    return tokens
+
+
+def words_stage(work: Path) -> None:
+    """Train a Llama of few layers on questions about pictures told in true words."""
+    model = new_model(FIRST_LAYERS).train()
+    pool, pictures, table = Pool(work), load_facts(work), slot_ids(model)
+
+    def loss_of(step: int, rng: np.random.Generator) -> Tensor:
+        rows = np.sort(rng.integers(len(pool), size=BATCH))
+        words = each_thing_once(pool.words[rows], rng)
+        tokens = spoken(model, labels(words, DEVICE), table)  # (B, K, D)
+        loudness = NOISE * model.decoder.get_input_embeddings().weight.detach().std()
+        tokens = tokens + loudness * torch.randn_like(tokens)
+        short = SHORT if step < SHORT_UNTIL * STEPS["words"] else SHORT_LATER
+        dialogues = [as_pairs(dialogue(pictures[i], rng, short)) for i in rows]
+        return answer_loss(model, tokens, dialogues)["loss"]
+
+    train_llama(model, "words", work, loss_of, rate=3e-3, hold=0.8)
+
+
+# ---------------------------------------------------------------------------------------- the Llama
+
+
+def optimizers_of(decoder: nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the layers' matrices, AdamW for the rest: word vectors and norms."""
+    layers = [p for p in decoder.model.layers.parameters() if p.ndim == 2]
+    in_layers = {id(p) for p in layers}
+    rest = [p for p in decoder.parameters() if id(p) not in in_layers]
+    return [
+        torch.optim.Muon(layers, weight_decay=0.02, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(rest, weight_decay=0.02, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def train_llama(
+    model: Meteor,
+    stage: str,
+    work: Path,
+    loss_of: Callable[[int, np.random.Generator], Tensor],
+    rate: float,
+    hold: float,
 ) -> None:
-    """One step; clip: the gradient's largest norm."""
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-    optimizer.zero_grad()
-    loss.backward()
-    if clip is not None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, clip)
-    optimizer.step()
-
-
-def save_whole(arrays: dict[str, Tensor], path: Path) -> None:
-    """A file that exists is whole, also when the training is stopped while it is written."""
-    part = path.with_suffix(".part")
-    save_file({name: array.cpu().contiguous() for name, array in arrays.items()}, part)
-    part.replace(path)
-
-
-def save_state(path: Path, weights: dict, optimizer: torch.optim.Optimizer, step: int) -> None:
-    """What a training needs to go on from `step`: weights and AdamW's moments, as safetensors."""
-    arrays = {"step": torch.tensor(step)}
-    for name, weight in weights.items():
-        arrays[f"model.{name}"] = weight
-    for i, moments in optimizer.state_dict()["state"].items():
-        for name, moment in moments.items():
-            arrays[f"optimizer.{i}.{name}"] = moment
-    save_whole(arrays, path)
-
-
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Load what `save_state` wrote, where it is there. Returns: the step to go on from."""
-    if not path.exists():
-        return 0
-    arrays = load_file(path)
-    weights, state = {}, optimizer.state_dict()
-    for name, array in arrays.items():
-        if name.startswith("model."):
-            weights[name.removeprefix("model.")] = array
-        elif name.startswith("optimizer."):
-            _, i, moment = name.split(".")
-            state["state"].setdefault(int(i), {})[moment] = array
-    model.load_state_dict(weights, strict=False)  # tied word embeddings are stored once
-    optimizer.load_state_dict(state)
-    return int(arrays["step"])
-
-
-def progress(start: int, steps: int, name: str) -> tqdm:
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
-
-
-# ---------------------------------------------------------------------------------------- encoders
-
-
-def word_loss(scores: Tensor, words: Tensor, weights: list[float]) -> Tensor:
-    """Mean over slots of the cross-entropy of a patch's words, "none" weighted down.
-
-    Args: scores (..., sum of slot sizes) float; words (..., slots) int64; weights: one per slot.
-    """
-    loss = 0.0
-    for slot, part in enumerate(scores.split(SLOT_SIZES, dim=-1)):
-        classes = torch.ones(SLOT_SIZES[slot], device=scores.device)
-        classes[0] = BACKGROUND_WEIGHT
-        target = words[..., slot].flatten()
-        loss = loss + weights[slot] * F.cross_entropy(part.flatten(0, -2), target, weight=classes)
-    return loss / sum(weights)
-
-
-def bag_loss(scores: Tensor, words: Tensor) -> Tensor:
-    """Which words does the picture hold anywhere? Asked of what the encoder says of the whole.
-
-    Args: scores (B, sum of slot sizes) float; words (B, N, slots) int64.
-    """
-    there = []
-    for slot, size in enumerate(SLOT_SIZES):
-        one_hot = F.one_hot(words[..., slot], size)  # (B, N, size)
-        there.append(one_hot.amax(dim=1))
-    return F.binary_cross_entropy_with_logits(scores, torch.cat(there, dim=-1).float())
-
-
-def all_tokens(encoder: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Unpruned, after the final norm.
-
-    Args: images (B, 3, H, W) float in [0, 1].
-    Returns: the first token where it stands for the whole, as CLS does, or the mean of the patches
-        (B, D); the patches (B, N, D).
-    """
-    pixels = view_of(encoder)(images)
-    model, family = stage1_encode.find_encoder(encoder)
-    if family.dense:
-        patches, _ = stage1_encode.encode(encoder, pixels)
-        return patches.mean(dim=1), patches
-    outputs = []
-
-    def note(norm, args, output):
-        outputs.append(output)
-
-    handle = model.get_submodule(family.norm).register_forward_hook(note)
-    try:
-        model(pixels)
-    finally:
-        handle.remove()
-    x = outputs[0]  # (B, P + N, D)
-    prefix, has_cls = family.prefix(model)
-    whole = x[:, 0] if has_cls else x.mean(dim=1)
-    return whole, x[:, prefix:]
-
-
-def train_encoder(name: str, folder: Path, steps: int, batch: int = 32) -> None:
-    """Dense training of one encoder; writes its weights."""
-    torch.manual_seed(list(ENCODERS).index(name))
-    images, words = load_images(folder), load_words(folder)
-    encoder = build_encoder(name, ENCODERS[name])
-    dense = nn.Linear(96, sum(SLOT_SIZES))  # of each patch
-    bag = nn.Linear(96, sum(SLOT_SIZES))  # of the whole picture
-    model = nn.ModuleDict({"encoder": encoder, "dense": dense, "bag": bag})
-    model.to(DEVICE).train()
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=1.5e-3, weight_decay=0.02, betas=(0.9, 0.98), fused=True
-    )
-    state = folder / f"{name}.resume.safetensors"
-    bar = progress(load_state(state, model, optimizer), steps, name)
+    """Train the Llama on the losses of loss_of(step, rng), resumable; writes the whole model."""
+    optimizers, state = optimizers_of(model.decoder), work / f"{stage}.resume.safetensors"
+    steps, losses = STEPS[stage], []
+    bar = progress(load_state(state, model, optimizers), steps, stage)
     for step in bar:
-        rng = np.random.default_rng([7, step])
-        rows = np.sort(rng.integers(len(images), size=batch))
-        target = labels(words[rows])
-        whole, patches = all_tokens(encoder, to_images(images[rows]).to(DEVICE))
-        dense_loss = word_loss(dense(patches), target, SLOT_WEIGHTS[name])
-        whole_loss = bag_loss(bag(whole), target)
-        update(optimizer, dense_loss + whole_loss, 1.5e-3 * schedule(step, steps), clip=1.0)
-        if step % 50 == 49:
-            bar.set_postfix(loss=f"{dense_loss.item():.3f}", bag=f"{whole_loss.item():.3f}")
-        if step % 200 == 199 or step == steps - 1:
-            save_state(state, model.state_dict(), optimizer, step + 1)
-    probe(name, model)
-    save_whole(encoder.state_dict(), folder / f"{name}.safetensors")
+        torch.manual_seed(step)
+        rng = np.random.default_rng([17, step])
+        loss = loss_of(step, rng)
+        update(optimizers, loss, rate * schedule(step, steps, hold=hold), clip=1.0)
+        losses.append(loss.item())
+        if step % 20 == 19:
+            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")
+        if step % 250 == 249 or step == steps - 1:
+            save_state(state, own_weights(model), optimizers, step + 1)
+    save_whole(own_weights(model), work / f"{stage}.safetensors")
 
 
-@torch.no_grad()
-def probe(name: str, model: nn.ModuleDict, pictures: int = 128) -> None:
-    """Print, per slot, the share of validation patches whose word the linear head names."""
-    model.eval()
-    drawn = [world.make_picture(i, "val") for i in range(pictures)]
-    images = to_images([picture.image for picture in drawn]).to(DEVICE)
-    target = labels(np.stack([picture.patch_words for picture in drawn]))
-    _, patches = all_tokens(model["encoder"], images)
-    scores = model["dense"](patches).split(SLOT_SIZES, dim=-1)
-    line = []
-    for slot, slot_name in enumerate(world.SLOTS):
-        right = scores[slot].argmax(dim=-1) == target[..., slot]
-        has_word = target[..., slot] > 0
-        words = right[has_word].float().mean()
-        none = right[~has_word].float().mean()
-        line.append(f"{slot_name} {words:.2f} (none {none:.2f})")
-    print(f"{name}: " + ", ".join(line), flush=True)
+def grown(few: nn.Module, many: nn.Module) -> None:
+    """Give a Llama of many layers the weights of one of few: the same function, deeper.
+
+    Each old layer becomes the last of a group; the layers before it add nothing at first, as their
+    output projections are zero. So what the old layers look up comes to lie deep.
+    """
+    group = len(many.model.layers) // len(few.model.layers)
+    for number, layer in enumerate(many.model.layers):
+        old, place = divmod(number, group)
+        if place == group - 1:
+            layer.load_state_dict(few.model.layers[old].state_dict())
+        else:
+            nn.init.zeros_(layer.self_attn.o_proj.weight)
+            nn.init.zeros_(layer.mlp.down_proj.weight)
+    many.model.embed_tokens.load_state_dict(few.model.embed_tokens.state_dict())
+    many.model.norm.load_state_dict(few.model.norm.state_dict())
 
 
 # ----------------------------------------------------- features of frozen encoders, computed once
@@ -308,7 +232,7 @@ def probe(name: str, model: nn.ModuleDict, pictures: int = 128) -> None:
 
 def cache_features(
     model: Meteor,
-    folder: Path,
+    work: Path,
     into: str,
     chunks: int,
     choose_budget: Callable[[int], int | None],
@@ -318,16 +242,16 @@ def cache_features(
     A file holds, per encoder, tokens (32, n_l, D_l) in half precision and the patches kept
     (32, n_l). Files that are there already stay.
 
-    Args: into: directory in folder; choose_budget: number of a file -> its stage-1 budget.
+    Args: into: directory in work; choose_budget: number of a file -> its stage-1 budget.
     """
-    images = load_images(folder)
-    (folder / into).mkdir(exist_ok=True)
+    pool = Pool(work)
+    (work / into).mkdir(exist_ok=True)
     encoders = list(model.encoders.values())
-    for chunk in tqdm(range(chunks), desc=into, mininterval=10):
-        target = folder / into / f"{chunk}.safetensors"
+    for chunk in progress(0, chunks, into):
+        target = work / into / f"{chunk}.safetensors"
         if target.exists():
             continue
-        pixels = model.pixels(to_images(images[pool_slice(chunk)]))
+        pixels = model.pixels(to_images(pool.images[pool_slice(chunk)]))
         with torch.no_grad():
             features, kept = stage1_encode.encode_all(
                 encoders, pixels, choose_budget(chunk), model.ranks
@@ -344,7 +268,7 @@ def random_stage1(chunk: int) -> int | None:
     rng = np.random.default_rng([11, chunk])
     if rng.random() < 1 / 8:
         return None
-    return int(rng.integers(130, 300))
+    return int(rng.integers(100, 260))
 
 
 def load_chunk(model: Meteor, folder: Path, chunk: int) -> tuple[list[Tensor], list[Tensor]]:
@@ -355,159 +279,155 @@ def load_chunk(model: Meteor, folder: Path, chunk: int) -> tuple[list[Tensor], l
     return features, kept
 
 
+def features_stage(work: Path) -> None:
+    model = with_encoders(new_model(), work)
+    calibrate_ranks(model)
+    (work / "ranks.json").write_text(json.dumps(model.config["ranks"]))
+    cache_features(model, work, "features", POOL // CHUNK, random_stage1)
+
+
 # --------------------------------------------------------------- projectors in the space of words
 
 
-def slot_ids(model: Meteor) -> list[Tensor]:
-    """Per slot, the token id of each of its words; index 0, "none", is <pad>."""
-    ids = []
-    for words in world.SLOTS.values():
-        of_words = model.tokenizer.convert_tokens_to_ids(words)
-        ids.append(torch.tensor([model.tokenizer.pad_token_id, *of_words], device=model.device))
-    return ids
+def align_loss(projected: Tensor, target: Tensor, has_words: Tensor) -> Tensor:
+    """Mean squared distance to the sum of words, patches without words weighted down.
 
-
-def align_loss(model: Meteor, projected: Tensor, words: Tensor, table: list[Tensor]) -> Tensor:
-    """Cross-entropy of what the LLM's own head reads in P(x), with the patch's words as target.
-
-    The target is uniform over the words, <pad> where there is none. The head's norm leaves the
-    tokens' length free.
-
-    Args: projected (B, n, D) float; words (B, n, slots) int64; table: `slot_ids`.
+    Args: projected, target (B, n, D) float; has_words (B, n) bool.
     """
-    logits = model.decoder.lm_head(model.decoder.model.norm(projected))  # (B, n, V)
-    logp = logits.log_softmax(dim=-1)
-    ids = [of_slot[words[..., slot]] for slot, of_slot in enumerate(table)]
-    per_slot = -logp.gather(-1, torch.stack(ids, dim=-1))  # (B, n, slots)
-    there = words > 0  # (B, n, slots)
-    number = there.sum(dim=-1)  # (B, n)
-    of_words = per_slot.masked_fill(~there, 0).sum(dim=-1) / number.clamp(min=1)
-    of_pad = per_slot[..., 0]  # where a patch has no word, each slot's id is <pad>
-    loss = torch.where(number > 0, of_words, of_pad)
-    weight = torch.where(number > 0, 1.0, BACKGROUND_WEIGHT)
-    return (loss * weight).sum() / weight.sum()
+    distance = (projected - target).square().mean(dim=-1)  # (B, n)
+    weight = torch.where(has_words, 1.0, BLANK_WEIGHT)
+    return (distance * weight).sum() / weight.sum()
 
 
 def learn_words(
     model: Meteor,
-    forward: Callable[[list[Tensor], list[Tensor]], list[tuple[Tensor, Tensor]]],
-    optimizer: torch.optim.Optimizer,
-    folder: Path,
+    project: Callable[[list[Tensor], list[Tensor]], dict[str, tuple[Tensor, Tensor, list[str]]]],
+    parameters: Iterable[nn.Parameter],
+    work: Path,
     features: str,
-    chunks: int,
     steps: int,
-    seed: int,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Train whatever projects features until the LLM's head reads the words of the patches in it.
+) -> None:
+    """Train whatever projects features to say what the encoders learned, in the Llama's words.
 
     Args:
-        forward: features and patches kept of all encoders, as `load_chunk` gives them -> pairs of
-            projected tokens (B, n, D) and their patches (B, n).
-        features, chunks: directory and number of files of `cache_features`; seed: of the order.
-    Returns: of the last step the features, and the tokens that forward made of them.
+        project: features and patches kept of all encoders, as `load_chunk` gives them -> name ->
+            projected tokens (B, n, D), their patches (B, n), and the encoders whose words they are.
+        features: directory of `cache_features`.
     """
-    words, table = load_words(folder), slot_ids(model)
+    table, pool = slot_ids(model), Pool(work)
+    chunks = len(list((work / features).iterdir()))
+    optimizer = torch.optim.AdamW(parameters, weight_decay=0.01, fused=True)
+    scale = model.decoder.get_input_embeddings().weight.detach().var()
     bar = progress(0, steps, "align")
     for step in bar:
-        chunk = int(np.random.default_rng([seed, step]).integers(chunks))
-        x, kept = load_chunk(model, folder / features, chunk)
-        target = labels(words[pool_slice(chunk)])  # (B, N, slots)
-        tokens, losses = [], []
-        for projected, patches in forward(x, kept):
-            of_patches = target.take_along_dim(patches[..., None], dim=1)  # (B, n, slots)
-            tokens.append(projected)
-            losses.append(align_loss(model, projected, of_patches, table))
-        update(optimizer, sum(losses), 3e-3 * schedule(step, steps))
+        chunk = int(np.random.default_rng([13, step]).integers(chunks))
+        shown = pool.words[pool_slice(chunk)]  # (B, 144, slots)
+        losses = {}
+        projected = project(*load_chunk(model, work / features, chunk))
+        for name, (tokens, patches, encoders) in projected.items():
+            taught = [told_words(shown, encoder) for encoder in encoders]
+            words = labels(np.maximum.reduce(taught), DEVICE)
+            words = words.take_along_dim(patches[..., None], dim=1)  # (B, n, slots)
+            target = spoken(model, words, table).detach()
+            losses[name] = align_loss(tokens, target, words.any(dim=-1)) / scale
+        update([optimizer], sum(losses.values()), 3e-3 * schedule(step, steps))
         if step % 50 == 49:
-            bar.set_postfix(loss=" ".join(f"{loss.item():.2f}" for loss in losses))
-    return x, tokens
+            bar.set_postfix({name: f"{loss.item():.3f}" for name, loss in losses.items()})
 
 
-@torch.no_grad()
-def scale_to_words(model: Meteor, projector: nn.Sequential, tokens: Tensor) -> None:
-    """Make a projector's tokens as long as words are.
+def align_stage(work: Path) -> None:
+    """Train all projectors."""
+    model = with_encoders(grown_model(work), work)
 
-    Neither their cosines nor what the head reads change.
-    """
-    words = model.decoder.get_input_embeddings().weight.norm(dim=-1).mean()
-    factor = words / tokens.norm(dim=-1).mean()
-    projector[-1].weight.mul_(factor)
-    projector[-1].bias.mul_(factor)
+    def project(features, kept):
+        tokens = {}
+        for (name, projector), x, patches in zip(model.projectors.items(), features, kept):
+            tokens[name] = (projector(x), patches, [name])
+        return tokens
 
-
-def align(model: Meteor, folder: Path, steps: int) -> None:
-    """Train all projectors, and the word embeddings with them."""
-    projectors = list(model.projectors.values())
-    embeddings = model.decoder.get_input_embeddings()
-    parameters = [*model.projectors.parameters(), *embeddings.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=3e-3, weight_decay=0.01, fused=True)
-
-    def forward(features, kept):
-        tokens = [project(x) for project, x in zip(projectors, features)]
-        return list(zip(tokens, kept))
-
-    features, _ = learn_words(
-        model, forward, optimizer, folder, "features", FEATURE_CHUNKS, steps, seed=13
-    )
-    for projector, x in zip(projectors, features):
-        scale_to_words(model, projector, projector(x))
+    learn_words(model, project, model.projectors.parameters(), work, "features", STEPS["align"])
+    save_whole(own_weights(model), work / "align.safetensors")
+    print_recall(recall(model, replace(model.budget, stage3=None)))
 
 
 # --------------------------------------------------------------------------------------- questions
 
 
 def dialogue(
-    picture: world.Picture, rng: np.random.Generator, stage: str = "answer", most: int = 80
-) -> Dialogue:
+    picture: world.Picture, rng: np.random.Generator, short: float = 0.0, most: int = 72
+) -> list[questions.Question]:
     """Questions with true answers about a picture, families mixed.
 
     They have about `most` words in all, so that the rows of a batch are nearly as long as one
     another; some begin with a description of the whole picture.
+
+    Args: short: share of pictures that are asked in two or three words.
     """
-    families = weighted_families(picture.kind, FAMILY_WEIGHTS[stage])
-    pairs = {}  # question -> answer
+    if rng.random() < short:
+        pairs = questions.in_short(picture, rng)
+        order = rng.permutation(len(pairs))
+        return fitting([only_trains(*pairs[i]) for i in order], most)
+    families = weighted_families(picture.kind)
+    whole_picture = only_trains(*questions.describe(picture))
+    asked = []
     if rng.random() < DESCRIBED:
-        question, answer = world.describe(picture)
-        pairs[question] = answer
-    for _ in range(16):
+        asked.append(whole_picture)
+    for _ in range(24):
         family = families[rng.integers(len(families))]
         if family == "where":
-            pair = world.where(picture, rng)
-        else:
-            pair = world.ask(picture, family, rng)
-        if pair is not None and words_in([*pairs.items(), pair]) <= most:
-            question, answer = pair
-            pairs[question] = answer
-    return list(pairs.items()) if pairs else [world.describe(picture)]
+            asked.append(only_trains(*questions.where(picture, rng)))
+            continue
+        question = questions.ask(picture, family, rng)
+        if question is not None:
+            asked.append(question)
+    return fitting(asked, most) or [whole_picture]
 
 
-def weighted_families(kind: str, weights: dict[str, int]) -> list[str]:
+def only_trains(text: str, answer: str) -> questions.Question:
+    """A question that is not measured: nobody says which patches it is about."""
+    return questions.Question(text, answer, about=[])
+
+
+def fitting(asked: list[questions.Question], most: int) -> list[questions.Question]:
+    """The questions in their order, none twice, that have at most `most` words together."""
+    chosen, texts, words = [], set(), 0
+    for question in asked:
+        more = tokens_in(question.text) + tokens_in(question.answer) + 2  # <ans>, <eos>
+        if question.text not in texts and words + more <= most:
+            chosen.append(question)
+            texts.add(question.text)
+            words += more
+    return chosen
+
+
+def as_pairs(asked: list[questions.Question]) -> Dialogue:
+    return [(question.text, question.answer) for question in asked]
+
+
+def tokens_in(text: str) -> int:
+    """Words, and digits one by one."""
+    return sum(len(word) if word.isdigit() else 1 for word in text.split())
+
+
+def weighted_families(kind: str) -> list[str]:
     """The families of a kind of picture, each as often as it is to be asked."""
-    kinds = world.KIND_OF_FAMILY | {"where": "scene"}
+    kinds = questions.KIND_OF_FAMILY | {"where": "scene"}
     families = []
     for family, of_kind in kinds.items():
         if of_kind == kind:
-            families += [family] * weights.get(family, 1)
+            families += [family] * FAMILY_WEIGHTS.get(family, 1)
     return families
 
 
-def words_in(pairs: Iterable[tuple[str, str]]) -> int:
-    """Tokens that questions and answers take, with <ans> and <eos> of each."""
-    return sum(len(question.split()) + len(answer.split()) + 2 for question, answer in pairs)
-
-
-def random_batch(
-    rng: np.random.Generator, kept_by_stage1: int, full: int, stage: str
-) -> tuple[int, Budget]:
+def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int) -> tuple[int, Budget]:
     """(pictures, stage-2 budget): all tokens for few pictures, or few tokens for many."""
     if kept_by_stage1 == full and rng.random() < 0.7:
-        return 8, Budget()
-    if rng.random() < 0.15:
-        return 16, Budget()
+        return 6, Budget()
+    if rng.random() < 0.1:
+        return 12, Budget()
     strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
-    low, high = COUNTS[stage]
-    K = min(int(rng.integers(low, high)), kept_by_stage1)
-    return 24, Budget(stage2=K, stage2_strategy=strategy)
+    K = min(int(rng.integers(*COUNTS)), kept_by_stage1)
+    return BATCH, Budget(stage2=K, stage2_strategy=strategy)
 
 
 def mask_encoders(features: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
@@ -519,57 +439,156 @@ def mask_encoders(features: list[Tensor], rng: np.random.Generator) -> list[Tens
 
 
 def random_encoded(
-    model: Meteor, folder: Path, chunk: int, rng: np.random.Generator, stage: str
+    model: Meteor, work: Path, chunk: int, rng: np.random.Generator
 ) -> tuple[Encoded, np.ndarray]:
     """Pictures of a file of features, after stage 2 at a random budget.
 
     Returns: the batch, and which pictures of the pool it shows.
     """
-    features, kept = load_chunk(model, folder / "features", chunk)
+    features, kept = load_chunk(model, work / "features", chunk)
     kept_by_stage1 = sum(x.shape[1] for x in features)
-    size, budget = random_batch(rng, kept_by_stage1, model.num_tokens, stage)
+    size, budget = random_batch(rng, kept_by_stage1, model.num_tokens)
     rows = rng.permutation(CHUNK)[:size]
     features = mask_encoders([x[rows] for x in features], rng)
     encoded = model.fuse(features, [keep_idx[rows] for keep_idx in kept], budget)
     return encoded, chunk * CHUNK + rows
 
 
-def answer(
-    model: Meteor,
-    folder: Path,
-    steps: int,
-    stage: str = "answer",
-    rate: float = 2e-3,
-    hold: float = 0.5,
-    seed: int = 17,
-) -> None:
-    """Train the Llama on questions; stage: of `FAMILY_WEIGHTS`; hold: of `schedule`."""
-    pictures = load_facts(folder)
-    # The projectors stay as aligned: only kept tokens would train them. In one run that trained
-    # them, stage 2 kept 46 % of Pix2Struct's glyph patches after 500 steps, 86 % before (64 and 96
-    # validation pictures).
+def answer_stage(work: Path) -> None:
+    """Train the Llama on what the encoders see; the projectors stay as they are."""
+    model = trained(work, "align").train()
     model.projectors.requires_grad_(False)
-    optimizer = torch.optim.AdamW(
-        model.decoder.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98), fused=True
-    )
-    state = folder / f"{stage}.resume.safetensors"
-    bar = progress(load_state(state, model, optimizer), steps, stage)
-    losses = []
-    for step in bar:
-        torch.manual_seed(step)  # of stage 2's strategy "random"
-        rng = np.random.default_rng([seed, step])
-        chunk = int(rng.integers(FEATURE_CHUNKS))
-        encoded, numbers = random_encoded(model, folder, chunk, rng, stage)
-        dialogues = [dialogue(pictures[i], rng, stage) for i in numbers]
-        loss = training_loss(model, encoded, dialogues)["loss"]
-        update(optimizer, loss, rate * schedule(step, steps, hold=hold), clip=1.0)
-        losses.append(loss.item())
-        if step % 20 == 19:
-            bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")
-        if step % 250 == 249 or step == steps - 1:
-            save_state(state, own_weights(model), optimizer, step + 1)
+    pictures = load_facts(work)
+
+    def loss_of(step: int, rng: np.random.Generator) -> Tensor:
         if step % 500 == 499:
             print_accuracies(model, step + 1)
+        encoded, numbers = random_encoded(model, work, int(rng.integers(POOL // CHUNK)), rng)
+        shown = [pictures[i] for i in numbers]
+        asked = [dialogue(picture, rng, SHORT_LATER) for picture in shown]
+        dialogues = [as_pairs(of_picture) for of_picture in asked]
+        with attention_on_picture(model, encoded.fused.tokens.shape[1]) as attention:
+            loss = training_loss(model, encoded, dialogues)["loss"]
+        about = tokens_asked_about(encoded, shown, asked)
+        asking = asking_tokens(model, dialogues)
+        loss = loss + LOOKING * looking_loss(attention)
+        return loss + ASIDE * aside_loss(attention, about, asking)
+
+    train_llama(model, "answer", work, loss_of, rate=2e-3, hold=0.6)
+    print_recall(recall(model, replace(model.budget, stage3=None)))
+
+
+# ---------------------------------------------------------------------------- where the Llama looks
+# A large Llama looks, in its early layers, at what a question may need, and elsewhere it rests on
+# the first token [METEOR, Findings 4 and 5; arXiv 2309.17453]. A small one does not learn this by
+# itself: its idle heads spread their attention over the picture, and then neither VAV nor the
+# scores tell anything. So this one is told.
+
+
+@contextlib.contextmanager
+def attention_on_picture(model: Meteor, K: int) -> Iterator[list[Tensor]]:
+    """Collects how much the text looks at each of the K visual tokens.
+
+    Yields: a list, filled by the forward pass with (B, H, T, K) float for each layer: the weights
+    of H heads, from all T tokens of text behind the picture.
+    """
+    start, collected = len(model.before_ids), []
+    end = start + K
+
+    def attention(module, query, key, value, attention_mask, **options):
+        text = query[:, :, end:]  # (B, H, T, d)
+        scores = module.scaling * (text @ key.mT)  # (B, H, T, S)
+        hidden = ~attention_mask[:, :, end:]
+        weights = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        collected.append(weights[..., start:end])
+        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+
+    AttentionInterface.register("on_picture", attention)
+    before = model.decoder.config._attn_implementation
+    model.decoder.set_attn_implementation("on_picture")
+    try:
+        yield collected
+    finally:
+        model.decoder.set_attn_implementation(before)
+
+
+def looking_loss(attention: list[Tensor]) -> Tensor:
+    """Looking at the picture costs: the mean share of the text's attention that is on it, 0..1.
+
+    Args: attention: of each layer (B, H, T, K) float.
+    """
+    shares = [weights.sum(dim=-1).mean() for weights in attention]
+    return torch.stack(shares).mean()
+
+
+class About(NamedTuple):
+    """R things that questions ask about: several for a question that needs several.
+
+    picture (R,) int64: row of the batch; question (R,) int64: which of its questions, from 1;
+    tokens (R, K) bool: the visual tokens that show the thing, at least one.
+    """
+
+    picture: Tensor
+    question: Tensor
+    tokens: Tensor
+
+
+def tokens_asked_about(
+    encoded: Encoded, pictures: list[world.Picture], asked: list[list[questions.Question]]
+) -> About:
+    """Things that no visual token shows any more are left out."""
+    picture, question, patches = [], [], []
+    for b, of_picture in enumerate(asked):
+        for number, one in enumerate(of_picture, 1):
+            for thing in one.about:
+                picture.append(b)
+                question.append(number)
+                patches.append(questions.asked_patches(pictures[b], one._replace(about=[thing])))
+    kept = torch.cat(encoded.stage1_idx, dim=1)  # (B, sum of n_l): patches
+    patch_of_token = kept.gather(1, encoded.fused.keep_idx)  # (B, K)
+    device = kept.device
+    picture = torch.tensor(picture, dtype=torch.int64, device=device)
+    question = torch.tensor(question, dtype=torch.int64, device=device)
+    patches = torch.tensor(np.array(patches, bool).reshape(-1, world.GRID**2), device=device)
+    tokens = patches.gather(1, patch_of_token[picture])  # (R, K)
+    is_shown = tokens.any(dim=1)
+    return About(picture[is_shown], question[is_shown], tokens[is_shown])
+
+
+def asking_tokens(model: Meteor, dialogues: list[Dialogue]) -> Tensor:
+    """(B, T) int64: the number of the question, from 1, that a token of text belongs to.
+
+    0 for the tokens of answers, and for those that fill up a row.
+    """
+    rows = []
+    for dialogue in dialogues:
+        packed = pack_dialogue(model, dialogue, start=0)
+        numbers = []
+        for number, label in zip(packed["owner"], packed["labels"]):
+            numbers.append(number if label == -100 else 0)
+        rows.append(numbers)
+    return filled_up(rows, 0, model.device)
+
+
+def aside_loss(attention: list[Tensor], about: About, asking: Tensor) -> Tensor:
+    r"""Looking aside costs, in front of the layers where stage 3 prunes.
+
+    -log p, p the share of a question's attention on the picture that is on a thing it asks about;
+    mean over all things and these layers.
+
+    Args: attention: of each layer (B, H, T, K) float; asking (B, T): of `asking_tokens`.
+    """
+    if len(about.picture) == 0:
+        return asking.new_zeros((), dtype=torch.float32)
+    is_of_question = asking[about.picture] == about.question[:, None]  # (R, T)
+    losses = []
+    for layer in BUDGET["layers"]:
+        looks = attention[layer].sum(dim=1)  # (B, T, K): all heads
+        of_question = (looks[about.picture] * is_of_question[..., None]).sum(dim=1)  # (R, K)
+        on_thing = (of_question * about.tokens).sum(dim=1)  # (R,)
+        share = on_thing / of_question.sum(dim=1)
+        losses.append(-(share + 1e-3).log().mean())
+    return torch.stack(losses).mean()
 
 
 def print_accuracies(model: Meteor, step: int) -> None:
@@ -580,7 +599,7 @@ def print_accuracies(model: Meteor, step: int) -> None:
     }
     model.eval()
     for name, budget in budgets.items():
-        result = accuracy(model, budget, "val", samples=160)
+        result = accuracy(model, budget, "val", samples=240)
         print(f"\nstep {step} {name}: {in_words(result)}", flush=True)
     model.train()
 
@@ -600,9 +619,9 @@ def calibrate_ranks(model: Meteor, pictures: int = 128) -> None:
     model.config["ranks"] = measure_ranks(model, list(images.split(32)))
 
 
-def calibrate_lambda(model: Meteor, questions: int = 48) -> None:
+def calibrate_lambda(model: Meteor, count: int = 48) -> None:
     """The table of lambdas, measured on validation questions of all families."""
-    parts = batches("val", questions, first=50_000)
+    parts = batches("val", count, first=50_000)
     examples = [example for part in parts for example in part]
     images = to_images([example.picture.image for example in examples])
     asked = [example.question for example in examples]
@@ -610,73 +629,63 @@ def calibrate_lambda(model: Meteor, questions: int = 48) -> None:
     model.config["lambda_table"] = table
 
 
+def calibrate_stage(work: Path, out: Path) -> None:
+    model = trained(work, "answer")
+    calibrate_lambda(model)
+    model.half().save_pretrained(out)  # half the size; loaded as float32
+
+
 # -------------------------------------------------------------------------------------- the stages
 
 
-def new_model(folder: Path) -> Meteor:
-    """The embedded model with the trained encoders of earlier stages, the rest random."""
+def new_model(layers: int | None = None) -> Meteor:
+    """The embedded model with random weights; layers: of its Llama, where not all."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(world.WORDS)
+    tokenizer = build_tokenizer(questions.WORDS)
+    decoder = DECODER | {"vocab_size": len(tokenizer)}
+    if layers is not None:
+        decoder["num_hidden_layers"] = layers
     config = {
         "encoders": {name: [name, options] for name, options in ENCODERS.items()},
-        "decoder": DECODER | {"vocab_size": len(tokenizer)},
+        "decoder": decoder,
         "ranks": None,
         "lambda_table": None,
         "budget": BUDGET,
     }
     model = Meteor(config, tokenizer)
+    # what 2 L sums add up to is to be as loud as one of them
+    for layer in model.decoder.model.layers:
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data.mul_((2 * len(model.decoder.model.layers)) ** -0.5)
+    return model.to(DEVICE)
+
+
+def with_encoders(model: Meteor, work: Path) -> Meteor:
+    """The model with the trained encoders, which learn no more."""
     for name, encoder in model.encoders.items():
-        encoder.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        encoder.load_state_dict(load_file(work / f"{name}.safetensors"))
     model.encoders.requires_grad_(False)
-    return model.to(DEVICE).eval()
+    ranks = work / "ranks.json"
+    if ranks.exists():
+        model.config["ranks"] = json.loads(ranks.read_text())
+    return model.eval()
 
 
-def ranked(folder: Path) -> Meteor:
-    """The same with the ranks that stage "features" measured."""
-    model = new_model(folder)
-    model.config["ranks"] = json.loads((folder / "ranks.json").read_text())
+def load_own(model: Meteor, file: Path) -> Meteor:
+    model.load_state_dict(load_file(file), strict=False)  # tied word embeddings are stored once
     return model
 
 
-def trained(folder: Path, stage: str) -> Meteor:
+def grown_model(work: Path) -> Meteor:
+    """The embedded model with the Llama that learned words, grown to all its layers."""
+    few, model = load_own(new_model(FIRST_LAYERS), work / "words.safetensors"), new_model()
+    grown(few.decoder, model.decoder)
+    return model
+
+
+def trained(work: Path, stage: str) -> Meteor:
     """The model as a finished stage left it."""
-    model = ranked(folder)
-    saved = load_file(folder / f"{stage}.safetensors")
-    model.load_state_dict(saved, strict=False)  # tied word embeddings are stored once
-    return model
-
-
-def features_stage(work: Path) -> None:
-    model = new_model(work)
-    calibrate_ranks(model)
-    (work / "ranks.json").write_text(json.dumps(model.config["ranks"]))
-    cache_features(model, work, "features", FEATURE_CHUNKS, random_stage1)
-
-
-def align_stage(work: Path) -> None:
-    model = ranked(work)
-    align(model, work, STEPS["align"])
-    save_whole(own_weights(model), work / "align.safetensors")
-    print_recall(recall(model, replace(model.budget, stage3=None)))
-
-
-def answer_stage(work: Path) -> None:
-    model = trained(work, "align")
-    answer(model, work, STEPS["answer"])
-    save_whole(own_weights(model), work / "answer.safetensors")
-    print_recall(recall(model, replace(model.budget, stage3=None)))
-
-
-def polish_stage(work: Path) -> None:
-    model = trained(work, "answer")
-    answer(model, work, STEPS["polish"], "polish", rate=6e-4, hold=0.0, seed=19)
-    save_whole(own_weights(model), work / "polish.safetensors")
-
-
-def calibrate_stage(work: Path, out: Path) -> None:
-    model = trained(work, "polish")
-    calibrate_lambda(model)
-    model.half().save_pretrained(out)  # half the size; loaded as float32
+    return load_own(with_encoders(new_model(), work), work / f"{stage}.safetensors")
 
 
 def run_stage(stage: str, work: Path, out: Path) -> None:
@@ -684,22 +693,26 @@ def run_stage(stage: str, work: Path, out: Path) -> None:
     if stage == "pictures":
         draw_pool(work, POOL)
     elif stage in ENCODERS:
-        train_encoder(stage, work, STEPS[stage])
+        train_encoder(stage, work, STEPS[stage], DEVICE)
+    elif stage == "words":
+        words_stage(work)
     elif stage == "features":
         features_stage(work)
     elif stage == "align":
         align_stage(work)
     elif stage == "answer":
         answer_stage(work)
-    elif stage == "polish":
-        polish_stage(work)
     else:
         calibrate_stage(work, out)
 
 
 def last_file(stage: str) -> str:
     """What a stage writes last: where it is there, the stage is done."""
-    return "facts.json" if stage == "pictures" else f"{stage}.safetensors"
+    if stage == "pictures":
+        return "facts.json"
+    if stage == "features":
+        return f"features/{POOL // CHUNK - 1}.safetensors"
+    return f"{stage}.safetensors"
 
 
 def main() -> None:

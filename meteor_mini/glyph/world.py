@@ -1,29 +1,36 @@
-r"""GlyphWorld: seeded pictures of shapes, numbers, tables and bar charts, and questions about them.
+r"""GlyphWorld: seeded pictures of shapes, small print, tables and bar charts.
 
 The embedded model is trained and measured on this world. Everything is drawn with Pillow from a
-seed, no file is read. The generator knows what every patch shows, so it also yields dense labels
-(`Picture.patch_words`): they train the encoders, and tell which patches survived a pruning stage.
+seed, no file is read. `questions.py` asks about the pictures.
 
-Three kinds of picture, eight families of question in the paper's two groups:
+    scene   3 x 3 cells with coloured, patterned shapes; some have a printed label
+            below them, some scenes have one longer number elsewhere
+    table   3 to 5 rows a b c d e, 2 or 3 columns x y z, a number of two digits in each cell
+    chart   3 to 5 coloured bars of heights 1..9
 
-    scene   3 x 3 cells with shapes,        presence, color, count, relation    General
-            often a printed number          number                              OCR & Chart
-    table   rows a b c, columns x y z       cell                                OCR & Chart
-    chart   3 to 5 bars of heights 1..9     tallest, value                      OCR & Chart
+Two kinds of patches are of no use to anybody, and a good pruner should drop both: flat ground, and
+clutter (grey textures, scribbles, outlines, signs that are no digits), which is unlike the ground
+and still means nothing. The print is small: it can be read at 192 pixels, not at 96.
+
+The generator knows what every patch shows, so it also yields dense labels
+(`Picture.patch_words`): they train the encoders, and tell which patches survive a pruning stage.
 
 Splits have disjoint seeds. `HELD_OUT_PAIRS` and `held_out_number` never occur in "train" and "val".
-In "test" the pairs occur like any other, and *every* printed number is a held-out one, so that
+In "test" the pairs occur like any other, and *every* longer number is a held-out one, so that
 reading cannot be recall.
 """
 
+import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
-SIZE, GRID = 96, 12  # pixels per side, patches per side
+SIZE, GRID = 192, 12  # pixels per side, patches per side
 PATCH = SIZE // GRID  # pixels per side of a patch
-CELL = SIZE // 3  # pixels per side of one of a scene's 3 x 3 cells
+CELLS = 3  # a scene has 3 x 3 cells
+CELL = SIZE // CELLS  # pixels per side of a cell: 4 patches, of which the lowest holds a label
 
 COLORS = {
     "red": (214, 40, 40),
@@ -34,54 +41,32 @@ COLORS = {
     "cyan": (40, 190, 210),
 }
 SHAPES = ["circle", "square", "triangle", "star", "cross"]
+PATTERNS = ["plain", "striped", "dotted", "checked"]
 ROWS = ["top", "middle", "bottom"]  # where a shape stands
 COLUMNS = ["left", "center", "right"]
-TABLE_ROWS = ["a", "b", "c"]
+TABLE_ROWS = ["a", "b", "c", "d", "e"]
 TABLE_COLUMNS = ["x", "y", "z"]
-ORDINALS = ["first", "second", "third", "fourth"]  # which digit of a printed number
+ORDINALS = ["first", "second", "third", "fourth", "fifth", "sixth"]  # which digit of a number
 DIGITS = list("0123456789")
+PRINT = ["label", "number", "cell", "header"]  # what is printed
+CLUTTER = ["texture", "scribble", "outline", "signs"]
+SIGNS = "#%&@?!*+=$<>"  # print that means nothing
 
 # A patch has at most one word per slot; index 0 of a slot means "none".
 SLOTS = {
-    "what": SHAPES + ["number", "cell", "bar", "header"],
+    "what": SHAPES + PRINT + ["bar"],
     "color": list(COLORS),
+    "pattern": PATTERNS,
     "digit": DIGITS,  # printed
+    "place": ORDINALS,  # of a digit in its number
     "value": DIGITS,  # of a bar
-    "count": DIGITS,  # how many shapes of this kind the picture has
-    "row": ROWS + TABLE_ROWS,
-    "column": COLUMNS + TABLE_COLUMNS + ORDINALS,
     "extreme": ["tallest", "shortest"],
+    "row": ROWS + TABLE_ROWS,
+    "column": COLUMNS + TABLE_COLUMNS,
 }
-FAMILIES = {
-    "presence": "General",
-    "color": "General",
-    "count": "General",
-    "relation": "General",
-    "number": "OCR & Chart",
-    "cell": "OCR & Chart",
-    "tallest": "OCR & Chart",
-    "value": "OCR & Chart",
-}
-KIND_OF_FAMILY = {
-    "presence": "scene",
-    "color": "scene",
-    "count": "scene",
-    "relation": "scene",
-    "number": "scene",
-    "cell": "table",
-    "tallest": "chart",
-    "value": "chart",
-}
+KINDS = {"scene": 0.6, "table": 0.2, "chart": 0.2}  # kinds of picture, and how often each is drawn
 HELD_OUT_PAIRS = {("purple", "star"), ("green", "triangle"), ("yellow", "cross")}
-SPLIT_SEED = {"train": 0, "val": 1, "test": 2}
-CLIP_SEED = 3
-EXAMPLES_FROM = 10_000_000  # pictures from this number on are examples, and never train
-
-QUESTION_WORDS = (
-    "is there a what color the how many are left right of above below number in row column cell "
-    "read which bar tallest shortest value describe where picture yes no shapes digit , ? ."
-).split()
-WORDS = sorted({word for slot in SLOTS.values() for word in slot} | set(QUESTION_WORDS))
+SPLIT_SEED = {"train": 10, "val": 11, "test": 12}
 
 
 def held_out_number(digits: list[int]) -> bool:
@@ -101,49 +86,62 @@ def held_out(pair: tuple[str, str], split: str) -> bool:
 class Picture:
     """A drawn picture with everything that is true of it.
 
-    image (96, 96, 3) uint8.
-    patch_words (144, 8) int64: per patch, in raster order, one index per slot of `SLOTS`, 0 for
+    image (192, 192, 3) uint8.
+    patch_words (144, 9) int64: per patch, in raster order, one index per slot of `SLOTS`, 0 for
         none.
-    kind: "scene", "table" or "chart"; facts: what was drawn (see `draw_scene`, `draw_table`,
-        `draw_chart`).
+    kind: of `KINDS`; facts: what was drawn (see `draw_scene`, `draw_table`, `draw_chart`).
+    patch_clutter (144,) int64: per patch, 1 + its kind's place in CLUTTER, 0 for none.
     """
 
     image: np.ndarray
     patch_words: np.ndarray
     kind: str
     facts: dict
+    patch_clutter: np.ndarray | None = None
+
+
+class Thing(NamedTuple):
+    """A shape of a scene: row, column of its cell, 0..2; label: its digits, [] for none."""
+
+    color: str
+    shape: str
+    pattern: str
+    row: int
+    column: int
+    label: list[int]
 
 
 class Canvas:
     """The picture, and beside it a canvas of object numbers from which each patch reads its words.
 
-    Object 0 is the background. A canvas begins with one: dark or light, a ramp of grey, noise.
+    Object 0 is whatever has no meaning. A canvas begins with that: dark or light, a ramp of grey,
+    noise, and clutter.
     """
 
     def __init__(self, rng: np.random.Generator):
         self.rng = rng
         dark = rng.random() < 0.4
         self.ink = (235, 235, 235) if dark else (25, 25, 25)
-        grey = rng.uniform(30, 75) if dark else rng.uniform(170, 230)
-        self.image = Image.fromarray(background(rng, grey))
+        self.grey = rng.uniform(30, 75) if dark else rng.uniform(170, 230)
+        self.image = Image.fromarray(background(rng, self.grey))
         self.draw = ImageDraw.Draw(self.image)
         self.ids = Image.new("L", (SIZE, SIZE), 0)
         self.id_draw = ImageDraw.Draw(self.ids)
         self.words = [{}]  # of each object: slot -> word
-        self.scratch(grey)
-
-    def scratch(self, grey: float) -> None:
-        """A few faint lines, so that an edge alone means nothing."""
-        rng = self.rng
-        for _ in range(rng.integers(0, 4)):
-            shade = varied((grey, grey, grey), 30, rng)
-            start = tuple(rng.integers(0, SIZE, 2))
-            end = tuple(rng.integers(0, SIZE, 2))
-            self.draw.line([start, end], fill=shade, width=1)
+        self.clutter_ids = Image.new("L", (SIZE, SIZE), 0)  # 1 + place in CLUTTER
+        clutter(self)
 
     def faint_ink(self, strength: float, rest: int) -> tuple[int, ...]:
         """The ink, thinned, for lines that carry no meaning."""
         return tuple((np.array(self.ink) * strength + rest).astype(int).tolist())
+
+    def paper(self, column: int, row: int, columns: int, rows: int) -> None:
+        """Blank paper over some patches, 2 pixels more on each side: print stands on it."""
+        shade = varied((self.grey,) * 3, 8, self.rng)
+        left, top = column * PATCH - 2, row * PATCH - 2
+        right, bottom = (column + columns) * PATCH + 1, (row + rows) * PATCH + 1
+        self.draw.rectangle([left, top, right, bottom], fill=shade)
+        ImageDraw.Draw(self.clutter_ids).rectangle([left, top, right, bottom], fill=0)
 
     def add_object(self, **words: str) -> int:
         """Register an object with its words (slot -> word).
@@ -153,53 +151,58 @@ class Canvas:
         self.words.append(words)
         return len(self.words) - 1
 
-    def glyph(
-        self, text: str, left: int, top: int, box: tuple[int, int], size: int, **words: str
-    ) -> None:
-        """Print one character in the middle of a box (width, height), up to a pixel beside it.
-
-        What it covers gets its words.
-        """
-        font = ImageFont.load_default(size)
-        width, height = box
-        x = left + width / 2 + self.rng.uniform(-1, 1)
-        y = top + height / 2 + self.rng.uniform(-1, 1)
+    def glyph(self, text: str, patch: tuple[int, int], size: int, **words: str) -> None:
+        """Print one character about the middle of a patch (x, y), which gets its words."""
+        left, top = patch[0] * PATCH, patch[1] * PATCH
+        x = left + PATCH / 2 + self.rng.uniform(-1.5, 1.5)
+        y = top + PATCH / 2 + self.rng.uniform(-1.5, 1.5)
+        font = print_font(size)
         self.draw.text((x, y), text, font=font, fill=self.ink, anchor="mm")
-        covered = self.draw.textbbox((x, y), text, font=font, anchor="mm")
-        self.id_draw.rectangle(covered, fill=self.add_object(**words))
+        whole = [left, top, left + PATCH - 1, top + PATCH - 1]
+        self.id_draw.rectangle(whole, fill=self.add_object(**words))
 
     def pixels(self) -> np.ndarray:
         return np.asarray(self.image).copy()
 
     def patch_words(self) -> np.ndarray:
-        """Per patch the words of the object that covers most of it: 15 % of its pixels at least."""
+        """Per patch the words of the object that covers most of it: a quarter of it at least."""
         ids = np.asarray(self.ids).reshape(GRID, PATCH, GRID, PATCH)
         patches = ids.transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
         words = [word_numbers(words) for words in self.words]
         labels = np.zeros((GRID * GRID, len(SLOTS)), np.int64)
         for place, patch in enumerate(patches):
             covered = np.bincount(patch)  # pixels of each object
-            covered[0] = 0  # the background is none
+            covered[0] = 0
             owner = covered.argmax()
-            if covered[owner] >= 0.15 * PATCH * PATCH:
+            if covered[owner] >= 0.25 * PATCH * PATCH:
                 labels[place] = words[owner]
         return labels
 
+    def patch_clutter(self) -> np.ndarray:
+        """(144,) int64: the kind of clutter on each patch, 1 + its place in CLUTTER; 0 for none.
+
+        A patch is cluttered where a twelfth of its pixels are, as lines are thin.
+        """
+        ids = np.asarray(self.clutter_ids).reshape(GRID, PATCH, GRID, PATCH)
+        patches = ids.transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
+        kinds = np.zeros(GRID * GRID, np.int64)
+        for place, patch in enumerate(patches):
+            covered = np.bincount(patch)
+            covered[0] = 0
+            kind = covered.argmax()
+            if covered[kind] >= PATCH * PATCH / 12:
+                kinds[place] = kind
+        return kinds
+
     def finish(self, kind: str, facts: dict) -> Picture:
-        return Picture(self.pixels(), self.patch_words(), kind, facts)
+        words, clutter = self.patch_words(), self.patch_clutter()
+        clutter[words[:, 0] > 0] = 0
+        return Picture(self.pixels(), words, kind, facts, clutter)
 
 
-def background(rng: np.random.Generator, grey: float) -> np.ndarray:
-    """(96, 96, 3) uint8: a grey that rises in some direction, with a tint and noise."""
-    ramp = np.linspace(-1, 1, SIZE)
-    angle = rng.uniform(0, 2 * np.pi)
-    strength = rng.uniform(0, 22)
-    slope = np.cos(angle) * ramp[:, None] + np.sin(angle) * ramp[None, :]
-    ground = grey + strength * slope
-    tint = rng.uniform(-12, 12, size=3)
-    loudness = rng.uniform(2, 7)
-    noise = rng.normal(0, loudness, size=(SIZE, SIZE, 3))
-    return np.clip(ground[:, :, None] + tint + noise, 0, 255).astype(np.uint8)
+@functools.cache
+def print_font(size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size)
 
 
 def word_numbers(words: dict[str, str]) -> list[int]:
@@ -226,14 +229,14 @@ def make_picture(index: int, split: str = "train", kind: str | None = None) -> P
     """
     if split not in SPLIT_SEED:
         raise ValueError(f"split must be one of {list(SPLIT_SEED)}, got {split!r}")
-    if kind not in (None, "scene", "table", "chart"):
-        raise ValueError(f"kind must be 'scene', 'table', 'chart' or None, got {kind!r}")
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind must be one of {list(KINDS)} or None, got {kind!r}")
     if index < 0:
         raise ValueError(f"index must be 0 or more, got {index}")
     name = "" if kind is None else kind
     rng = np.random.default_rng([SPLIT_SEED[split], index, *name.encode()])
     if kind is None:
-        kind = str(rng.choice(["scene", "table", "chart"], p=[0.5, 0.2, 0.3]))
+        kind = str(rng.choice(list(KINDS), p=list(KINDS.values())))
     if kind == "scene":
         return draw_scene(rng, split)
     if kind == "table":
@@ -241,51 +244,169 @@ def make_picture(index: int, split: str = "train", kind: str | None = None) -> P
     return draw_chart(rng)
 
 
+# ------------------------------------------------------------------------------ ground and clutter
+
+
+def background(rng: np.random.Generator, grey: float) -> np.ndarray:
+    """(192, 192, 3) uint8: a grey that rises in some direction, with a tint and noise."""
+    ramp = np.linspace(-1, 1, SIZE)
+    angle = rng.uniform(0, 2 * np.pi)
+    strength = rng.uniform(0, 22)
+    slope = np.cos(angle) * ramp[:, None] + np.sin(angle) * ramp[None, :]
+    ground = grey + strength * slope
+    tint = rng.uniform(-12, 12, size=3)
+    loudness = rng.uniform(2, 8)
+    noise = rng.standard_normal((SIZE, SIZE, 1), dtype=np.float32)
+    return np.clip(ground[:, :, None] + tint + loudness * noise, 0, 255).astype(np.uint8)
+
+
+def clutter(canvas: Canvas) -> None:
+    """Nine to fifteen pieces of what is unlike the ground and means nothing, anywhere."""
+    rng = canvas.rng
+    for _ in range(rng.integers(9, 16)):
+        x, y = (int(place) for place in rng.integers(0, SIZE, size=2))
+        draw_piece(canvas, CLUTTER[rng.integers(len(CLUTTER))], x, y)
+
+
+def draw_piece(canvas: Canvas, kind: str, x: int, y: int) -> None:
+    """One piece of a kind of CLUTTER; the canvas notes where it changed the picture."""
+    before = canvas.image.copy()
+    if kind == "texture":
+        draw_texture(canvas, x, y)
+    elif kind == "scribble":
+        draw_scribble(canvas, x, y)
+    elif kind == "outline":
+        draw_outline(canvas, x, y)
+    else:
+        draw_signs(canvas, x, y)
+    changed = ImageChops.difference(before, canvas.image).convert("L").point(on_or_off)
+    canvas.clutter_ids.paste(1 + CLUTTER.index(kind), mask=changed)
+
+
+def on_or_off(value: int) -> int:
+    return 255 if value > 0 else 0
+
+
+def any_color(rng: np.random.Generator) -> tuple[int, ...]:
+    """Mostly a colour that things have too: colour alone tells nothing."""
+    if rng.random() < 0.3:
+        return dull_color(rng)
+    names = list(COLORS)
+    return varied(COLORS[names[rng.integers(len(names))]], 25, rng)
+
+
+def dull_color(rng: np.random.Generator) -> tuple[int, ...]:
+    """A grey with a tint: no colour that a question names."""
+    grey = rng.uniform(30, 225)
+    return varied((grey, grey, grey), 25, rng)
+
+
+def draw_texture(canvas: Canvas, x: int, y: int) -> None:
+    """A grey rectangle of 24 to 64 pixels a side, in one of the patterns."""
+    rng = canvas.rng
+    width, height = (int(side) for side in rng.integers(24, 65, size=2))
+    box = [x - width // 2, y - height // 2, x + width // 2, y + height // 2]
+    if rng.random() < 0.5:
+        canvas.draw.rectangle(box, fill=dull_color(rng))
+    mask = Image.new("L", (SIZE, SIZE), 0)
+    ImageDraw.Draw(mask).rectangle(box, fill=255)
+    pattern = PATTERNS[rng.integers(1, len(PATTERNS))]
+    paint(canvas, dull_color(rng), mask, pattern_mask(pattern, rng))
+
+
+def draw_scribble(canvas: Canvas, x: int, y: int) -> None:
+    """Four to eight strokes within 60 pixels."""
+    rng = canvas.rng
+    corners = rng.integers(-30, 31, size=(rng.integers(5, 10), 2)) + (x, y)
+    canvas.draw.line([tuple(corner) for corner in corners.tolist()], fill=any_color(rng), width=2)
+
+
+def draw_outline(canvas: Canvas, x: int, y: int) -> None:
+    """A shape without a filling."""
+    rng = canvas.rng
+    shape, radius = SHAPES[rng.integers(len(SHAPES))], rng.uniform(14, 24)
+    outer, inner = Image.new("L", (SIZE, SIZE), 0), Image.new("L", (SIZE, SIZE), 0)
+    draw_shape(ImageDraw.Draw(outer), shape, x, y, radius, 255)
+    draw_shape(ImageDraw.Draw(inner), shape, x, y, radius - 5, 255)
+    paint(canvas, any_color(rng), outer, ~np.asarray(inner, bool))
+
+
+def draw_signs(canvas: Canvas, x: int, y: int) -> None:
+    """A line of three to eight printed signs that are neither digits nor headers."""
+    rng = canvas.rng
+    font = print_font(int(rng.integers(13, 18)))
+    signs = [SIGNS[i] for i in rng.integers(len(SIGNS), size=rng.integers(3, 9))]
+    canvas.draw.text((x, y), " ".join(signs), font=font, fill=any_color(rng), anchor="mm")
+
+
+def paint(canvas: Canvas, color: tuple[int, ...], shape: Image.Image, where: np.ndarray) -> None:
+    """Paint a colour inside a shape ("L", white inside), where (192, 192) bool is True."""
+    mask = np.asarray(shape, bool) & where
+    canvas.image.paste(color, mask=Image.fromarray(mask.astype(np.uint8) * 255))
+
+
+def pattern_mask(pattern: str, rng: np.random.Generator) -> np.ndarray:
+    """(192, 192) bool: where the second colour of a pattern goes."""
+    y, x = np.mgrid[:SIZE, :SIZE]
+    y, x = y + rng.integers(12), x + rng.integers(12)
+    if pattern == "plain":
+        return np.zeros((SIZE, SIZE), bool)
+    if pattern == "striped":
+        along = (x, y, x + y, x - y)[rng.integers(4)]
+        return along % 10 < 5
+    if pattern == "dotted":
+        return (x % 10 - 5) ** 2 + (y % 10 - 5) ** 2 < 9
+    return (x // 6 + y // 6) % 2 == 0
+
+
 # ------------------------------------------------------------------------------------------- scenes
 
 
 def draw_scene(rng: np.random.Generator, split: str) -> Picture:
-    """facts: objects [(color, shape, row 0..2, column 0..2)], number [digits] or None."""
+    """facts: things [`Thing`], number [digits] or []."""
     canvas = Canvas(rng)
-    cells = [(row, column) for row in range(3) for column in range(3)]
-    number = None
-    if rng.random() < 0.6:
+    cells = [(row, column) for row in range(CELLS) for column in range(CELLS)]
+    style = rng.choice(["bare", "labels", "number"], p=[0.25, 0.45, 0.3])
+    number = []
+    if style == "number":
         number = random_number(rng, split)
-        row, column = int(rng.integers(3)), int(rng.integers(2))
+        row, column = int(rng.integers(CELLS)), int(rng.integers(CELLS - 1))
         cells.remove((row, column))  # a number takes two cells
         cells.remove((row, column + 1))
         print_number(canvas, number, row, column)
     kinds = random_kinds(rng, split)
+    labels = rng.permutation(100)[: len(kinds)]
     places = rng.permutation(len(cells))[: len(kinds)]
-    objects = []
-    for (color, shape), place in zip(kinds, places):
-        row, column = cells[place]
-        objects.append((color, shape, row, column))
-    for color, shape, row, column in objects:
-        stand(canvas, color, shape, row, column, how_many(objects, shape))
-    return canvas.finish("scene", {"objects": objects, "number": number})
+    things = []
+    for (color, shape), label, place in zip(kinds, labels, places):
+        digits = [int(label) // 10, int(label) % 10] if style == "labels" else []
+        pattern = PATTERNS[rng.integers(len(PATTERNS))]
+        things.append(Thing(color, shape, pattern, *cells[place], digits))
+    for thing in things:
+        stand(canvas, thing)
+    return canvas.finish("scene", {"things": things, "number": number})
 
 
 def random_number(rng: np.random.Generator, split: str) -> list[int]:
-    """Three or four digits; held-out strings only in "test", all others elsewhere."""
+    """Four to six digits; held-out strings only in "test", all others elsewhere."""
     while True:
-        length = rng.integers(3, 5)
+        length = rng.integers(4, 7)
         digits = [int(digit) for digit in rng.integers(0, 10, size=length)]
         if held_out_number(digits) == (split == "test"):
             return digits
 
 
 def print_number(canvas: Canvas, number: list[int], row: int, column: int) -> None:
-    """Print a number somewhere in cell (row, column) and the next; a digit is 2 x 3 patches."""
+    """Print a number somewhere in cell (row, column) and the next; a digit takes a patch."""
     rng = canvas.rng
-    size = int(rng.integers(21, 25))
-    free = 2 * CELL // PATCH - 2 * len(number)  # patches that the digits leave in two cells
-    left = column * CELL + PATCH * int(rng.integers(0, free + 1))
-    top = row * CELL + PATCH * int(rng.integers(2))
-    box = (2 * PATCH, 3 * PATCH)
+    wide = CELL // PATCH  # patches
+    left = wide * column + int(rng.integers(2 * wide - len(number) + 1))
+    top = wide * row + int(rng.integers(wide))
+    canvas.paper(left, top, len(number), 1)
+    size = int(rng.integers(14, 17))
     for place, digit in enumerate(number):
-        words = {"what": "number", "digit": str(digit), "column": ORDINALS[place]}
-        canvas.glyph(str(digit), left + 2 * PATCH * place, top, box, size, **words)
+        words = {"what": "number", "digit": str(digit), "place": ORDINALS[place]}
+        canvas.glyph(str(digit), (left + place, top), size, **words)
 
 
 def random_kinds(rng: np.random.Generator, split: str) -> list[tuple[str, str]]:
@@ -302,18 +423,31 @@ def random_kinds(rng: np.random.Generator, split: str) -> list[tuple[str, str]]:
     return chosen
 
 
-def stand(canvas: Canvas, color: str, shape: str, row: int, column: int, count: int) -> None:
-    """Draw a shape about the middle of its cell, and label it; count: of its kind in the scene."""
+def stand(canvas: Canvas, thing: Thing) -> None:
+    """Draw a shape in the upper three quarters of its cell, its label below it."""
     rng = canvas.rng
-    radius = rng.uniform(10, 13)
-    x = column * CELL + CELL // 2 + rng.uniform(-2, 2)
-    y = row * CELL + CELL // 2 + rng.uniform(-2, 2)
+    row, column = ROWS[thing.row], COLUMNS[thing.column]
     number = canvas.add_object(
-        what=shape, color=color, count=str(count), row=ROWS[row], column=COLUMNS[column]
+        what=thing.shape, color=thing.color, pattern=thing.pattern, row=row, column=column
     )
-    fill = varied(COLORS[color], 18, rng)
-    draw_shape(canvas.draw, shape, x, y, radius, fill)
-    draw_shape(canvas.id_draw, shape, x, y, radius, number)
+    radius = rng.uniform(18, 22)
+    x = (thing.column + 0.5) * CELL + rng.uniform(-6, 6)
+    y = thing.row * CELL + 24 + rng.uniform(-2, 2)
+    fill = varied(COLORS[thing.color], 18, rng)
+    mask = Image.new("L", (SIZE, SIZE), 0)
+    draw_shape(ImageDraw.Draw(mask), thing.shape, x, y, radius, 255)
+    paint(canvas, fill, mask, np.ones((SIZE, SIZE), bool))
+    dark = tuple(int(0.5 * value) for value in fill)
+    paint(canvas, dark, mask, pattern_mask(thing.pattern, rng))
+    draw_shape(canvas.id_draw, thing.shape, x, y, radius, number)
+    if thing.label:
+        left, top = thing.column * 4 + 1, thing.row * 4 + 3
+        canvas.paper(left, top, 2, 1)
+        size = int(rng.integers(14, 17))
+        for place, digit in enumerate(thing.label):
+            words = {"what": "label", "digit": str(digit), "place": ORDINALS[place]}
+            words |= {"row": row, "column": column}
+            canvas.glyph(str(digit), (left + place, top), size, **words)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill) -> None:
@@ -339,54 +473,47 @@ def star_corners(x: float, y: float, r: float) -> list[tuple[float, float]]:
     return corners
 
 
-def how_many(objects: list, shape: str) -> int:
-    return sum(kind == shape for _, kind, _, _ in objects)
-
-
-def single(objects: list) -> list:
-    """The objects whose shape occurs once: "the star" means one of them."""
-    return [item for item in objects if how_many(objects, item[1]) == 1]
-
-
 # ------------------------------------------------------------------------------- tables and charts
 
 
 def draw_table(rng: np.random.Generator) -> Picture:
-    """facts: cells (rows, columns) digits, as a nested list."""
+    """facts: cells (rows, columns, 2) digits, as a nested list."""
     canvas = Canvas(rng)
-    rows, columns = int(rng.integers(2, 4)), int(rng.integers(2, 4))
-    cells = rng.integers(0, 10, size=(rows, columns)).tolist()
-    step = 3 * PATCH  # small encoders read best where glyphs keep to their grid
-    left = PATCH * int(rng.integers(0, GRID - 3 * columns - 2))
-    top = PATCH * int(rng.integers(0, GRID - 3 * rows - 2))
-    size = int(rng.integers(18, 22))
-    draw_lines(canvas, left, top, rows + 1, columns + 1, step)  # with a row and column of headers
-
-    def write(text, r, c, **words):
-        canvas.glyph(text, left + c * step, top + r * step, (step, step), size, **words)
-
+    rows, columns = int(rng.integers(3, 6)), int(rng.integers(2, 4))
+    cells = rng.integers(0, 10, size=(rows, columns, 2)).tolist()
+    wide, high = 1 + 3 * columns, 1 + 2 * rows  # patches: headers, a gap before each column and row
+    left = int(rng.integers(GRID - wide + 1))
+    top = int(rng.integers(GRID - high + 1))
+    canvas.paper(left, top, wide, high)
+    draw_lines(canvas, left, top, rows, columns)
+    size = int(rng.integers(14, 17))
     for r in range(rows):
-        write(TABLE_ROWS[r], r + 1, 0, what="header", row=TABLE_ROWS[r])
+        row = TABLE_ROWS[r]
+        canvas.glyph(row, (left, top + 2 * r + 2), size, what="header", row=row)
     for c in range(columns):
-        write(TABLE_COLUMNS[c], 0, c + 1, what="header", column=TABLE_COLUMNS[c])
+        column = TABLE_COLUMNS[c]
+        canvas.glyph(column, (left + 3 * c + 2, top), size, what="header", column=column)
     for r in range(rows):
         for c in range(columns):
-            digit = str(cells[r][c])
-            place = {"row": TABLE_ROWS[r], "column": TABLE_COLUMNS[c]}
-            write(digit, r + 1, c + 1, what="cell", digit=digit, **place)
+            for place, digit in enumerate(cells[r][c]):
+                words = {"what": "cell", "digit": str(digit), "place": ORDINALS[place]}
+                words |= {"row": TABLE_ROWS[r], "column": TABLE_COLUMNS[c]}
+                patch = (left + 3 * c + 2 + place, top + 2 * r + 2)
+                canvas.glyph(str(digit), patch, size, **words)
     return canvas.finish("table", {"cells": cells})
 
 
-def draw_lines(canvas: Canvas, left: int, top: int, rows: int, columns: int, step: int) -> None:
-    """The faint lines around rows x columns cells."""
+def draw_lines(canvas: Canvas, left: int, top: int, rows: int, columns: int) -> None:
+    """Faint lines in the gaps of a table whose upper left patch is (left, top)."""
     faint = canvas.faint_ink(0.4, 75)
-    right, bottom = left + step * columns, top + step * rows
-    for r in range(rows + 1):
-        y = top + r * step
-        canvas.draw.line([(left, y), (right, y)], fill=faint)
-    for c in range(columns + 1):
-        x = left + c * step
-        canvas.draw.line([(x, top), (x, bottom)], fill=faint)
+    start, end = left * PATCH, (left + 1 + 3 * columns) * PATCH
+    for r in range(rows):
+        y = (top + 2 * r + 1.5) * PATCH
+        canvas.draw.line([(start, y), (end, y)], fill=faint)
+    start, end = top * PATCH, (top + 1 + 2 * rows) * PATCH
+    for c in range(columns):
+        x = (left + 3 * c + 1.5) * PATCH
+        canvas.draw.line([(x, start), (x, end)], fill=faint)
 
 
 def draw_chart(rng: np.random.Generator) -> Picture:
@@ -396,8 +523,8 @@ def draw_chart(rng: np.random.Generator) -> Picture:
     names = list(COLORS)
     colors = [names[i] for i in rng.permutation(len(names))[:n]]
     values = [int(value) for value in rng.permutation(9)[:n] + 1]
-    bottom, left = rng.uniform(85, 92), rng.uniform(4, 10)
-    step = (SIZE - 4 - left) / n
+    bottom, left = rng.uniform(170, 184), rng.uniform(8, 20)
+    step = (SIZE - 8 - left) / n
     width = step * rng.uniform(0.55, 0.8)
     draw_axes(canvas, left, bottom)
     for i, (color, value) in enumerate(zip(colors, values)):
@@ -407,7 +534,7 @@ def draw_chart(rng: np.random.Generator) -> Picture:
         elif value == min(values):
             words["extreme"] = "shortest"
         x = left + i * step + (step - width) / 2
-        box = [x, bottom - 8 * value, x + width, bottom - 1]  # one unit is 8 pixels high
+        box = [x, bottom - PATCH * value, x + width, bottom - 1]  # one unit is a patch high
         canvas.draw.rectangle(box, fill=varied(COLORS[color], 18, rng))
         canvas.id_draw.rectangle(box, fill=canvas.add_object(**words))
     return canvas.finish("chart", {"bars": list(zip(colors, values))})
@@ -417,248 +544,8 @@ def draw_axes(canvas: Canvas, left: float, bottom: float) -> None:
     """Two axes, a faint tick at each unit, at every fifth a faint line through the picture."""
     faint = canvas.faint_ink(0.25, 96)
     for unit in range(10):
-        y = bottom - 8 * unit
+        y = bottom - PATCH * unit
         end = left + SIZE if unit % 5 == 0 else left
-        canvas.draw.line([(left - 3, y), (end, y)], fill=faint)
-    canvas.draw.line([(left - 2, bottom), (SIZE - 3, bottom)], fill=canvas.ink)
-    canvas.draw.line([(left - 2, bottom), (left - 2, bottom - 76)], fill=canvas.ink)
-
-
-# ---------------------------------------------------------------------------------------- questions
-
-
-def ask(
-    picture: Picture, family: str, rng: np.random.Generator, split: str = "train"
-) -> tuple[str, str] | None:
-    """A question of a family with its true answer.
-
-    Returns: (question, answer), or None where the picture has nothing to ask about.
-    """
-    facts = picture.facts
-    if KIND_OF_FAMILY[family] != picture.kind:
-        return None
-    if family == "presence":
-        return ask_presence(facts["objects"], rng, split)
-    if family == "color":
-        return ask_color(facts["objects"], rng)
-    if family == "count":
-        return ask_count(facts["objects"], rng)
-    if family == "relation":
-        return ask_relation(facts["objects"], rng)
-    if family == "number":
-        return ask_number(facts["number"])
-    if family == "cell":
-        return ask_cell(facts["cells"], rng)
-    if family == "tallest":
-        return ask_tallest(facts["bars"], rng)
-    return ask_value(facts["bars"], rng)
-
-
-def ask_presence(objects: list, rng: np.random.Generator, split: str) -> tuple[str, str]:
-    """Balanced; half of the absent pairs have their color and their shape both in the picture."""
-    there = {(color, shape) for color, shape, _, _ in objects}
-    if rng.random() < 0.5:
-        color, shape = sorted(there)[rng.integers(len(there))]
-        return f"is there a {color} {shape} ?", "yes"
-    colors = {color for color, _ in there}
-    shapes = {shape for _, shape in there}
-    pairs = [(color, shape) for color in COLORS for shape in SHAPES]
-    absent = [pair for pair in pairs if pair not in there and not held_out(pair, split)]
-    near = [(color, shape) for color, shape in absent if color in colors and shape in shapes]
-    pool = absent
-    if near and rng.random() < 0.5:
-        pool = near
-    color, shape = pool[rng.integers(len(pool))]
-    return f"is there a {color} {shape} ?", "no"
-
-
-def ask_color(objects: list, rng: np.random.Generator) -> tuple[str, str] | None:
-    once = single(objects)
-    if not once:
-        return None
-    color, shape, _, _ = once[rng.integers(len(once))]
-    return f"what color is the {shape} ?", color
-
-
-def ask_count(objects: list, rng: np.random.Generator) -> tuple[str, str]:
-    """Mostly of a shape that is there, and often of one that is there more than once."""
-    present = sorted({shape for _, shape, _, _ in objects})
-    many = [shape for shape in present if how_many(objects, shape) > 1]
-    pool = present if rng.random() < 0.8 else SHAPES
-    if many and rng.random() < 0.5:
-        pool = many
-    shape = pool[rng.integers(len(pool))]
-    return f"how many {shape} shapes are there ?", str(how_many(objects, shape))
-
-
-def ask_relation(objects: list, rng: np.random.Generator) -> tuple[str, str] | None:
-    once = single(objects)
-    vertical = rng.integers(2) == 0
-    axis = 2 if vertical else 3  # an object's row or column
-    pairs = [(a, b) for a in once for b in once if a[axis] != b[axis]]
-    if not pairs:
-        return None
-    a, b = pairs[rng.integers(len(pairs))]
-    asks_before = rng.integers(2) == 0
-    if vertical:
-        relation = "above" if asks_before else "below"
-    else:
-        relation = "left of" if asks_before else "right of"
-    is_before = a[axis] < b[axis]
-    answer = "yes" if is_before == asks_before else "no"
-    return f"is the {a[1]} {relation} the {b[1]} ?", answer
-
-
-def ask_number(number: list[int] | None) -> tuple[str, str] | None:
-    if number is None:
-        return None
-    return "what is the number ?", joined(number)
-
-
-def ask_cell(cells: list[list[int]], rng: np.random.Generator) -> tuple[str, str]:
-    """One cell, or a whole row."""
-    r, c = int(rng.integers(len(cells))), int(rng.integers(len(cells[0])))
-    row, column = TABLE_ROWS[r], TABLE_COLUMNS[c]
-    if rng.random() < 0.4:
-        return f"read row {row} .", joined(cells[r])
-    return f"what is in row {row} column {column} ?", str(cells[r][c])
-
-
-def ask_tallest(bars: list[tuple[str, int]], rng: np.random.Generator) -> tuple[str, str]:
-    """Half of the questions ask for the shortest."""
-    by_value = sorted(bars, key=bar_value)
-    if rng.random() < 0.5:
-        word, (color, _) = "tallest", by_value[-1]
-    else:
-        word, (color, _) = "shortest", by_value[0]
-    return f"which bar is the {word} ?", color
-
-
-def bar_value(bar: tuple[str, int]) -> int:
-    return bar[1]
-
-
-def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> tuple[str, str]:
-    color, value = bars[rng.integers(len(bars))]
-    return f"what is the value of the {color} bar ?", str(value)
-
-
-def joined(digits: list[int]) -> str:
-    return "".join(str(digit) for digit in digits)
-
-
-def place_name(row: int, column: int) -> str:
-    return f"{ROWS[row]} {COLUMNS[column]}"
-
-
-# ------------------------------------------------------- questions that train, and are not measured
-
-
-def describe(picture: Picture) -> tuple[str, str]:
-    """The whole picture in words, in raster order: a question with many supervised tokens."""
-    facts, parts = picture.facts, []
-    if picture.kind == "scene":
-        for color, shape, row, column in sorted(facts["objects"], key=object_place):
-            parts.append(f"{color} {shape} {place_name(row, column)}")
-        if facts["number"]:
-            parts.append("number " + joined(facts["number"]))
-    elif picture.kind == "table":
-        for name, digits in zip(TABLE_ROWS, facts["cells"]):
-            parts.append(f"row {name} {joined(digits)}")
-    else:
-        for color, value in facts["bars"]:
-            parts.append(f"{color} bar {value}")
-    return "describe the picture .", " , ".join(parts)
-
-
-def object_place(item: tuple) -> tuple[int, int]:
-    _, _, row, column = item
-    return row, column
-
-
-def where(scene: Picture, rng: np.random.Generator) -> tuple[str, str]:
-    """Where all shapes of a kind stand, in raster order, or where two shapes stand.
-
-    To count is to find all of a kind, to compare is to find two: without being asked where things
-    are, the model learns neither in 3,000 steps.
-    """
-    objects = scene.facts["objects"]
-    once = single(objects)
-    if len(once) >= 2 and rng.random() < 0.5:
-        first, second = (once[i] for i in rng.permutation(len(once))[:2])
-        question = f"where are the {first[1]} , {second[1]} ?"
-        places = [object_place(first), object_place(second)]
-    else:
-        shape = objects[rng.integers(len(objects))][1]
-        question = f"where are the {shape} shapes ?"
-        places = sorted(object_place(item) for item in objects if item[1] == shape)
-    return question, " , ".join(place_name(row, column) for row, column in places)
-
-
-# --------------------------------------------------------------------- what accuracy is measured on
-
-
-def example(index: int, split: str, family: str) -> tuple[Picture, str, str]:
-    """(picture, question, answer) number `index` of a family.
-
-    Each index has a picture of its own; where a picture has no question of the family the next seed
-    is tried.
-
-    Raises: ValueError for an unknown family or split.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {list(FAMILIES)}, got {family!r}")
-    code = list(FAMILIES).index(family)
-    first = EXAMPLES_FROM + (index * len(FAMILIES) + code) * 100
-    for attempt in range(100):
-        picture = make_picture(first + attempt, split, KIND_OF_FAMILY[family])
-        rng = np.random.default_rng([SPLIT_SEED[split], index, code])
-        asked = ask(picture, family, rng, split)
-        if asked:
-            return picture, *asked
-    # cannot happen: most pictures have one
-    raise RuntimeError(f"no {family} question in 100 pictures")
-
-
-def make_clip(index: int, kind: str) -> tuple[np.ndarray, str, str]:
-    """A short film as one picture: its frames fill the cells of a scene, row by row (as IG-VLM).
-
-    Neither kind occurs in training. "colors": six frames of a shape that changes its colour once;
-    was it ever of some colour? "counter": three frames of a digit that counts up; which digits?
-
-    Returns: image (96, 96, 3) uint8, question, answer.
-    """
-    rng = np.random.default_rng([CLIP_SEED, index, *kind.encode()])
-    canvas = Canvas(rng)
-    if kind == "colors":
-        question, answer = draw_color_clip(canvas)
-    else:
-        question, answer = draw_counter_clip(canvas)
-    return canvas.pixels(), question, answer
-
-
-def draw_color_clip(canvas: Canvas) -> tuple[str, str]:
-    rng, names = canvas.rng, list(COLORS)
-    shape = SHAPES[rng.integers(len(SHAPES))]
-    before, after, *never = (names[i] for i in rng.permutation(len(names)))
-    change = int(rng.integers(1, 6))  # the first frame of the second colour
-    for frame in range(6):
-        row, column = divmod(frame, 3)
-        color = before if frame < change else after
-        x, y = column * CELL + CELL / 2, row * CELL + CELL / 2
-        draw_shape(canvas.draw, shape, x, y, 12, COLORS[color])
-    if rng.random() < 0.5:
-        color, answer = (before, after)[rng.integers(2)], "yes"
-    else:
-        color, answer = never[rng.integers(2, len(names)) - 2], "no"
-    return f"is there a {color} {shape} ?", answer
-
-
-def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
-    rng = canvas.rng
-    first, size, row = int(rng.integers(8)), int(rng.integers(21, 25)), int(rng.integers(3))
-    digits = [first, first + 1, first + 2]
-    for frame, digit in enumerate(digits):
-        box = (2 * PATCH, 3 * PATCH)
-        canvas.glyph(str(digit), frame * CELL + PATCH, row * CELL, box, size)
-    return "what is the number ?", joined(digits)
+        canvas.draw.line([(left - 6, y), (end, y)], fill=faint)
+    canvas.draw.line([(left - 4, bottom), (SIZE - 6, bottom)], fill=canvas.ink, width=2)
+    canvas.draw.line([(left - 4, bottom), (left - 4, bottom - 152)], fill=canvas.ink, width=2)

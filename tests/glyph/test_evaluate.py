@@ -8,18 +8,24 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 from meteor_mini import Budget, load
-from meteor_mini.glyph import world
+from meteor_mini.glyph import questions, world
 from meteor_mini.glyph.evaluate import (
     PATCHES,
     accuracy,
     batches,
     difference,
     encoding_flops,
+    images_and_questions,
     interval,
+    make_example,
+    measure,
+    patch_groups,
     prefill_flops,
+    ratio,
     recall,
     to_images,
     utilization,
+    with_interval,
 )
 from stage1_encode import encode
 
@@ -30,21 +36,45 @@ def model():
 
 
 def test_families_come_in_turn_and_examples_do_not_depend_on_the_batch():
+    families = list(questions.FAMILIES)
     small = [e for part in batches("val", 20, batch=3) for e in part]
     large = [e for part in batches("val", 20, batch=50) for e in part]
-    assert [e[0] for e in small] == [list(world.FAMILIES)[i % 8] for i in range(20)]
-    assert [e[2:] for e in small] == [e[2:] for e in large]
+    assert [e.family for e in small] == [families[i % len(families)] for i in range(20)]
+    for one, same in zip(small, large):
+        assert (one.question, one.answer) == (same.question, same.answer)
+        assert np.array_equal(one.asked, same.asked)
+
+
+def test_an_example_is_a_question_with_its_picture_and_its_asked_patches():
+    example = make_example(3, "val", "tag")
+    picture, question = questions.example(3, "val", "tag")
+    assert np.array_equal(example.picture.image, picture.image)
+    assert (example.family, example.question, example.answer) == ("tag", *question[:2])
+    assert np.array_equal(example.asked, questions.asked_patches(picture, question))
+    images, texts = images_and_questions([example])
+    assert torch.equal(images, to_images([picture.image])) and texts == [question.text]
 
 
 def test_accuracy_is_the_share_of_exact_answers(model):
-    result = accuracy(model, model.budget, "val", samples=24)
+    result = accuracy(model, model.budget, "val", samples=12)
     right = tokens = 0
-    for _, picture, question, truth in next(batches("val", 24)):
-        answer = model.answer(to_images([picture.image]), [question])[0]
-        right, tokens = right + (answer.text == truth), tokens + answer.tokens["stage3"]
-    assert result["accuracy"] == pytest.approx(100 * right / 24)
-    assert result["average_tokens"] == pytest.approx(tokens / 24, rel=1e-4)
-    assert set(result["families"]) == set(world.FAMILIES) and sum(result["right"]) == right
+    for example in next(batches("val", 12)):
+        answer = model.answer(*images_and_questions([example]))[0]
+        right += answer.text == example.answer
+        tokens += answer.tokens["stage3"]
+    assert result["accuracy"] == pytest.approx(100 * right / 12)
+    assert result["average_tokens"] == pytest.approx(tokens / 12, rel=1e-4)
+    assert set(result["families"]) == set(questions.FAMILIES) and sum(result["right"]) == right
+
+
+def test_flops_of_a_question_are_of_its_whole_prompt(model):
+    (example,) = next(batches("val", 1))
+    (record,) = measure(model, Budget(stage1=60, stage2=24), [example])
+    encoded = model.encode(images_and_questions([example])[0], Budget(stage1=60, stage2=24))
+    embeds, _, visual_mask = model.prompt(encoded, [example.question])
+    text = embeds.shape[1] - int(visual_mask.sum())
+    layers = [24] * model.decoder.config.num_hidden_layers
+    assert record.flops == prefill_flops(model.decoder.config, layers, text)
 
 
 def test_unpruned_keeps_every_token(model):
@@ -67,9 +97,7 @@ def test_recall_in_any_encoder_is_the_union(model):
     table = recall(model, Budget(stage1=60), samples=16)["stage1"]
     left = total = 0
     for examples in batches("val", 16):
-        images = to_images([example.picture.image for example in examples])
-        questions = [example.question for example in examples]
-        answers = model.answer(images, questions, Budget(stage1=60))
+        answers = model.answer(*images_and_questions(examples), Budget(stage1=60))
         for example, answer in zip(examples, answers):
             m = answer.kept["stage1"]
             union = m["clip"] | m["convnext"] | m["eva"] | m["pix2struct"]
@@ -78,9 +106,23 @@ def test_recall_in_any_encoder_is_the_union(model):
     assert table["any"]["background"] == pytest.approx(100 * left / total)
 
 
+def test_each_patch_is_in_one_group():
+    found = set()
+    for example in next(batches("val", 24)):
+        words = example.picture.patch_words[:, 0]
+        groups = patch_groups(example.picture)
+        assert list(groups) == list(PATCHES)
+        assert (torch.stack([*groups.values()]).sum(dim=0) == 1).all()
+        printed = [1 + world.SLOTS["what"].index(word) for word in ("label", "number", "cell")]
+        assert groups["print"].tolist() == np.isin(words, printed).tolist()
+        assert groups["background"].tolist() == (words == 0).tolist()
+        found |= set(words.tolist())
+    assert found == set(range(len(world.SLOTS["what"]) + 1))  # all words of the slot were there
+
+
 def test_pictures_become_images_in_zero_to_one():
     images = to_images([world.make_picture(0).image])
-    assert images.shape == (1, 3, 96, 96) and images.dtype == torch.float32
+    assert images.shape == (1, 3, world.SIZE, world.SIZE) and images.dtype == torch.float32
     assert 0 <= images.min() and images.max() <= 1
 
 
@@ -144,6 +186,22 @@ def test_interval_and_difference_by_hand():
     mean, low, high = difference([True, True, False, True], [True, False, False, False])
     assert mean == 50 and low <= 50 <= high
     assert difference(right, right) == (0, 0, 0)
+
+
+def test_ratio_by_hand():
+    value, low, high = ratio([2, 2, 2], [1, 1], paired=False)
+    assert (value, low, high) == (2, 2, 2)
+    rng = np.random.default_rng(0)
+    b = rng.uniform(1, 9, 200)
+    paired, unpaired = ratio(3 * b, b, paired=True), ratio(3 * b, b, paired=False)
+    assert paired == pytest.approx((3, 3, 3)) and unpaired[0] == pytest.approx(3)
+    assert 2.5 < unpaired[1] < 3 < unpaired[2] < 3.6
+    assert all(np.isnan(ratio([1, 1], [0, 0], paired=True)))
+
+
+def test_with_interval_is_an_accuracy_and_its_interval():
+    right = [True, True, False, True]
+    assert with_interval(right) == (75, *interval(right))
 
 
 def test_utilization_by_hand():

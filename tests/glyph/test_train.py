@@ -1,72 +1,31 @@
-"""The training's losses against loops.
+"""The training's parts against loops.
 
 And one tiny run of every stage end to end (slow), stopped and resumed.
 """
-
-import math
 
 import numpy as np
 import pytest
 import torch
 
 from meteor_mini import load
-from meteor_mini.finetune import pack
-from meteor_mini.glyph import evaluate, train, world
+from meteor_mini.budgets import Budget
+from meteor_mini.finetune import answer_loss, pack
+from meteor_mini.glyph import evaluate, questions, schooling, train, world
 from meteor_mini.lab import fusions, tables, train_fusions
-from meteor_mini.weights import build_encoder
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return train.new_model(layers=2)
 
 
-def test_the_schedule_warms_up_and_falls():
-    rates = [train.schedule(step, 1000) for step in range(1000)]
-    assert rates[0] == 0.01 and rates[99] == 1.0 and abs(rates[999] - 0.02) < 1e-3
-    assert all(a > b for a, b in zip(rates[100:], rates[101:]))
-
-
-def test_word_loss_equals_a_loop_over_patches_and_slots():
+def some_words(*shape):
+    """Random words of random patches, half of them none, and one patch without any."""
     torch.manual_seed(0)
-    scores = torch.randn(2, 3, sum(train.SLOT_SIZES), dtype=torch.float64)
-    words = torch.stack([torch.randint(size, (2, 3)) for size in train.SLOT_SIZES], -1)
-    weights, expected = list(range(1, 1 + len(train.SLOT_SIZES))), 0.0
-    for slot, size in enumerate(train.SLOT_SIZES):
-        start, total, mass = sum(train.SLOT_SIZES[:slot]), 0.0, 0.0
-        for b in range(2):
-            for n in range(3):
-                word = words[b, n, slot].item()
-                weight = 1.0 if word else train.BACKGROUND_WEIGHT
-                row = scores[b, n, start : start + size]
-                total, mass = total - weight * (row[word] - row.logsumexp(0)).item(), mass + weight
-        expected += weights[slot] * total / mass
-    got = train.word_loss(scores.float(), words, weights)
-    assert got.item() == pytest.approx(expected / sum(weights), rel=1e-5)
-
-
-@torch.no_grad()
-def test_align_loss_equals_a_loop_over_patches(model):
-    torch.manual_seed(0)
-    projected = torch.randn(2, 3, 128)
-    words = torch.zeros(2, 3, len(world.SLOTS), dtype=torch.long)  # background
-    words[0, 0, 0], words[0, 0, 1] = 2, 3  # but one patch with two words
-    words[1, 2, 2] = 8  # and one with a digit
-    table, total, mass = train.slot_ids(model), 0.0, 0.0
-    for b in range(2):
-        for n in range(3):
-            x = projected[b, n]
-            length = (x.pow(2).mean() + model.decoder.config.rms_norm_eps).sqrt()
-            h = x / length * model.decoder.model.norm.weight
-            logp = (model.decoder.get_input_embeddings().weight @ h).log_softmax(0)
-            there = [table[s][w].item() for s, w in enumerate(words[b, n].tolist()) if w]
-            weight = 1.0 if there else train.BACKGROUND_WEIGHT
-            total -= weight * np.mean(
-                [logp[i].item() for i in there or [model.tokenizer.pad_token_id]]
-            )
-            mass += weight
-    got = train.align_loss(model, projected, words, table)
-    assert got.item() == pytest.approx(total / mass, rel=1e-5)
+    words = [torch.randint(len(slot) + 1, shape) for slot in world.SLOTS.values()]
+    words = torch.stack(words, dim=-1) * torch.randint(2, (*shape, len(words)))
+    words[0, 0] = 0
+    return words
 
 
 def test_slot_ids_are_the_words_of_the_tokenizer(model):
@@ -74,66 +33,177 @@ def test_slot_ids_are_the_words_of_the_tokenizer(model):
         assert model.tokenizer.convert_ids_to_tokens(ids.tolist()) == ["<pad>", *words]
 
 
-def test_packed_positions_and_mask_by_hand(model):
-    visual = torch.zeros(1, 2, 128)
-    embeds, mask, position, labels = pack(model, visual, [[("is there", "yes"), ("red", "4 2")]])
-    # <bos> v v | is there <ans> yes <eos> | red <ans> 4 2 <eos>
-    assert position.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 3, 4, 5, 6, 7]]
-    spoken = [
-        model.tokenizer.convert_ids_to_tokens([i])[0] if i != -100 else ""
-        for i in labels[0].tolist()
-    ]
-    assert spoken == [""] * 6 + ["yes", "<eos>"] + [""] * 2 + ["4", "2", "<eos>"]
-    seen = mask[0, 0].int().tolist()
-    assert seen[7] == [1] * 8 + [0] * 5 and seen[8] == [1, 1, 1] + [0] * 5 + [1] + [0] * 4
-    assert seen[12] == [1, 1, 1] + [0] * 5 + [1] * 5
+@torch.no_grad()
+def test_spoken_equals_a_loop_over_patches_and_slots(model):
+    words, table = some_words(2, 3), train.slot_ids(model)
+    got = train.spoken(model, words, table)
+    vectors = model.decoder.get_input_embeddings().weight
+    for b in range(2):
+        for n in range(3):
+            ids = [table[s][w].item() for s, w in enumerate(words[b, n].tolist()) if w]
+            expected = vectors[ids].sum(0) / max(len(ids), 1) ** 0.5
+            if not ids:
+                expected = vectors[model.tokenizer.pad_token_id]
+            torch.testing.assert_close(got[b, n], expected)
 
 
-def test_dialogues_are_true_and_short():
-    rng = np.random.default_rng(0)
-    for index in range(20):
-        picture = world.make_picture(index)
-        pairs = train.dialogue(picture, rng)
-        assert 1 <= len(pairs) <= 9 and all(q and a for q, a in pairs)
-        assert len({q for q, _ in pairs}) == len(pairs)
+def test_each_thing_is_said_once_by_each_encoder_that_tells_it():
+    pictures = [world.make_picture(i).patch_words.astype(np.uint8) for i in range(8)]
+    tokens = train.each_thing_once(np.stack(pictures), np.random.default_rng(0))
+    for patches, said in zip(pictures, tokens):
+        expected = []
+        for name in schooling.TOLD:
+            told = {tuple(words) for words in schooling.told_words(patches, name).tolist()}
+            expected += told - {(0,) * len(world.SLOTS)}
+        got = [tuple(words) for words in said.tolist() if any(words)]
+        assert sorted(got) == sorted(expected)
 
 
-def test_background_is_weighted_down():
-    scores = torch.zeros(1, 10, sum(train.SLOT_SIZES))
-    words = torch.zeros(1, 10, len(train.SLOT_SIZES), dtype=torch.long)
-    got = train.word_loss(scores, words, [1] * len(train.SLOT_SIZES))
-    expected = np.mean([math.log(size) for size in train.SLOT_SIZES])
-    assert got.item() == pytest.approx(expected, rel=1e-5)
+def test_a_grown_llama_computes_the_same(model):
+    few, many = train.new_model(layers=2).decoder, train.new_model(layers=6).decoder
+    with torch.no_grad():
+        for parameter in few.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+        train.grown(few, many)
+        x = torch.randn(2, 7, few.config.hidden_size)
+        torch.testing.assert_close(many(inputs_embeds=x).logits, few(inputs_embeds=x).logits)
+        many.model.layers[2].mlp.down_proj.weight.zero_()  # the first of the old ones
+        assert not torch.allclose(many(inputs_embeds=x).logits, few(inputs_embeds=x).logits)
+
+
+def test_every_parameter_has_one_optimizer_and_only_matrices_of_layers_have_muon(model):
+    muon, adam = train.optimizers_of(model.decoder)
+    of_each = []
+    for optimizer in (muon, adam):
+        of_each.append({id(p) for group in optimizer.param_groups for p in group["params"]})
+    assert not of_each[0] & of_each[1]
+    assert of_each[0] | of_each[1] == {id(p) for p in model.decoder.parameters()}
+    for name, parameter in model.decoder.named_parameters():
+        in_layers = "layers." in name and parameter.ndim == 2
+        assert (id(parameter) in of_each[0]) == in_layers
+
+
+def test_align_loss_equals_a_loop_over_patches():
+    torch.manual_seed(0)
+    projected, target = torch.randn(2, 3, 8), torch.randn(2, 3, 8)
+    has_words = torch.tensor([[True, False, True], [False, False, True]])
+    total, mass = 0.0, 0.0
+    for b in range(2):
+        for n in range(3):
+            weight = 1.0 if has_words[b, n] else train.BLANK_WEIGHT
+            total += weight * ((projected[b, n] - target[b, n]) ** 2).mean().item()
+            mass += weight
+    got = train.align_loss(projected, target, has_words)
+    assert got.item() == pytest.approx(total / mass, rel=1e-5)
 
 
 @torch.no_grad()
-def test_all_tokens_are_the_librarys_own(model):
-    images = evaluate.to_images([world.make_picture(i).image for i in range(2)])
-    clip = model.encoders["clip"]
-    x = clip.ln_post(clip.transformer(clip._embeds(model.views["clip"](images))))
-    whole, patches = train.all_tokens(clip, images)
-    torch.testing.assert_close(whole, x[:, 0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(patches, x[:, 1:], atol=1e-5, rtol=1e-5)
-    eva = model.encoders["eva"]
-    x = eva.forward_features(model.views["eva"](images))
-    whole, patches = train.all_tokens(eva, images)
-    assert torch.equal(whole, x[:, 0]) and torch.equal(patches, x[:, 1:])
-    x = model.encoders["pix2struct"](model.views["pix2struct"](images)).last_hidden_state
-    whole, patches = train.all_tokens(model.encoders["pix2struct"], images)
-    assert torch.equal(whole, x.mean(dim=1)) and torch.equal(patches, x)
-    x = model.encoders["convnext"].forward_features(model.views["convnext"](images))
-    whole, patches = train.all_tokens(model.encoders["convnext"], images)
-    assert torch.equal(whole, x.flatten(2).mT.mean(dim=1)) and patches.shape == (2, 144, 96)
+def test_attention_on_the_picture_is_what_eager_attention_says(model):
+    torch.manual_seed(0)
+    visual, P = torch.randn(2, 3, model.decoder.config.hidden_size), len(model.before_ids)
+    dialogues = [[("is there", "yes")], [("red", "42")]]  # five tokens each, with <ans> and <eos>
+    expected = answer_loss(model, visual, dialogues)["loss"]
+    with train.attention_on_picture(model, K=3) as attention:
+        loss = answer_loss(model, visual, dialogues)["loss"]
+    assert model.decoder.config._attn_implementation == "sdpa"
+    torch.testing.assert_close(loss, expected)
+    embeds = pack(model, visual, dialogues)[0]
+    model.decoder.set_attn_implementation("eager")
+    try:
+        weights = model.decoder.model(inputs_embeds=embeds, output_attentions=True).attentions
+    finally:
+        model.decoder.set_attn_implementation("sdpa")
+    assert len(attention) == len(weights) == model.decoder.config.num_hidden_layers
+    for got, weight in zip(attention, weights):  # (B, H, T, K); (B, H, S, S)
+        torch.testing.assert_close(got, weight[:, :, P + 3 :, P : P + 3])
 
 
-@pytest.mark.parametrize("name", train.ENCODERS)
-def test_gradients_reach_the_blocks_through_all_tokens_and_no_hook_stays(name):
-    encoder = build_encoder(name, train.ENCODERS[name]).train()
-    whole, patches = train.all_tokens(encoder, torch.rand(1, 3, 96, 96))
-    (whole.sum() + (patches**2).sum()).backward()
-    grads = [p.grad for p in encoder.parameters() if p.grad is not None]
-    assert len(grads) > 20 and any(grad.abs().max() > 0 for grad in grads)
-    assert not any(module._forward_hooks for module in encoder.modules())
+def test_looking_and_aside_losses_equal_loops(model):
+    torch.manual_seed(0)
+    B, H, T, K = 2, 2, 5, 4
+    attention = [torch.rand(B, H, T, K) / K for _ in range(8)]
+    asking = torch.tensor([[1, 1, 0, 2, 0], [1, 0, 0, 0, 0]])
+    picture, question = torch.tensor([0, 0, 1]), torch.tensor([1, 2, 1])
+    tokens = torch.tensor([[1, 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]).bool()
+    looking, aside = [], []
+    for layer, weights in enumerate(attention):
+        for b in range(B):
+            for h in range(H):
+                looking += weights[b, h].sum(dim=-1).tolist()
+        if layer not in train.BUDGET["layers"]:
+            continue
+        for b, n, shown in zip(picture, question, tokens):
+            on_thing = on_picture = 0.0
+            for h in range(H):
+                for t in range(T):
+                    if asking[b, t] == n:
+                        on_picture += weights[b, h, t].sum().item()
+                        on_thing += weights[b, h, t][shown].sum().item()
+            aside.append(-np.log(on_thing / on_picture + 1e-3))
+    about = train.About(picture, question, tokens)
+    assert train.looking_loss(attention).item() == pytest.approx(np.mean(looking), rel=1e-5)
+    assert train.aside_loss(attention, about, asking).item() == pytest.approx(
+        np.mean(aside), rel=1e-5
+    )
+    nothing = train.About(picture[:0], question[:0], tokens[:0])
+    assert train.aside_loss(attention, nothing, asking).item() == 0
+
+
+def test_tokens_asked_about_show_the_thing(model):
+    pictures = [world.make_picture(i) for i in range(6)]
+    rng = np.random.default_rng(0)
+    asked = [train.dialogue(picture, rng) for picture in pictures]
+    images = evaluate.to_images([picture.image for picture in pictures])
+    budget = Budget(stage1=200, stage2=60)
+    model.config["ranks"] = [[1.0] * len(model.encoders)] * 3
+    encoded = model.encode(images, budget)
+    about = train.tokens_asked_about(encoded, pictures, asked)
+    assert len(about.picture) > 6 and about.tokens.any(dim=1).all()
+    patches = torch.cat(encoded.stage1_idx, dim=1)
+    for b, number, tokens in zip(about.picture, about.question, about.tokens):
+        question, fits = asked[b][number - 1], False
+        kept = patches[b][encoded.fused.keep_idx[b]]
+        for thing in question.about:
+            shown = questions.asked_patches(pictures[b], question._replace(about=[thing]))
+            fits |= torch.equal(torch.from_numpy(shown)[kept], tokens)
+        assert fits
+
+
+def test_asking_tokens_are_those_of_questions(model):
+    dialogues = [[("is there", "yes"), ("red", "42")], [("red", "1")]]
+    expected = [[1, 1, 1, 0, 0, 2, 2, 0, 0, 0], [1, 1, 0, 0] + [0] * 6]  # with <ans>
+    assert train.asking_tokens(model, dialogues).tolist() == expected
+
+
+def test_packed_positions_and_mask_by_hand(model):
+    visual = torch.zeros(1, 2, 128)
+    P = len(model.before_ids)
+    _, mask, position, labels = pack(model, visual, [[("is there", "yes"), ("red", "42")]])
+    # P words before, v v | is there <ans> yes <eos> | red <ans> 4 2 <eos>
+    start = P + 2
+    first, second = range(start, start + 5), range(start, start + 5)
+    assert position[0].tolist() == [*range(start), *first, *second]
+    spoken = []
+    for label in labels[0].tolist():
+        spoken.append(model.tokenizer.convert_ids_to_tokens(label) if label != -100 else "")
+    answers = [""] * 3 + ["yes", "<eos>"] + [""] * 2 + ["4", "2", "<eos>"]
+    assert spoken == [""] * start + answers
+    seen = mask[0, 0].int().tolist()
+    assert seen[start + 4] == [1] * (start + 5) + [0] * 5
+    assert seen[start + 5] == [1] * start + [0] * 5 + [1] + [0] * 4
+    assert seen[start + 9] == [1] * start + [0] * 5 + [1] * 5
+
+
+@pytest.mark.parametrize("short", [0.0, 1.0])
+def test_dialogues_are_short_and_ask_nothing_twice(model, short):
+    rng = np.random.default_rng(0)
+    for index in range(40):
+        pairs = train.as_pairs(train.dialogue(world.make_picture(index), rng, short))
+        assert pairs and all(question and answer for question, answer in pairs)
+        assert len({question for question, _ in pairs}) == len(pairs)
+        ids = model.tokenizer([f"{question} {answer}" for question, answer in pairs]).input_ids
+        words = sum(len(of_pair) + 2 for of_pair in ids)
+        assert words <= 72 or len(pairs) == 1  # one description may be longer
 
 
 def test_a_batch_without_masking_is_untouched_and_a_masked_encoder_is_zero():
@@ -155,23 +225,24 @@ def run(module, monkeypatch, work, out, *options):
 @pytest.mark.slow  # about two minutes: every stage of both trainings, and calibration
 def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp_path):
     steps = {name: 2 for name in train.STEPS}
-    for name, value in {"POOL": 128, "FEATURE_CHUNKS": 4, "STEPS": steps}.items():
+    for name, value in {"POOL": 128, "STEPS": steps}.items():
         monkeypatch.setattr(train, name, value)
     run(train, monkeypatch, tmp_path / "work", tmp_path / "model")
     model = load(tmp_path / "model")
     assert model.config["ranks"] and model.config["lambda_table"]
     assert model.budget.stage1 == train.BUDGET["stage1"]
 
-    once = (tmp_path / "work" / "answer.safetensors").read_bytes()
-    for name in ("answer.safetensors", "answer.resume.safetensors"):
-        (tmp_path / "work" / name).unlink()
     schedule = train.schedule
     monkeypatch.setattr(train, "schedule", lambda step, _, **options: schedule(step, 2, **options))
-    monkeypatch.setattr(train, "STEPS", steps | {"answer": 1})  # stopped after one step
-    run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", "answer")
-    monkeypatch.setattr(train, "STEPS", steps)
-    run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", "answer")
-    assert (tmp_path / "work" / "answer.safetensors").read_bytes() == once
+    for stage in ("words", "answer"):
+        once = (tmp_path / "work" / f"{stage}.safetensors").read_bytes()
+        for name in (f"{stage}.safetensors", f"{stage}.resume.safetensors"):
+            (tmp_path / "work" / name).unlink()
+        monkeypatch.setattr(train, "STEPS", steps | {stage: 1})  # stopped after one step
+        run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", stage)
+        monkeypatch.setattr(train, "STEPS", steps)
+        run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", stage)
+        assert (tmp_path / "work" / f"{stage}.safetensors").read_bytes() == once
 
     monkeypatch.setattr(train_fusions, "CHUNKS", 2)
     monkeypatch.setattr(train_fusions, "STEPS", {"align": 2, "answer": 4})

@@ -1,21 +1,48 @@
-"""GlyphWorld: seeds, splits, labels, and questions whose answers are recomputed from the facts."""
+"""GlyphWorld's pictures: seeds, splits, and labels against what Pillow was told to draw."""
 
-import re
+import functools
 
 import numpy as np
 import pytest
 
 from meteor_mini.glyph import world as g
 
+SLOT = {name: number for number, name in enumerate(g.SLOTS)}
+SIGNS_AND_SPACES = set(g.SIGNS) | {" "}
+
+
+picture_of = functools.cache(g.make_picture)  # tests that look at the same picture share it
+
 
 def pictures(n, split="train", kind=None):
-    return [g.make_picture(i, split, kind) for i in range(n)]
+    return [picture_of(i, split, kind) for i in range(n)]
+
+
+def word(picture, slot, patch):
+    """The word of a patch (x, y) in a slot, "" for none."""
+    number = picture.patch_words[patch[1] * g.GRID + patch[0], SLOT[slot]]
+    return g.SLOTS[slot][number - 1] if number else ""
+
+
+def near_color(pixel, name, strength=1.0):
+    """Whether a pixel is a named color, as `varied` draws it."""
+    return np.abs(pixel.astype(float) - strength * np.array(g.COLORS[name])).max() <= 19
+
+
+# ------------------------------------------------------------------ seeds and splits
 
 
 def test_the_same_seed_draws_the_same_pixels_and_another_split_does_not():
     first, again, other = g.make_picture(3), g.make_picture(3), g.make_picture(3, "val")
     assert np.array_equal(first.image, again.image) and first.facts == again.facts
+    assert np.array_equal(first.patch_words, again.patch_words)
     assert not np.array_equal(first.image, other.image)
+
+
+def test_pictures_do_not_depend_on_what_was_drawn_before():
+    alone = g.make_picture(7, "val", "chart").image
+    pictures(3)
+    assert np.array_equal(g.make_picture(7, "val", "chart").image, alone)
 
 
 def test_shapes_and_ranges():
@@ -28,134 +55,181 @@ def test_shapes_and_ranges():
 
 
 def test_all_kinds_are_drawn():
-    assert {p.kind for p in pictures(60)} == {"scene", "table", "chart"}
+    assert {picture.kind for picture in pictures(60)} == set(g.KINDS)
 
 
 def test_held_out_pairs_and_numbers_never_occur_outside_test():
     for split in ("train", "val"):
-        for picture in pictures(300, split, "scene"):
-            assert not g.HELD_OUT_PAIRS & {(o[0], o[1]) for o in picture.facts["objects"]}
-            assert not (picture.facts["number"] and g.held_out_number(picture.facts["number"]))
-            for _ in range(4):
-                question, _ = g.ask(picture, "presence", np.random.default_rng(0), split)
-                assert not any(f"{c} {s}" in question for c, s in g.HELD_OUT_PAIRS)
+        for picture in pictures(150, split, "scene"):
+            pairs = {(thing.color, thing.shape) for thing in picture.facts["things"]}
+            assert not g.HELD_OUT_PAIRS & pairs
+            number = picture.facts["number"]
+            assert not (number and g.held_out_number(number))
 
 
 def test_in_test_every_number_is_held_out_and_held_out_pairs_occur():
-    drawn = pictures(200, "test", "scene")
-    numbers = [p.facts["number"] for p in drawn if p.facts["number"]]
-    assert numbers and all(g.held_out_number(n) for n in numbers)
-    assert any(g.HELD_OUT_PAIRS & {(o[0], o[1]) for o in p.facts["objects"]} for p in drawn)
+    drawn = pictures(150, "test", "scene")
+    numbers = [picture.facts["number"] for picture in drawn if picture.facts["number"]]
+    assert numbers and all(g.held_out_number(number) for number in numbers)
+    pairs = {(thing.color, thing.shape) for p in drawn for thing in p.facts["things"]}
+    assert g.HELD_OUT_PAIRS & pairs
 
 
-def test_every_object_owns_patches_with_its_words():
-    def index(slot, word):
-        return 1 + g.SLOTS[slot].index(word)
-
-    slots = list(g.SLOTS)
-    for picture in pictures(40, kind="scene"):
-        for color, shape, row, column in picture.facts["objects"]:
-            cells = picture.patch_words.reshape(3, 4, 3, 4, -1)
-            here = cells[row, :, column].reshape(16, -1)  # the shape's cell
-            mine = here[here[:, slots.index("what")] == index("what", shape)]
-            assert len(mine) and (mine[:, slots.index("color")] == index("color", color)).all()
-    for picture in pictures(40, kind="table"):
-        digits = {g.DIGITS[d - 1] for d in picture.patch_words[:, slots.index("digit")] if d}
-        assert digits == {str(d) for row in picture.facts["cells"] for d in row}
-    for picture in pictures(40, kind="chart"):
-        values = {g.DIGITS[d - 1] for d in picture.patch_words[:, slots.index("value")] if d}
-        assert values == {str(value) for _, value in picture.facts["bars"]}
+@pytest.mark.parametrize("split", g.SPLIT_SEED)
+def test_numbers_of_all_lengths_occur(split):
+    lengths = {len(p.facts["number"]) for p in pictures(150, split, "scene")}
+    assert lengths == {0, 4, 5, 6}
 
 
-def truth(picture, question):
-    """Answer a question from the facts, by its wording alone: a second implementation."""
-    facts, words = picture.facts, question.split()
-    if match := re.match(r"is there a (\w+) (\w+)", question):
-        return "yes" if any(o[:2] == match.groups() for o in facts["objects"]) else "no"
-    if match := re.match(r"what color is the (\w+)", question):
-        return next(o[0] for o in facts["objects"] if o[1] == match[1])
-    if match := re.match(r"how many (\w+) shapes", question):
-        return str(len([o for o in facts["objects"] if o[1] == match[1]]))
-    if match := re.match(r"is the (\w+) (left of|right of|above|below) the (\w+)", question):
-        r1, c1 = next(o[2:] for o in facts["objects"] if o[1] == match[1])
-        r2, c2 = next(o[2:] for o in facts["objects"] if o[1] == match[3])
-        holds = {"left of": c1 < c2, "right of": c1 > c2, "above": r1 < r2, "below": r1 > r2}
-        return "yes" if holds[match[2]] else "no"
-    if question == "what is the number ?":
-        return "".join(map(str, facts["number"]))
-    if match := re.match(r"read row (\w)", question):
-        return "".join(str(d) for d in facts["cells"]["abc".index(match[1])])
-    if match := re.match(r"what is in row (\w) column (\w)", question):
-        return str(facts["cells"]["abc".index(match[1])]["xyz".index(match[2])])
-    bars = dict(facts["bars"])
-    if "bar is the" in question:
-        return (max if "tallest" in words else min)(bars, key=bars.get)
-    return str(bars[words[-3]])
+# ------------------------------------------------------------------ labels
 
 
-def test_where_tells_the_places_of_a_kind_or_of_a_pair():
-    rng, forms = np.random.default_rng(0), set()
+@pytest.fixture
+def printed(monkeypatch):
+    """What Pillow was told to print: (x, y, text) of each call."""
+    calls, text = [], g.ImageDraw.ImageDraw.text
+
+    def noted(self, xy, characters, **options):
+        calls.append((*xy, characters))
+        return text(self, xy, characters, **options)
+
+    monkeypatch.setattr(g.ImageDraw.ImageDraw, "text", noted)
+    return calls
+
+
+@pytest.mark.parametrize("kind", g.KINDS)
+def test_every_printed_character_and_no_other_patch_is_labelled_as_print(kind, printed):
+    for index in range(20):
+        printed.clear()
+        picture = g.make_picture(index, "train", kind)
+        expected = {}
+        for x, y, text in printed:
+            if not set(text) <= SIGNS_AND_SPACES:
+                expected[int(x) // g.PATCH, int(y) // g.PATCH] = text
+        labelled = {}
+        for x in range(g.GRID):
+            for y in range(g.GRID):
+                if word(picture, "what", (x, y)) in g.PRINT:
+                    name = word(picture, "row", (x, y)) or word(picture, "column", (x, y))
+                    labelled[x, y] = word(picture, "digit", (x, y)) or name
+        assert labelled == expected
+
+
+def read(picture, what, **where):
+    """The digits of print in raster order, with their places in the number."""
+    read_here = []
+    for words in picture.patch_words:
+        is_here = words[SLOT["what"]] == 1 + g.SLOTS["what"].index(what)
+        for slot, name in where.items():
+            is_here &= words[SLOT[slot]] == 1 + g.SLOTS[slot].index(name)
+        if is_here:
+            read_here.append((int(g.DIGITS[words[SLOT["digit"]] - 1]), words[SLOT["place"]] - 1))
+    return read_here
+
+
+def test_labels_of_print_are_what_the_facts_say():
     for picture in pictures(60, kind="scene"):
-        question, answer = g.where(picture, rng)
-        cells = [(g.ROWS[r], g.COLUMNS[c], shape) for _, shape, r, c in picture.facts["objects"]]
-        if match := re.match(r"where are the (\w+) , (\w+) \?", question):
-            expected = [
-                f"{r} {c}" for name in match.groups() for r, c, shape in cells if shape == name
-            ]
-        else:
-            name = re.match(r"where are the (\w+) shapes \?", question)[1]
-            expected = [f"{r} {c}" for r in g.ROWS for c in g.COLUMNS if (r, c, name) in cells]
-        assert answer == " , ".join(expected)
-        assert all(w in g.WORDS for w in f"{question} {answer}".split())
-        forms.add(bool(match))
-    assert forms == {True, False}
+        numbered = [(digit, place) for place, digit in enumerate(picture.facts["number"])]
+        assert read(picture, "number") == numbered
+        for thing in picture.facts["things"]:
+            place = {"row": g.ROWS[thing.row], "column": g.COLUMNS[thing.column]}
+            assert [digit for digit, _ in read(picture, "label", **place)] == thing.label
+    for picture in pictures(30, kind="table"):
+        for row, cells in zip(g.TABLE_ROWS, picture.facts["cells"]):
+            for column, digits in zip(g.TABLE_COLUMNS, cells):
+                found = read(picture, "cell", row=row, column=column)
+                assert found == [(digits[0], 0), (digits[1], 1)]
 
 
-@pytest.mark.parametrize("split", ["train", "test"])
-@pytest.mark.parametrize("family", g.FAMILIES)
-def test_answers_are_true(family, split):
-    for index in range(40):
-        picture, question, answer = g.example(index, split, family)
-        assert answer == truth(picture, question), question
+def test_labels_of_shapes_are_of_their_cell_their_color_and_what_stands_there():
+    for picture in pictures(60, kind="scene"):
+        things = {(thing.row, thing.column): thing for thing in picture.facts["things"]}
+        assert len(things) == len(picture.facts["things"])
+        for row in range(g.CELLS):
+            for column in range(g.CELLS):
+                thing = things.get((row, column))
+                found = set()
+                for y in range(4 * row, 4 * row + 4):
+                    for x in range(4 * column, 4 * column + 4):
+                        if word(picture, "what", (x, y)) in g.SHAPES:
+                            slots = ("color", "what", "pattern", "row", "column")
+                            found.add(tuple(word(picture, slot, (x, y)) for slot in slots))
+                if thing is None:
+                    assert not found
+                    continue
+                place = (g.ROWS[row], g.COLUMNS[column])
+                assert found == {(thing.color, thing.shape, thing.pattern, *place)}
+                middle = picture.image[row * g.CELL + 24, column * g.CELL + 32]
+                # the pattern's second color is half as bright
+                assert any(near_color(middle, thing.color, strength) for strength in (1, 0.5))
 
 
-@pytest.mark.parametrize("family", ["presence", "relation"])
-def test_yes_and_no_are_balanced(family):
-    yes = sum(g.example(i, "val", family)[2] == "yes" for i in range(300))
-    assert 120 <= yes <= 180
+def test_labels_of_bars_are_of_their_color_and_as_high_as_their_value():
+    for picture in pictures(30, kind="chart"):
+        bars = dict(picture.facts["bars"])
+        assert len(bars) == len(picture.facts["bars"]) == len(set(bars.values()))
+        heights = dict.fromkeys(bars, 0)
+        for x in range(g.GRID):
+            column = [word(picture, "color", (x, y)) for y in range(g.GRID)]
+            for color in bars:
+                heights[color] = max(heights[color], column.count(color))
+        for color, value in bars.items():
+            assert value <= heights[color] <= value + 1, (color, value)
+        for y in range(g.GRID):
+            for x in range(g.GRID):
+                color = word(picture, "color", (x, y))
+                if not color:
+                    continue
+                assert word(picture, "what", (x, y)) == "bar"
+                assert word(picture, "value", (x, y)) == str(bars[color])
+                is_tallest = bars[color] == max(bars.values())
+                is_shortest = bars[color] == min(bars.values())
+                extreme = "tallest" if is_tallest else "shortest" if is_shortest else ""
+                assert word(picture, "extreme", (x, y)) == extreme
+                tile = picture.image[16 * y : 16 * y + 16, 16 * x : 16 * x + 16].reshape(-1, 3)
+                assert np.mean([near_color(pixel, color) for pixel in tile]) >= 0.25
 
 
-def test_half_of_the_heights_are_asked_for_the_shortest():
-    asked = [g.example(i, "val", "tallest")[1] for i in range(100)]
-    assert 30 <= sum("shortest" in q for q in asked) <= 70
+def test_ground_and_clutter_have_no_words():
+    rng = np.random.default_rng(0)
+    canvas = g.Canvas(rng)
+    assert canvas.patch_words().sum() == 0
+    plain = g.background(np.random.default_rng(0), canvas.grey)
+    assert np.abs(canvas.pixels().astype(int) - plain).max() > 50  # clutter was drawn
 
 
-def test_every_word_of_questions_and_answers_is_in_the_vocabulary():
-    for family in g.FAMILIES:
-        for index in range(20):
-            _, question, answer = g.example(index, "test", family)
-            assert all(w in g.WORDS for w in question.split())
-            assert answer in g.WORDS or all(d in g.WORDS for d in answer)
+def test_clutter_is_known_where_it_was_drawn_and_not_covered(monkeypatch):
+    monkeypatch.setattr(g, "clutter", lambda canvas: None)
+    canvas = g.Canvas(np.random.default_rng(0))
+    assert not canvas.patch_clutter().any()
+    for kind, (x, y) in zip(g.CLUTTER, [(40, 40), (150, 40), (40, 150), (150, 150)]):
+        g.draw_piece(canvas, kind, x, y)
+    kinds = canvas.patch_clutter().reshape(g.GRID, g.GRID)
+    corners = (kinds[:6, :6], kinds[:6, 6:], kinds[6:, :6], kinds[6:, 6:])
+    for number, corner in enumerate(corners, 1):
+        assert set(corner.flatten().tolist()) == {0, number}
+    before = canvas.pixels()
+    canvas.paper(0, 0, 12, 6)
+    assert not canvas.patch_clutter().reshape(g.GRID, g.GRID)[:6].any()
+    assert (canvas.pixels() != before).any()
+
+
+def test_no_patch_has_both_words_and_clutter():
     for picture in pictures(30):
-        for text in g.describe(picture):
-            assert all(w in g.WORDS or w.isdigit() for w in text.split())
+        words, clutter = picture.patch_words[:, 0] > 0, picture.patch_clutter > 0
+        assert not (words & clutter).any() and clutter.any()
 
 
-def test_clips_are_seeded_and_their_answers_true():
-    answers = set()
-    for index in range(40):
-        image, question, answer = g.make_clip(index, "colors")
-        assert np.array_equal(image, g.make_clip(index, "colors")[0]) and image.shape == (96, 96, 3)
-        color = np.array(g.COLORS[question.split()[3]])
-        middles = [image[r * 32 + 16, c * 32 + 16] for r in range(2) for c in range(3)]  # of frames
-        seen = any(np.array_equal(middle, color) for middle in middles)
-        assert answer == ("yes" if seen else "no")
-        answers.add(answer)
-        _, question, answer = g.make_clip(index, "counter")
-        first = int(answer[0])
-        assert question == "what is the number ?"
-        assert [int(digit) for digit in answer] == [first, first + 1, first + 2]
-    assert answers == {"yes", "no"}
+def test_a_patch_belongs_to_what_covers_a_quarter_of_it_at_least():
+    canvas = g.Canvas(np.random.default_rng(0))
+    number = canvas.add_object(what="bar")
+    canvas.id_draw.rectangle([0, 0, 15, 3], fill=number)  # a quarter of patch 0
+    canvas.id_draw.rectangle([16, 0, 31, 2], fill=number)  # less of patch 1
+    words = canvas.patch_words()[:, SLOT["what"]]
+    assert words[0] == 1 + g.SLOTS["what"].index("bar") and words[1] == 0
+
+
+# ------------------------------------------------------------------ wrong input
 
 
 @pytest.mark.parametrize(
@@ -169,8 +243,3 @@ def test_clips_are_seeded_and_their_answers_true():
 def test_bad_input_gets_one_sentence(arguments, message):
     with pytest.raises(ValueError, match=message):
         g.make_picture(*arguments)
-
-
-def test_an_unknown_family_is_refused():
-    with pytest.raises(ValueError, match="family must be one of"):
-        g.example(0, "val", "poetry")

@@ -1,0 +1,393 @@
+"""Questions about GlyphWorld's pictures, with true answers and the patches they are about.
+
+Twelve families in the paper's two groups. Two of them need two steps: "label" finds a shape and
+reads the print below it; "tag" does so from a color, so it needs two encoders.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from .world import (
+    COLORS,
+    COLUMNS,
+    ROWS,
+    SHAPES,
+    SLOTS,
+    SPLIT_SEED,
+    TABLE_COLUMNS,
+    TABLE_ROWS,
+    Picture,
+    Thing,
+    held_out,
+    make_picture,
+)
+
+FAMILIES = {
+    "presence": "General",
+    "color": "General",
+    "pattern": "General",
+    "count": "General",
+    "relation": "General",
+    "number": "OCR & Chart",
+    "label": "OCR & Chart",
+    "tag": "OCR & Chart",
+    "cell": "OCR & Chart",
+    "row": "OCR & Chart",
+    "value": "OCR & Chart",
+    "extreme": "OCR & Chart",
+}
+KIND_OF_FAMILY = dict.fromkeys(FAMILIES, "scene") | {
+    "cell": "table",
+    "row": "table",
+    "value": "chart",
+    "extreme": "chart",
+}
+NAMES_OF_COLORS = list(COLORS)
+EXAMPLES_FROM = 10_000_000  # pictures from this number on are examples, and never train
+
+QUESTION_WORDS = (
+    "is there a in the picture yes or no what color has pattern of how many shapes are left right "
+    "above below read number label shape with row column value bar which tallest shortest "
+    "describe where answer look at and question word , ? ."
+).split()
+WORDS = sorted({word for slot in SLOTS.values() for word in slot} | set(QUESTION_WORDS))
+
+
+class Question(NamedTuple):
+    """text and its true answer; about: words (slot -> word) of the patches that it is about."""
+
+    text: str
+    answer: str
+    about: list[dict[str, str]]
+
+
+def asked_patches(picture: Picture, question: Question) -> np.ndarray:
+    """(144,) bool: the patches that show what a question is about."""
+    asked = np.zeros(len(picture.patch_words), bool)
+    for words in question.about:
+        matches = np.ones(len(asked), bool)
+        for column, (slot, vocabulary) in enumerate(SLOTS.items()):
+            if slot in words:
+                matches &= picture.patch_words[:, column] == 1 + vocabulary.index(words[slot])
+        asked |= matches
+    return asked
+
+
+def ask(
+    picture: Picture, family: str, rng: np.random.Generator, split: str = "train"
+) -> Question | None:
+    """A question of a family, or None where the picture has nothing to ask about."""
+    facts = picture.facts
+    if KIND_OF_FAMILY[family] != picture.kind:
+        return None
+    if family == "presence":
+        return ask_presence(facts["things"], rng, split)
+    if family == "color":
+        return ask_color(facts["things"], rng)
+    if family == "pattern":
+        return ask_pattern(facts["things"], rng)
+    if family == "count":
+        return ask_count(facts["things"], rng)
+    if family == "relation":
+        return ask_relation(facts["things"], rng)
+    if family == "number":
+        return ask_number(facts["number"])
+    if family == "label":
+        return ask_label(facts["things"], rng)
+    if family == "tag":
+        return ask_tag(facts["things"], rng)
+    if family == "cell":
+        return ask_cell(facts["cells"], rng)
+    if family == "row":
+        return ask_row(facts["cells"], rng)
+    if family == "value":
+        return ask_value(facts["bars"], rng)
+    return ask_extreme(facts["bars"], rng)
+
+
+# ------------------------------------------------------------------------------------------- scenes
+
+
+def how_many(things: list[Thing], shape: str) -> int:
+    return sum(thing.shape == shape for thing in things)
+
+
+def single(things: list[Thing]) -> list[Thing]:
+    """The things whose shape occurs once: "the star" means one of them."""
+    return [thing for thing in things if how_many(things, thing.shape) == 1]
+
+
+def at_place(thing: Thing) -> dict[str, str]:
+    """The words of its cell, that its patches and those of its label have in common."""
+    return {"row": ROWS[thing.row], "column": COLUMNS[thing.column]}
+
+
+def ask_presence(things: list[Thing], rng: np.random.Generator, split: str) -> Question:
+    """Balanced; half of the absent pairs have their color and their shape both in the picture."""
+    there = {(thing.color, thing.shape) for thing in things}
+    if rng.random() < 0.5:
+        color, shape = sorted(there)[rng.integers(len(there))]
+        answer, about = "yes", [{"what": shape, "color": color}]
+    else:
+        pairs = [(color, shape) for color in COLORS for shape in SHAPES]
+        absent = [pair for pair in pairs if pair not in there and not held_out(pair, split)]
+        colors = {color for color, _ in there}
+        shapes = {shape for _, shape in there}
+        near = [(color, shape) for color, shape in absent if color in colors and shape in shapes]
+        pool = near if near and rng.random() < 0.5 else absent
+        color, shape = pool[rng.integers(len(pool))]
+        answer, about = "no", []
+    return Question(f"is there a {color} {shape} in the picture ? yes or no ?", answer, about)
+
+
+def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
+    once = single(things)
+    if not once:
+        return None
+    thing = once[rng.integers(len(once))]
+    return Question(
+        f"what color has the {thing.shape} in the picture ?", thing.color, [{"what": thing.shape}]
+    )
+
+
+def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | None:
+    once = single(things)
+    if not once:
+        return None
+    thing = once[rng.integers(len(once))]
+    text = f"what pattern has the {thing.shape} in the picture ?"
+    return Question(text, thing.pattern, [{"what": thing.shape}])
+
+
+def ask_count(things: list[Thing], rng: np.random.Generator) -> Question:
+    """Mostly of a shape that is there, and often of one that is there more than once."""
+    present = sorted({thing.shape for thing in things})
+    many = [shape for shape in present if how_many(things, shape) > 1]
+    pool = present if rng.random() < 0.8 else SHAPES
+    if many and rng.random() < 0.5:
+        pool = many
+    shape = pool[rng.integers(len(pool))]
+    text = f"how many {shape} shapes are there in the picture ?"
+    return Question(text, str(how_many(things, shape)), [{"what": shape}])
+
+
+def ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
+    once = single(things)
+    vertical = rng.integers(2) == 0
+    pairs = []
+    for first in once:
+        for second in once:
+            if vertical and first.row != second.row:
+                pairs.append((first, second))
+            elif not vertical and first.column != second.column:
+                pairs.append((first, second))
+    if not pairs:
+        return None
+    first, second = pairs[rng.integers(len(pairs))]
+    asks_before = rng.integers(2) == 0
+    if vertical:
+        relation, is_before = "above" if asks_before else "below", first.row < second.row
+    else:
+        relation = "left of" if asks_before else "right of"
+        is_before = first.column < second.column
+    answer = "yes" if is_before == asks_before else "no"
+    text = f"is the {first.shape} {relation} the {second.shape} in the picture ? yes or no ?"
+    return Question(text, answer, [{"what": first.shape}, {"what": second.shape}])
+
+
+def ask_number(number: list[int]) -> Question | None:
+    if not number:
+        return None
+    return Question("read the number .", joined(number), [{"what": "number"}])
+
+
+def ask_label(things: list[Thing], rng: np.random.Generator) -> Question | None:
+    """Two steps: find the shape, read the label below it."""
+    once = [thing for thing in single(things) if thing.label]
+    if not once:
+        return None
+    thing = once[rng.integers(len(once))]
+    about = [{"what": thing.shape}, {"what": "label"} | at_place(thing)]
+    return Question(f"read the label below the {thing.shape} .", joined(thing.label), about)
+
+
+def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
+    """Two steps, and two encoders: find a color, read the label below it."""
+    colors = [thing.color for thing in things]
+    once = [thing for thing in things if thing.label and colors.count(thing.color) == 1]
+    if not once:
+        return None
+    thing = once[rng.integers(len(once))]
+    about = [{"what": kind} | at_place(thing) for kind in (thing.shape, "label")]
+    return Question(f"read the label below the {thing.color} shape .", joined(thing.label), about)
+
+
+# ------------------------------------------------------------------------------- tables and charts
+
+
+def ask_cell(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
+    r, c = int(rng.integers(len(cells))), int(rng.integers(len(cells[0])))
+    row, column = TABLE_ROWS[r], TABLE_COLUMNS[c]
+    about = [{"what": "cell", "row": row, "column": column}]
+    return Question(f"read row {row} column {column} .", joined(cells[r][c]), about)
+
+
+def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
+    """A whole row: four or six digits."""
+    r = int(rng.integers(len(cells)))
+    digits = [digit for cell in cells[r] for digit in cell]
+    about = [{"what": "cell", "row": TABLE_ROWS[r]}]
+    return Question(f"read row {TABLE_ROWS[r]} .", joined(digits), about)
+
+
+def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
+    color, value = bars[rng.integers(len(bars))]
+    about = [{"what": "bar", "color": color}]
+    return Question(f"what value has the {color} bar ?", str(value), about)
+
+
+def ask_extreme(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
+    """Half of the questions ask for the shortest."""
+    by_value = sorted(bars, key=bar_value)
+    word, (color, _) = (
+        ("tallest", by_value[-1]) if rng.random() < 0.5 else ("shortest", by_value[0])
+    )
+    return Question(f"which bar is the {word} ?", color, [{"what": "bar", "extreme": word}])
+
+
+def bar_value(bar: tuple[str, int]) -> int:
+    return bar[1]
+
+
+def joined(digits: list[int]) -> str:
+    return "".join(str(digit) for digit in digits)
+
+
+# ------------------------------------------------------- questions that train, and are not measured
+
+
+def describe(picture: Picture) -> tuple[str, str]:
+    """The whole picture in words, in raster order: a question with many supervised tokens."""
+    facts, parts = picture.facts, []
+    if picture.kind == "scene":
+        for thing in sorted(facts["things"], key=cell_of):
+            label = f" {joined(thing.label)}" if thing.label else ""
+            parts.append(f"{thing.color} {thing.pattern} {thing.shape} {place_name(thing)}{label}")
+        if facts["number"]:
+            parts.append("number " + joined(facts["number"]))
+    elif picture.kind == "table":
+        for name, cells in zip(TABLE_ROWS, facts["cells"]):
+            parts.append(f"row {name} " + "".join(joined(cell) for cell in cells))
+    else:
+        for color, value in facts["bars"]:
+            parts.append(f"{color} bar {value}")
+    return "describe the picture .", " , ".join(parts)
+
+
+def where(picture: Picture, rng: np.random.Generator) -> tuple[str, str]:
+    """Where all shapes of a kind stand, in raster order.
+
+    To count is to find all of a kind: without being asked where things are, the model learns it
+    late.
+    """
+    things = picture.facts["things"]
+    shape = things[rng.integers(len(things))].shape
+    found = sorted((thing for thing in things if thing.shape == shape), key=cell_of)
+    return f"where are the {shape} shapes ?", " , ".join(place_name(thing) for thing in found)
+
+
+def in_short(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str]]:
+    """All that can be looked up in a picture, each asked in two to four words.
+
+    Most tokens of such questions are answers: a model learns to look things up from them, long
+    before it would from whole sentences. Questions of two steps, and those that end on yes or no,
+    have their steps here: where a pair of color and shape is, in which row a shape is.
+    """
+    facts = picture.facts
+    if picture.kind == "table":
+        pairs = []
+        for row, cells in zip(TABLE_ROWS, facts["cells"]):
+            for column, digits in zip(TABLE_COLUMNS, cells):
+                pairs.append((f"{row} {column}", joined(digits)))
+        return pairs
+    if picture.kind == "chart":
+        return [(f"{color} value", str(value)) for color, value in facts["bars"]]
+    things = facts["things"]
+    pairs = shapes_in_short(things) + places_in_short(things) + pairs_in_short(things, rng)
+    if facts["number"]:
+        pairs.append(("number", joined(facts["number"])))
+    return pairs
+
+
+def shapes_in_short(things: list[Thing]) -> list[tuple[str, str]]:
+    """What is true of "the star"."""
+    pairs = []
+    for thing in single(things):
+        pairs.append((f"color {thing.shape}", thing.color))
+        pairs.append((f"pattern {thing.shape}", thing.pattern))
+        pairs.append((f"row {thing.shape}", ROWS[thing.row]))
+        pairs.append((f"column {thing.shape}", COLUMNS[thing.column]))
+        if thing.label:
+            pairs.append((f"label {thing.shape}", joined(thing.label)))
+    return pairs
+
+
+def places_in_short(things: list[Thing]) -> list[tuple[str, str]]:
+    """What stands at a place, and by a color that is there once."""
+    pairs, colors = [], [thing.color for thing in things]
+    for thing in things:
+        pairs.append((f"shape {place_name(thing)}", thing.shape))
+        pairs.append((f"color {place_name(thing)}", thing.color))
+        if colors.count(thing.color) == 1:
+            pairs.append((f"shape {thing.color}", thing.shape))
+            if thing.label:
+                pairs.append((f"label {thing.color}", joined(thing.label)))
+        if thing.label:
+            pairs.append((f"label {place_name(thing)}", joined(thing.label)))
+    return pairs
+
+
+def pairs_in_short(things: list[Thing], rng: np.random.Generator) -> list[tuple[str, str]]:
+    """Where a color and a shape are together: as many pairs that are nowhere as such that are."""
+    there = {(thing.color, thing.shape): thing for thing in reversed(things)}
+    pairs = []
+    for (color, shape), thing in there.items():
+        pairs.append((f"where {color} {shape}", place_name(thing)))
+        other = NAMES_OF_COLORS[rng.integers(len(NAMES_OF_COLORS))]
+        if (other, shape) not in there and not held_out((other, shape), "train"):
+            pairs.append((f"where {other} {shape}", "no"))
+    return pairs
+
+
+def cell_of(thing: Thing) -> tuple[int, int]:
+    return thing.row, thing.column
+
+
+def place_name(thing: Thing) -> str:
+    return f"{ROWS[thing.row]} {COLUMNS[thing.column]}"
+
+
+# --------------------------------------------------------------------- what accuracy is measured on
+
+
+def example(index: int, split: str, family: str) -> tuple[Picture, Question]:
+    """Picture and question number `index` of a family.
+
+    Each index has a picture of its own; where a picture has no question of the family the next seed
+    is tried.
+
+    Raises: ValueError for an unknown family or split.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {list(FAMILIES)}, got {family!r}")
+    code = list(FAMILIES).index(family)
+    first = EXAMPLES_FROM + (index * len(FAMILIES) + code) * 100
+    for attempt in range(100):
+        picture = make_picture(first + attempt, split, KIND_OF_FAMILY[family])
+        rng = np.random.default_rng([SPLIT_SEED[split], index, code])
+        question = ask(picture, family, rng, split)
+        if question:
+            return picture, question
+    # cannot happen: most pictures have one
+    raise RuntimeError(f"no {family} question in 100 pictures")
