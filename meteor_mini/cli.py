@@ -28,7 +28,7 @@ from PIL import Image
 
 from . import __version__, budgets, vlm
 from .budgets import Budget
-from .glyph import evaluate, world
+from .glyph import evaluate
 from .lab import demo, report
 from .model import Meteor
 from .pictures import load_picture, resize_square
@@ -361,8 +361,8 @@ def run_eval(args: Namespace) -> None:
         )
     model = load_model(args.model)
     # Where a stage cannot run, it says so here, and not after a minute of unpruned questions.
-    picture, question, _ = world.example(0, "val", "number")
-    model.answer(evaluate.to_images([picture.image]), [question])
+    example = evaluate.make_example(0, "val", "number")
+    model.answer(*evaluate.images_and_questions([example]))
     if args.table is None:
         results = {"rows": measure_accuracy(model, args.split, args.samples or 1000)}
     else:

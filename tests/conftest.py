@@ -42,10 +42,10 @@ def folder(tmp_path_factory):
     import torch  # here, so that test_library_names.py can say what a release renamed
 
     from meteor_mini import Meteor
-    from meteor_mini.glyph import world
+    from meteor_mini.glyph import questions
     from meteor_mini.glyph.parts import DECODER, ENCODERS, build_tokenizer
 
-    tokenizer = build_tokenizer(world.WORDS)
+    tokenizer = build_tokenizer(questions.WORDS)
     config = {
         "encoders": {name: [name, options] for name, options in ENCODERS.items()},
         "decoder": DECODER | {"vocab_size": len(tokenizer)},

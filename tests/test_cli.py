@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 import meteor_mini
 import stage3_decode
 from meteor_mini import CHECKPOINTS, Budget, budget_for, cli
-from meteor_mini.glyph import evaluate, world
+from meteor_mini.glyph import evaluate, questions, world
 from meteor_mini.glyph.parts import ENCODERS
 from meteor_mini.lab import demo, report
 
-FAMILIES = list(world.FAMILIES)
+FAMILIES = list(questions.FAMILIES)
 QUESTION = "Is there a red circle?"
 
 
@@ -93,7 +93,17 @@ def test_ask_draws_a_png(folder, picture, tmp_path, capsys):
 
 def test_eval_writes_both_rows(folder, untrained, tmp_path, capsys):
     path = tmp_path / "out.json"
-    argv = ["eval", "--samples", "8", "--split", "val", "--json", str(path), "--model", str(folder)]
+    argv = [
+        "eval",
+        "--samples",
+        "12",
+        "--split",
+        "val",
+        "--json",
+        str(path),
+        "--model",
+        str(folder),
+    ]
     assert cli.main(argv) == 0
     result, printed = json.loads(path.read_text()), capsys.readouterr().out
     assert list(result) == ["rows"] and [row["method"] for row in result["rows"]] == [
@@ -102,7 +112,7 @@ def test_eval_writes_both_rows(folder, untrained, tmp_path, capsys):
     ]
     for row, budget in zip(result["rows"], (Budget.none(), untrained.budget)):
         assert list(row) == ["method", "average_tokens", "grid_cells", "accuracy", "families"]
-        want = evaluate.accuracy(untrained, budget, "val", 8)
+        want = evaluate.accuracy(untrained, budget, "val", 12)
         assert row["grid_cells"] == 144 and list(row["families"]) == FAMILIES
         assert all(row[key] == want[key] for key in ("average_tokens", "accuracy", "families"))
     assert result["rows"][0]["average_tokens"] == 576 > result["rows"][1]["average_tokens"]
@@ -132,7 +142,7 @@ def test_eval_prints_a_table(folder, tmp_path, capsys):
     path = tmp_path / "table.json"
     assert (
         cli.main(
-            ["eval", "--model", str(folder), "--table", "1", "--samples", "8", "--json", str(path)]
+            ["eval", "--model", str(folder), "--table", "1", "--samples", "12", "--json", str(path)]
         )
         == 0
     )
@@ -338,8 +348,8 @@ def test_python_m_meteor_mini_cli(tmp_path):
 def test_the_trained_model_answers_most_families(tmp_path, capsys):
     right = 0
     for number, family in enumerate(FAMILIES):
-        picture, question, truth = world.example(number, "test", family)
-        Image.fromarray(picture.image).save(tmp_path / "picture.png")
-        assert cli.main(["ask", str(tmp_path / "picture.png"), question]) == 0
-        right += capsys.readouterr().out.splitlines()[0] == truth
-    assert right >= 6
+        example = evaluate.make_example(number, "test", family)
+        Image.fromarray(example.picture.image).save(tmp_path / "picture.png")
+        assert cli.main(["ask", str(tmp_path / "picture.png"), example.question]) == 0
+        right += capsys.readouterr().out.splitlines()[0] == example.answer
+    assert right >= 9

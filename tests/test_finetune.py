@@ -25,8 +25,8 @@ from meteor_mini.finetune import (
     side_of,
     training_loss,
 )
-from meteor_mini.glyph import world
-from meteor_mini.glyph.evaluate import to_images
+from meteor_mini.glyph.evaluate import images_and_questions, make_example
+from meteor_mini.glyph.questions import FAMILIES
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
 
@@ -36,11 +36,11 @@ def data(tmp_path):
     """Sixteen pictures in LLaVA's format, and the file that lists them."""
     rows = []
     for i in range(16):
-        picture, question, answer = world.example(i, "train", "value")
-        Image.fromarray(picture.image).save(tmp_path / f"{i}.png")
+        example = make_example(i, "train", "value")
+        Image.fromarray(example.picture.image).save(tmp_path / f"{i}.png")
         turns = [
-            {"from": "human", "value": f"<image>\n{question}"},
-            {"from": "gpt", "value": answer},
+            {"from": "human", "value": f"<image>\n{example.question}"},
+            {"from": "gpt", "value": example.answer},
         ]
         rows.append({"id": str(i), "image": f"{i}.png", "conversations": turns})
     (tmp_path / "data.json").write_text(json.dumps(rows))
@@ -80,12 +80,9 @@ def model():
 @pytest.fixture(scope="module")
 def batch():
     """A picture, a question and its answer of each family."""
-    examples = [world.example(3, "val", family) for family in world.FAMILIES]
-    return (
-        to_images([p.image for p, _, _ in examples]),
-        [q for _, q, _ in examples],
-        [a for *_, a in examples],
-    )
+    examples = [make_example(3, "val", family) for family in FAMILIES]
+    images, questions = images_and_questions(examples)
+    return images, questions, [example.answer for example in examples]
 
 
 def test_rows_of_both_forms():
@@ -110,11 +107,9 @@ def test_rows_of_both_forms():
 def test_pictures_become_squares_of_one_size(data):
     loaded = load_data(data, 64)
     batch = collate([loaded[0], loaded[3]])
-    assert (
-        len(loaded) == 16
-        and batch["images"].shape == (2, 3, 64, 64)
-        and batch["dialogues"][1] == [world.example(3, "train", "value")[1:]]
-    )
+    assert len(loaded) == 16 and batch["images"].shape == (2, 3, 64, 64)
+    example = make_example(3, "train", "value")
+    assert batch["dialogues"][1] == [(example.question, example.answer)]
     pillow = Dialogues(
         [{"image": Image.fromarray(np.zeros((20, 40), np.uint8)), "question": "a", "answer": "b"}],
         32,
@@ -194,8 +189,10 @@ def test_a_directory_without_datasets_installed_says_what_to_install(tmp_path, m
 
 def test_the_readmes_snippet_runs_on_rows_with_pictures_inside(tmp_path, monkeypatch):
     """With the embedded model in place of "small", and a list in place of a dataset of the hub."""
-    examples = [world.example(i, "train", "value") for i in range(8)]
-    rows = [{"image": Image.fromarray(p.image), "question": q, "answer": a} for p, q, a in examples]
+    rows = []
+    for example in (make_example(i, "train", "value") for i in range(8)):
+        image = Image.fromarray(example.picture.image)
+        rows.append({"image": image, "question": example.question, "answer": example.answer})
     (snippet,) = (
         s
         for s in re.findall(

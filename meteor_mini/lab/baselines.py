@@ -1,8 +1,9 @@
 """What METEOR is compared with, each a few lines over the same interfaces.
 
-Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`. Inside an
-encoder: `tome`. At the encoders' outputs: `prumerge`. In place of stage 2: see `fusions.py`. Each
-is named after the paper whose idea it follows; what differs from that paper's own code is said.
+Inside the LLM, for `Meteor.generate(pruner=...)`: `fixed`, `fastv`, `pyramid_drop`, `drop_all`.
+Inside an encoder: `tome`. At the encoders' outputs: `prumerge`. In place of stage 2: see
+`fusions.py`. Each is named after the paper whose idea it follows; what differs from that paper's
+own code is said.
 """
 
 from collections.abc import Callable
@@ -66,6 +67,29 @@ def asked_by_the_last_token(
     asks = torch.zeros_like(visual_mask)
     asks[:, -1] = True
     return kind(decoder, visual_mask, counts=counts, k=None, query_mask=asks)
+
+
+def drop_all(layer: int) -> Pruner:
+    """From `layer` on, 1..L-1, no visual token is there: how deep does the LLM look at the picture?
+
+    Source: [our choice]
+    """
+    return partial(DropAll, layer=layer)
+
+
+class DropAll(AdaptivePruner):
+    """Drops every visual token prior to one layer."""
+
+    def __init__(self, decoder, visual_mask: Tensor, layer: int):
+        super().__init__(decoder, visual_mask, counts={layer: 1})  # 1: the least it is asked for
+
+    def _choose(self, i, layer, hidden: Tensor, rotary: tuple, sees: Tensor | None) -> Tensor:
+        """In place of stage 3's choice: which of the tokens that are there stay, (B, N) bool."""
+        prompt = self._prompt
+        visual = prompt.visual.gather(1, prompt.index)  # (B, N)
+        self.kept[i] = torch.zeros_like(self.visual_mask)
+        self.counts[i] = self.visual_mask.new_zeros(len(self.visual_mask), dtype=torch.int64)
+        return prompt.valid & ~visual
 
 
 class EagerFastV(AdaptivePruner):

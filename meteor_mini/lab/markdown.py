@@ -3,9 +3,11 @@
 import subprocess
 from pathlib import Path
 
-from ..glyph.world import FAMILIES
+from ..glyph.questions import FAMILIES
+from .depth import CRITERIA
+from .orders import ORDERS, YES
 from .tables import GROUPS
-from .texts import NOTES, ORDERS, TITLES, WHY, Order
+from .texts import NOTES, TITLES, WHY
 
 # ------------------------------------------------------------------ pieces
 
@@ -16,15 +18,19 @@ def grid(head: list[str], rows: list[list[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + "\n"
 
 
-def cell(value: float, low: float, high: float, form: str = ".1f") -> str:
-    """A value with its 95 % interval; form: of the value, the others are written without a sign."""
+def cell(value: float | None, low: float | None, high: float | None, form: str = ".1f") -> str:
+    """A value with its 95 % interval, a dash where it is not defined; form: of the value, the
+    others are written without a sign.
+    """
+    if value is None or low is None:
+        return "-"
     ends = form.strip("+")
     return f"{value:{form}} [{low:{ends}}, {high:{ends}}]"
 
 
-def or_dash(value: float | None) -> str:
-    """A share with its sign; a dash where it is not defined."""
-    return "-" if value is None else f"{value:+.2f}"
+def or_dash(value: float | None, form: str = "+.2f") -> str:
+    """A number; a dash where it is not defined."""
+    return "-" if value is None else f"{value:{form}}"
 
 
 def commit() -> str:
@@ -44,9 +50,26 @@ def commit() -> str:
 # ------------------------------------------------------------------ one table
 
 
-def section(name: str, result: dict) -> str:
-    """One table under its title and note; result: as `report.report` measures it."""
-    parts = [f"## {TITLES[name]}\n", NOTES[name] + "\n"]
+def section(name: str, result: dict, figure: str | None = None) -> str:
+    """One table under its title and note; result: as `report.report` measures it.
+
+    figure: file of a plot, before the numbers; they are then folded away.
+    """
+    head = [f"## {TITLES[name]}\n", NOTES[name] + "\n"]
+    if figure is None:
+        return "\n".join([*head, *grids(name, result)])
+    plot = f"![{TITLES[name]}]({figure})\n"
+    folded = ["<details><summary>The numbers</summary>\n", *grids(name, result), "</details>\n"]
+    return "\n".join([*head, plot, *folded])
+
+
+def grids(name: str, result: dict) -> list[str]:
+    """The numbers of a section, as Markdown tables with a few words."""
+    parts = []
+    if name == "requirements":
+        parts.append(requirements_grid(result["requirements"]))
+    if name == "orders":
+        parts.append(verdicts(result["orders"]))
     if "rows" in result:
         parts.append(rows_grid(result["rows"]))
     if "ranks" in result:
@@ -56,12 +79,18 @@ def section(name: str, result: dict) -> str:
     for stage, encoders in result.get("survivors", {}).items():
         parts.append(survivors_grid(stage, encoders))
     if "family_tokens" in result:
-        parts.append(tokens_grid(result["family_tokens"], result["group_tokens"]))
+        parts.append(tokens_grid(result))
     if "cur" in result:
         parts += redundancy_grids(result)
+    if name == "depth":
+        parts += depth_grids(result)
+    if name == "drops":
+        parts.append(drops_grid(result))
+    if name == "focus":
+        parts.append(focus_grid(result))
     if name == "video":
         parts.append(video_grid(result))
-    return "\n".join(parts)
+    return parts
 
 
 def rows_grid(rows: list[dict]) -> str:
@@ -114,16 +143,23 @@ def survivors_grid(stage: str, encoders: dict[str, dict]) -> str:
     return grid([f"mean tokens after {stage}", *FAMILIES], rows)
 
 
-def tokens_grid(by_family: dict[str, float], by_group: dict[str, tuple]) -> str:
-    """Mean tokens per LLM layer, the groups with their intervals."""
+def tokens_grid(result: dict) -> str:
+    """Of Figure 1: mean tokens per LLM layer, the groups with their intervals, and how many times
+    as many the second group has.
+    """
     row = ["tokens per LLM layer"]
-    row += [f"{by_family[family]:.1f}" for family in FAMILIES]
-    row += [cell(*by_group[group], ".2f") for group in GROUPS]
-    return grid(["", *FAMILIES, *GROUPS], [row])
+    row += [f"{result['family_tokens'][family]:.1f}" for family in FAMILIES]
+    row += [cell(*result["group_tokens"][group], ".2f") for group in GROUPS]
+    row += [cell(*result[key], ".2f") for key in ("ratio", "late ratio")]
+    first, second = GROUPS
+    ratios = [f"{second} to {first}", "the same from the first pruned layer on"]
+    return grid(["", *FAMILIES, *GROUPS, *ratios], [row])
 
 
 def redundancy_grids(result: dict) -> list[str]:
-    """Of `studies.redundancy`: accuracy by subset, CUR and information gap, attention KL."""
+    """Of `studies.redundancy`: accuracy by subset, CUR and information gap, points lost, attention
+    KL.
+    """
     kinds, encoders = list(result["cur"]), list(result["kl"])
     subsets = []
     for subset, accuracy in result["subsets"].items():
@@ -131,12 +167,17 @@ def redundancy_grids(result: dict) -> list[str]:
     rates = []
     for encoder in encoders:
         rates.append([encoder, *(or_dash(result["cur"][kind][encoder]) for kind in kinds)])
+    losses = []
+    for encoder in encoders:
+        of_kind = result["losses"][encoder]
+        losses.append([encoder, *(cell(*of_kind[kind], "+.0f") for kind in kinds)])
     rates.append(["information gap", *(or_dash(result["ig"][kind]) for kind in kinds)])
     divergences = ["", *(f"{nats:.2f}" for nats in result["kl"].values())]
     return [
         f"{result['questions']} questions.\n",
         grid(["encoders seen", *kinds], subsets),
         grid(["CUR of", *kinds], rates),
+        grid(["points lost without", *kinds], losses),
         grid(["attention KL, full to single, nats", *encoders], [divergences]),
     ]
 
@@ -153,47 +194,83 @@ def video_grid(result: dict) -> str:
     return grid(["clip", "method", "tokens", "accuracy", "difference"], rows)
 
 
-# ------------------------------------------------------------------ the paper's orders
+def depth_grids(result: dict) -> list[str]:
+    """Of `depth.findings`: shares in the thirds of the blocks, and after each block."""
+    rows = []
+    for row in result["shares"]:
+        difference = cell(*row["difference"], "+.1f") if "difference" in row else ""
+        line = [row["patches"], row["blocks"], row["encoder"], str(row["questions"])]
+        line += [or_dash(row[criterion], ".1f") for criterion in CRITERIA]
+        rows.append([*line, difference])
+    head = ["patches", "blocks", "encoder", "questions", *CRITERIA, "similarity - attention"]
+    blocks = []
+    for encoder, of_criterion in result["blocks"].items():
+        for criterion, shares in of_criterion.items():
+            blocks.append([encoder, criterion, *(or_dash(share, ".0f") for share in shares)])
+    most = max(len(line) for line in blocks)
+    blocks = [line + [""] * (most - len(line)) for line in blocks]
+    return [
+        f"{result['kept']} patches kept of each encoder.\n",
+        grid(head, rows),
+        grid(
+            ["encoder", "asked patches kept, %", *(f"block {i}" for i in range(most - 2))], blocks
+        ),
+    ]
 
 
-def verdicts(results: dict) -> str:
-    """Each of `ORDERS` with what the measured 95 % interval says of it, and what is behind those
-    that it does not show.
+def drops_grid(result: dict) -> str:
+    """Of `studies.drops`."""
+    rows = []
+    for entry in result["layers"]:
+        accuracy, loss = cell(*entry["accuracy"]), cell(*entry["loss"], "+.1f")
+        rows.append([str(entry["layers"]), accuracy, loss])
+    rows.append(["all", cell(*result["unpruned"]), ""])
+    head = ["layers with visual tokens", "accuracy", "points lost"]
+    return f"{result['questions']} questions.\n\n" + grid(head, rows)
+
+
+def focus_grid(result: dict) -> str:
+    """Of `studies.focus`."""
+    rows = []
+    for kind, measured in result.items():
+        shares = [measured[key] for key in ("left", "of all", "of those in the LLM")]
+        row = [kind, str(measured["questions"]), *(f"{share:.1f} %" for share in shares)]
+        row += [cell(*measured[key]) for key in ("ratio", "ratio in the LLM")]
+        rows.append(row)
+    head = ["", "questions", "on asked patches: left", "of all tokens", "of those in the LLM"]
+    return grid([*head, "left to all", "left to those in the LLM"], rows)
+
+
+# ------------------------------------------------------------------ the model and the orders
+
+
+def requirements_grid(requirements: list[dict]) -> str:
+    """Of `requirements.requirements`."""
+    rows = []
+    for entry in requirements:
+        holds = "**yes**" if entry["holds"] else "no"
+        rows.append([entry["what"], entry["target"], entry["measured"], holds])
+    return grid(["what", "target", "measured", "holds"], rows)
+
+
+def verdicts(orders: list[dict]) -> str:
+    """Entries of `orders.compare`, with what the 95 % interval says of each, and what is behind
+    those that are not shown.
     """
-    lines, not_shown = [], []
-    for order in ORDERS:
-        for row in compared_rows(results.get(order.table, {}), order.label):
-            mean, low, high = row["differences"][order.questions]
-            said = verdict(order, low, high)
-            compared = f"{row['label']} - {row['against']}"
-            difference = cell(mean, low, high, "+.1f")
-            lines.append([order.claim, order.questions, compared, difference, said])
-            if said != YES and order.table not in not_shown:
-                not_shown.append(order.table)
-    head = ["the paper's order", "questions", "rows", "difference, points", "here"]
-    parts = ["## The paper's orders\n", '"Not shown": the interval holds 0.\n', grid(head, lines)]
-    parts += [f"- {WHY[table]}" for table in not_shown if table in WHY]
-    return "\n".join([*parts, ""])
-
-
-YES, REVERSE = "**yes**", "no, the reverse"
-
-
-def verdict(order: Order, low: float, high: float) -> str:
-    """What a 95 % interval of the difference says of an order."""
-    row_is_above, row_is_below = low > 0, high < 0
-    if not row_is_above and not row_is_below:
-        return "not shown"
-    return YES if row_is_above == order.above else REVERSE
-
-
-def compared_rows(result: dict, label: str) -> list[dict]:
-    """Rows whose label begins so, and that keep as many tokens as the row compared with."""
-    rows = {row["label"]: row for row in result.get("rows", [])}
-    compared = []
-    for row in rows.values():
-        if row["label"].startswith(label) and row["against"]:
-            other = rows[row["against"]]
-            if abs(row["average_tokens"] - other["average_tokens"]) < 1:
-                compared.append(row)
-    return compared
+    lines, reasons = [], []
+    for number, (order, entry) in enumerate(zip(ORDERS, orders), start=1):
+        line = [str(number), entry["order"], order.rule, entry["questions"]]
+        if entry["difference"] is None:
+            line += ["not measured", "", "", entry["verdict"]]
+        else:
+            tokens = entry["tokens"]
+            line.append(" - ".join(entry["rows"]))
+            line.append("" if tokens is None else " / ".join(f"{n:.1f}" for n in tokens))
+            line.append(cell(entry["difference"], *entry["interval"], "+.1f"))
+            line.append(f"**{YES}**" if entry["verdict"] == YES else entry["verdict"])
+        lines.append(line)
+        if entry["verdict"] != YES and number in WHY:
+            reasons.append(f"- {number}: {WHY[number]}")
+    head = ["", "the paper's order", "rule", "questions", "rows", "tokens", "difference, points"]
+    parts = [grid([*head, "here"], lines), *reasons]
+    return "\n".join([*parts, ""]) if reasons else parts[0]

@@ -242,30 +242,6 @@ def _label_last_row(axes: np.ndarray, maps: dict[str, dict]) -> None:
 # ------------------------------------------------------------------ tokens
 
 
-def token_flow(counts: dict[str, dict[str, float]], title: str | None = None) -> Picture:
-    """Visual tokens at each point of the model, stacked by encoder.
-
-    Args: counts: point -> {encoder: tokens}; title: None to say how many come in and are left.
-    """
-    totals = [sum(line.values()) for line in counts.values()]
-    if title is None:
-        title = f"{totals[0]:.0f} visual tokens come in, {totals[-1]:.0f} are left at the end"
-    figure, ax = _single(title, (7.5, 3.6))
-    names, points = list(next(iter(counts.values()))), range(len(counts))
-    below = np.zeros(len(counts))
-    for name, color in _colors(names).items():
-        height = np.array([line[name] for line in counts.values()])
-        look = {"color": color, "edgecolor": "white", "linewidth": 0.6}
-        ax.bar(points, height, bottom=below, label=name, **look)
-        below += height
-    for i, total in enumerate(totals):
-        ax.text(i, total, f"{total:.0f}", ha="center", va="bottom", fontsize=9, color=INK)
-    ax.set_xticks(points, [textwrap.fill(point, 11) for point in counts])
-    _label(ax, "where in the model", "visual tokens")
-    _legend(ax, ncols=2)
-    return figure
-
-
 def encoder_bars(
     groups: dict[str, dict[str, float]], title: str, ylabel: str, xlabel: str
 ) -> Picture:
@@ -294,55 +270,66 @@ def _short(value: float) -> str:
     return f"{value:.2g}" if abs(value) < 1 else f"{value:.0f}"
 
 
-def tokens_by_layer(counts: dict[str, list[float]], title: str) -> Picture:
-    """Visual tokens in each layer of the LLM, a line for each question or method.
+def bars(
+    panels: dict[str, dict[str, tuple[float, float, float] | None]],
+    title: str,
+    xlabel: str,
+    colors: dict[str, str] | None = None,
+) -> Picture:
+    """Horizontal bars with their 95 % intervals, one a row, in panels side by side.
 
-    Args: counts: name -> L numbers.
+    Args: panels: panel -> {label: (value, low, high)}, the same labels in all; None where nothing
+        was measured, all three alike where there is no interval; xlabel: what the values are, with
+        their unit; colors: label -> color, where not all alike.
     """
-    figure, ax = _single(title, (7.5, 3.2))
-    for i, (name, line) in enumerate(counts.items()):
-        color, marker, dash = METHOD_STYLES[i % len(METHOD_STYLES)]
-        shift = (i - (len(counts) - 1) / 2) * 0.08  # so that equal counts do not hide each other
-        ax.plot(
-            np.arange(len(line)) + shift,
-            line,
-            marker=marker,
-            linestyle=dash,
-            color=color,
-            markersize=5,
-            label=f"{name}  (mean {np.mean(line):.1f})",
-        )
-    ax.set_xticks(range(len(line)))
-    _label(ax, "layer of the LLM", "visual tokens present")
-    ax.set_ylim(bottom=0)
-    _legend(ax)
+    labels = list(next(iter(panels.values())))
+    height = 0.24 * len(labels) + 1.3
+    figure, axes = canvas(title, (8.0, height), 1, len(panels), sharey=True)
+    for (panel, values), ax in zip(panels.items(), axes[0]):
+        for row, label in enumerate(labels):
+            if values[label] is not None:
+                _draw_bar(ax, row, values[label], (colors or {}).get(label, BLUE))
+        ax.axvline(0, color=GREY, linewidth=0.8)
+        ax.margins(x=0.16)
+        _name(ax, panel)
+        ax.set_xlabel(xlabel, fontsize=9)
+    first = axes[0, 0]
+    first.set_yticks(range(len(labels)), labels)
+    first.invert_yaxis()
+    first.set_ylabel(" ")  # room
     return figure
+
+
+def _draw_bar(ax: Axes, row: int, value: tuple[float, float, float], color: str) -> None:
+    """A bar, its interval where it has one, and its number behind both."""
+    mean, low, high = value
+    ax.barh(row, mean, color=color, edgecolor="white")
+    if high > low:
+        reach = [[mean - low], [high - mean]]
+        ax.errorbar(mean, row, xerr=reach, fmt="none", ecolor=INK, capsize=2, linewidth=1)
+    place = {"va": "center", "ha": "left", "fontsize": 8, "color": INK}
+    ax.text(max(high, 0), row, f" {mean:.1f}", **place)
 
 
 # ------------------------------------------------------------------ cost
 
 
 def cost_curve(
-    tokens: list[int], linear: list[float], quadratic: list[float], ms: list[float], title: str
+    tokens: list[int], linear: list[float], quadratic: list[float], title: str
 ) -> Picture:
-    """What n tokens cost: FLOPs by formula, split in the part that grows as n and the one that
-    grows as n squared; time.
+    """FLOPs of n tokens by formula: the part that grows as n, and the one that grows as n squared.
 
-    Args: tokens, linear and quadratic (FLOPs), ms: n numbers each.
+    Args: tokens, linear and quadratic (FLOPs): as many numbers each.
     """
-    figure, axes = canvas(title, (7.5, 3.2), 1, 2)
-    left, right = axes[0]
-    as_n, as_n_squared = np.array(linear) / 1e9, np.array(quadratic) / 1e9
+    figure, ax = _single(title, (7.5, 3.2))
+    as_n, as_n_squared = np.array(linear) / 1e12, np.array(quadratic) / 1e12
     both = as_n + as_n_squared
-    left.fill_between(tokens, 0, as_n, color=BLUE, label="projections, MLP: as n")
-    left.fill_between(tokens, as_n, both, color=RED, label="attention: as n squared")
-    _label(left, "visual tokens n", "GFLOPs, by formula")
-    _legend(left, loc="upper left")
-    right.plot(tokens, ms, "o-", color=INK)
-    _label(right, "visual tokens n", "prefill, ms, measured here")
-    for ax in (left, right):
-        ax.set_xlim(left=0)
-        ax.set_ylim(bottom=0)
+    ax.fill_between(tokens, 0, as_n, color=BLUE, label="projections, MLP: as n")
+    ax.fill_between(tokens, as_n, both, color=RED, label="attention: as n squared")
+    _label(ax, "visual tokens n", "TFLOPs of the prefill")
+    _legend(ax, loc="upper left")
+    ax.set_xlim(left=0)
+    ax.set_ylim(bottom=0)
     return figure
 
 
@@ -365,45 +352,23 @@ def time_bars(parts: dict[str, dict[str, float]], title: str) -> Picture:
     return figure
 
 
-def kv_bars(sizes: dict[str, list[float]], title: str) -> Picture:
-    """KV cache of each LLM layer after the prompt. sizes: name -> L sizes in bytes."""
+def kv_bars(counts: dict[str, list[int]], title: str) -> Picture:
+    """Tokens in the KV cache of each LLM layer after the prompt. counts: name -> L numbers."""
     figure, ax = _single(title, (7.5, 3.1))
     colors = [GREY, RED, BLUE]
-    for i, (name, line) in enumerate(sizes.items()):
-        x, width = _side_by_side(i, len(sizes), len(line))
-        label = f"{name}  (together {sum(line) / 1024:.0f} KiB)"
+    for i, (name, line) in enumerate(counts.items()):
+        x, width = _side_by_side(i, len(counts), len(line))
         look = {"color": colors[i % len(colors)], "edgecolor": "white"}
-        ax.bar(x, np.array(line) / 1024, width, label=label, **look)
+        drawn = ax.bar(x, line, width, label=name, **look)
+        ax.bar_label(drawn, fontsize=8, color=INK, padding=1)
     ax.set_xticks(range(len(line)))
-    _label(ax, "layer of the LLM", "KV cache, KiB")
+    _label(ax, "layer of the LLM", "tokens in the KV cache")
     ax.margins(y=0.1)
-    _legend_above(ax, len(sizes))
+    _legend_above(ax, len(counts))
     return figure
 
 
 # ------------------------------------------------------------------ stage 1
-
-
-def spectra(sigma: dict[str, Tensor], rtol: float, title: str) -> Picture:
-    """Singular values of each encoder's token matrix; those above the line count.
-
-    Args: sigma: encoder -> (n,), any order.
-    """
-    figure, ax = _single(title, (7.5, 3.4))
-    for (name, values), marker in zip(sigma.items(), MARKERS * 2):
-        color = _colors(sigma)[name]
-        values = values.sort(descending=True).values.double().cpu().numpy()
-        values = values / values[0]
-        rank, numbers = int((values > rtol).sum()), range(1, len(values) + 1)
-        ax.semilogy(numbers, values.clip(1e-7), color=color, label=f"{name}: rank {rank}")
-        ax.plot(rank, values[rank - 1], marker, color=color, markeredgecolor=INK, markersize=7)
-    ax.axhline(rtol, color=GREY, linestyle="--", linewidth=1)
-    _, right = ax.get_xlim()
-    ax.text(right, rtol * 1.15, f"rtol = {rtol:g}", ha="right", fontsize=9, color=INK)
-    ax.set_ylim(rtol / 30, 1.3)
-    _label(ax, "number of the singular value", "singular value / largest")
-    _legend(ax)
-    return figure
 
 
 def rank_spread(ranks: dict[str, Tensor], stored: dict[str, float]) -> Picture:
@@ -437,22 +402,6 @@ def _percent_spread(values: Tensor) -> float:
     return 100 * float(values.std() / values.mean())
 
 
-def depth_curves(values: dict[str, list[float]], title: str, ylabel: str) -> Picture:
-    """A value after each block, a line for each encoder; the bands are the three parts.
-
-    Args: values: encoder -> L numbers.
-    """
-    figure, ax = _single(title, (7.5, 3.2))
-    L = max(map(len, values.values()))
-    _shade_parts(ax, L)
-    for (name, line), marker in zip(values.items(), MARKERS):
-        ax.plot(range(len(line)), line, marker=marker, color=_colors(values)[name], label=name)
-    ax.set_xticks(range(L))
-    _label(ax, "block of the encoder", ylabel)
-    _legend(ax)
-    return figure
-
-
 def criteria_by_depth(
     values: dict[str, dict[str, list[float]]], title: str, ylabel: str, chance: float | None = None
 ) -> Picture:
@@ -472,7 +421,7 @@ def criteria_by_depth(
         _name(ax, name)
         ax.set_xticks(range(L))
         ax.set_xlabel("block of the encoder", fontsize=9)
-        ax.set_ylim(bottom=0)
+        ax.set_ylim(0, 105)
     axes[0, 0].set_ylabel(ylabel, fontsize=9)
     criteria, samples = list(next(iter(values.values()))), []
     for dash, fill in CRITERION_STYLES[: len(criteria)]:
@@ -504,44 +453,6 @@ def _shade_parts(ax: Axes, L: int) -> None:
 
 
 # ------------------------------------------------------------------ stages 2 and 3
-
-
-def projection_plot(tokens: dict[str, Tensor], kept: dict[str, Tensor], title: str) -> Picture:
-    """Tokens of all encoders in their common space, on its first two principal directions (of unit
-    vectors).
-
-    Args: tokens: encoder -> (n_l, D) float, projected; kept: encoder -> (n_l,) bool: filled, the
-        others hollow.
-    """
-    figure, ax = _single(title, (7.0, 4.4))
-    plane, share = _principal_plane(torch.cat(list(tokens.values())))
-    of_each = plane.split([len(x) for x in tokens.values()])
-    for name, points, marker in zip(tokens, of_each, MARKERS):
-        color, alive = _colors(tokens)[name], kept[name].cpu()
-        hollow = {"s": 22, "facecolors": "none", "edgecolors": color, "linewidths": 0.8}
-        ax.scatter(*points[~alive].T.numpy(), marker=marker, **hollow)
-        label = f"{name}: {int(alive.sum())} of {len(alive)} kept"
-        ax.scatter(*points[alive].T.numpy(), s=26, marker=marker, color=color, label=label)
-    first, second = (100 * s for s in share)
-    x = f"first principal direction ({first:.0f} % of the variance)"
-    _label(ax, x, f"second ({second:.0f} %)")
-    ax.legend(fontsize=9, frameon=True, title="filled: kept, hollow: dropped", title_fontsize=9)
-    return figure
-
-
-def _principal_plane(tokens: Tensor) -> tuple[Tensor, list[float]]:
-    """Tokens (N, D) as unit vectors on their two first principal directions.
-
-    Returns: (N, 2) float64; the share of the variance in each.
-    """
-    units = torch.nn.functional.normalize(tokens.double(), dim=-1)
-    centred = units - units.mean(dim=0)
-    _, sigma, V = torch.linalg.svd(centred, full_matrices=False)
-    directions = V[:2]
-    # The library may give either sign: take the one by which the entries sum to more than 0.
-    directions = directions * torch.sign(directions.sum(dim=1, keepdim=True))
-    share = sigma[:2] ** 2 / (sigma**2).sum()
-    return centred @ directions.T, share.tolist()
 
 
 def vav_bars(vav: dict[int, Tensor], k: int, title: str) -> Picture:

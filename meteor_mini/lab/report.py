@@ -1,7 +1,8 @@
-"""Measures the rows of `tables.py` and writes them: `meteor-mini eval --table NAME`, all of them
-into results/.
+"""Measures the rows of `tables.py`, the studies and the paper's orders, and writes them:
+`meteor-mini eval --table NAME`, all of them into results/.
 """
 
+import importlib.util
 import json
 import math
 import time
@@ -11,46 +12,172 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from stage3_decode import layers_to_prune
+
 from ..budgets import Budget
-from ..glyph.evaluate import Method, accuracy, difference, encoding_flops, interval
-from ..glyph.world import FAMILIES
+from ..glyph.evaluate import (
+    Method,
+    accuracy,
+    difference,
+    encoding_flops,
+    interval,
+    ratio,
+    with_interval,
+)
+from ..glyph.questions import FAMILIES
 from ..model import Meteor
-from .markdown import commit, section, verdicts
-from .studies import coverage, rank_statistics, redundancy, video
-from .tables import GROUPS, TABLES, Row, meteor_row
+from . import depth
+from .markdown import commit, section
+from .orders import ORDERS, TABLES_OF_ORDERS, Measured, compare, find_row, without_rows
+from .requirements import requirements
+from .studies import coverage, drops, focus, rank_statistics, redundancy, video
+from .tables import GROUPS, TABLES, Row, grid_cells, label_numbers, question_groups
 from .texts import TITLES
 
 __all__ = ["TITLES", "report"]
 
+LAST = ("orders", "requirements")  # of `TITLES`: they compare what the others measure
+# Of studies that take long for each question: at most so many.
+MOST_OF_REDUNDANCY, MOST_OF_DROPS, MOST_OF_CLIPS = 640, 400, 200
 
-# ------------------------------------------------------------------ rows
+
+# ------------------------------------------------------------------ what is measured, once
 
 
-def measure_rows(model: Meteor, rows: list[Row], samples: int, cache: dict) -> list[dict]:
-    """One dictionary a row: accuracies with intervals, overall, by group and family; tokens, FLOPs,
-    differences.
-
-    cache: repr of a budget -> result; tables that share a budget share its run.
+class Measurements:
+    """What is measured of a model on `samples` test questions, each thing once, however many tables
+    show it.
     """
-    done, results = {}, []
-    for row in tqdm(rows, desc="rows", mininterval=5, leave=False):
-        done[row.label] = measure(model, row.method, samples, cache)
-        other = None if row.against is None else done[row.against]
-        flops = encoding_flops(model, row.encode)
-        results.append(row_figures(row, done[row.label], other, flops))
-    return results
 
+    def __init__(self, model: Meteor, samples: int):
+        self.model, self.samples = model, samples
+        self._rows = {}  # table -> its rows
+        self._answers = {}  # method -> `accuracy`'s result
+        self._results = {}  # table -> what is shown of it
+        self._findings = None
 
-def measure(model: Meteor, method: Method, samples: int, cache: dict) -> dict:
-    """`evaluate.accuracy`; of a budget once for all tables."""
-    key = repr(method) if isinstance(method, Budget) else None
-    if key in cache:
-        return cache[key]
-    torch.manual_seed(0)  # of the strategy "random"
-    result = accuracy(model, method, "test", samples)
-    if key is not None:
-        cache[key] = result
-    return result
+    def rows(self, table: str) -> list[Row]:
+        """The rows of a table of `TABLES`. For some of them lambda is solved."""
+        if table not in self._rows:
+            self._rows[table] = TABLES[table](self.model)
+        return self._rows[table]
+
+    def answers(self, method: Method) -> dict:
+        """`evaluate.accuracy` of a budget or another method."""
+        key = repr(method) if isinstance(method, Budget) else method
+        if key not in self._answers:
+            torch.manual_seed(0)  # of the strategy "random"
+            self._answers[key] = accuracy(self.model, method, "test", self.samples)
+        return self._answers[key]
+
+    def figures(self, rows: list[Row]) -> list[dict]:
+        """One dictionary a row: accuracies with intervals, overall, by group and family; tokens,
+        FLOPs, differences. A row that is compared with another must come after it.
+        """
+        done, figures = {}, []
+        for row in tqdm(rows, desc="rows", mininterval=5, leave=False):
+            done[row.label] = self.answers(row.method)
+            other = None if row.against is None else done[row.against]
+            flops = encoding_flops(self.model, row.encode)
+            figures.append(row_figures(row, done[row.label], other, flops))
+        return figures
+
+    def main_rows(self) -> list[Row]:
+        """The unpruned model, and METEOR at its own budget."""
+        labels = ("unpruned", f"METEOR, {self.model.budget.stage3}")
+        return [find_row(self.rows("main"), label) for label in labels]
+
+    def findings(self) -> depth.Findings:
+        if self._findings is None:
+            self._findings = depth.findings(self.model, self.samples)
+        return self._findings
+
+    def result(self, name: str) -> dict:
+        """What is shown under a title of `TITLES`."""
+        if name not in self._results:
+            self._results[name] = self._measure(name)
+        return self._results[name]
+
+    def _measure(self, name: str) -> dict:
+        model, samples = self.model, self.samples
+        if name == "redundancy":
+            return redundancy(model, min(samples, MOST_OF_REDUNDANCY))
+        if name == "drops":
+            return drops(model, min(samples, MOST_OF_DROPS))
+        if name == "focus":
+            return focus(model, samples)
+        if name == "video":
+            return video(model, min(samples, MOST_OF_CLIPS))
+        if name == "depth":
+            found = self.findings()
+            return {"kept": found.kept, "shares": found.rows, "blocks": found.blocks}
+        if name == "figure1":
+            _, own = self.figures(self.main_rows())
+            keys = ("survivors", "family_tokens", "group_tokens")
+            ratios = {"ratio": self.token_ratio(), "late ratio": self.token_ratio(late=True)}
+            return {key: own[key] for key in keys} | ratios
+        if name == "orders":
+            return {"orders": self.orders()}
+        if name == "requirements":
+            return {"requirements": self.requirements()}
+        result = {"rows": self.figures(self.rows(name))}
+        if name == "1":
+            result["ranks"] = rank_statistics(model)
+        if name == "2":
+            result["coverage"] = coverage(model)
+        return result
+
+    def token_ratio(self, late: bool = False) -> tuple[float, float, float]:
+        """METEOR's tokens per LLM layer, OCR & Chart to General, with the interval; late: of the
+        layers from the first pruned one on, as all questions have the same number before it.
+        """
+        budget, L = self.model.budget, self.model.decoder.config.num_hidden_layers
+        result = self.answers(budget)
+        tokens = result["tokens"]  # (n,): mean over L layers
+        if late:
+            first = layers_to_prune(budget.layers, None, L)[0]
+            tokens = (L * tokens - first * budget.stage2) / (L - first)
+        asked = question_groups(result["family"])
+        general, ocr = (tokens[asked[group]] for group in GROUPS)
+        return ratio(ocr, general, paired=False)
+
+    def orders(self) -> list[dict]:
+        """Each of `ORDERS`, with what the measured interval says of it."""
+        numbers = label_numbers(self.model)
+        compared = []
+        for order in tqdm(ORDERS, desc="orders", mininterval=5, leave=False):
+            sides = [
+                self.measured(order.table, label.format_map(numbers))
+                for label in (order.row, order.other)
+            ]
+            compared.append(compare(order, *sides))
+        return compared
+
+    def measured(self, table: str, label: str) -> Measured | None:
+        """One side of an order; None for a row that this model does not have."""
+        if table == "depth":
+            found = self.findings()
+            return Measured(label, found.values[label], found.family, None)
+        row = find_row(self.rows(table), label)
+        if row is None:
+            return None
+        result = self.answers(row.method)
+        right = result["right"].astype(float)
+        return Measured(row.label, right, result["family"], result["average_tokens"])
+
+    def requirements(self) -> list[dict]:
+        unpruned, meteor = self.figures(self.main_rows())
+        return requirements(
+            unpruned,
+            meteor,
+            self.token_ratio(),
+            self.token_ratio(late=True),
+            self.result("redundancy"),
+            self.result("drops"),
+            self.result("focus"),
+            self.result("orders")["orders"],
+            grid_cells(self.model),
+        )
 
 
 def row_figures(row: Row, result: dict, other: dict | None, encoding: float) -> dict:
@@ -87,26 +214,12 @@ def row_figures(row: Row, result: dict, other: dict | None, encoding: float) -> 
     }
 
 
-def question_groups(family: np.ndarray) -> dict[str, np.ndarray]:
-    """ "all" and each group -> (n,) bool: which of n questions, of these families, belong to it."""
-    group_of = np.array([FAMILIES[name] for name in family])
-    masks = {"all": np.ones(len(family), dtype=bool)}
-    for group in GROUPS:
-        masks[group] = group_of == group
-    return masks
-
-
-def with_interval(right: np.ndarray) -> tuple[float, float, float]:
-    """Accuracy in percent, and its 95 % interval."""
-    return (100 * float(right.mean()), *interval(right))
-
-
 # ------------------------------------------------------------------ the whole
 
 
 def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -> dict:
-    """Measure and print tables; with a folder, keep its README.md and tables.json up to date after
-    each one.
+    """Measure and print tables; with a folder, keep its README.md, tables.json and orders.json up
+    to date after each one.
 
     Raises: ValueError for a model from which the rows cannot be made, or fewer questions than
         families, before measuring.
@@ -116,12 +229,13 @@ def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -
         raise ValueError(
             f"samples must be {len(FAMILIES)} or more, one for each family, got {samples}"
         )
-    rows = {name: TABLES[name](model) for name in names if name in TABLES}
+    measurements = Measurements(model, samples)
+    for table in tables_needed(names):
+        measurements.rows(table)
     version, start = commit(), time.time()
-    cache, results = {}, {}
-    for name in names:
-        result = measure_table(model, name, rows.get(name), samples, cache)
-        results[name] = plain(result)
+    results = {}
+    for name in sorted(names, key=LAST.__contains__):  # stable: the others keep their order
+        results[name] = plain(measurements.result(name))
         print(section(name, results[name]), flush=True)
         if folder is not None:
             minutes = (time.time() - start) / 60
@@ -132,6 +246,16 @@ def report(model: Meteor, names: list[str], samples: int, folder: Path | None) -
             )
             write(folder, results, how)
     return results
+
+
+def tables_needed(names: list[str]) -> list[str]:
+    """The tables whose rows are measured under some titles."""
+    needed = [name for name in names if name in TABLES]
+    if set(names) & set(LAST):
+        needed += TABLES_OF_ORDERS
+    if "figure1" in names:
+        needed.append("main")
+    return list(dict.fromkeys(needed))
 
 
 def check_model(model: Meteor) -> None:
@@ -147,25 +271,6 @@ def check_model(model: Meteor) -> None:
             "model must have encoders named clip and pix2struct and a multiple of 4 LLM layers, "
             f"got {list(model.encoders)} and {L} layers"
         )
-
-
-def measure_table(
-    model: Meteor, name: str, rows: list[Row] | None, samples: int, cache: dict
-) -> dict:
-    """One table of `TITLES`; rows: its rows, if it has any."""
-    if name == "redundancy":
-        return redundancy(model, min(samples, 400))  # 15 subsets, unpruned
-    if name == "video":
-        return video(model, min(samples, 200))
-    if name == "figure1":
-        (own,) = measure_rows(model, [meteor_row(model.budget, "METEOR")], samples, cache)
-        return {key: own[key] for key in ("survivors", "family_tokens", "group_tokens")}
-    result = {"rows": measure_rows(model, rows, samples, cache)}
-    if name == "1":
-        result["ranks"] = rank_statistics(model)
-    if name == "2":
-        result["coverage"] = coverage(model)
-    return result
 
 
 def plain(value):
@@ -190,11 +295,29 @@ HEAD = (
 )
 
 
+def on_page(folder: Path, name: str, result: dict) -> str:
+    """A section of the page; its figure goes beside the page where matplotlib is installed."""
+    figure = None
+    if importlib.util.find_spec("matplotlib"):
+        from .report_figures import figure_of
+
+        figure = figure_of(name, result)
+    if figure is None:
+        return section(name, result)
+    (folder / f"{name}.png").write_bytes(figure._repr_png_())
+    return section(name, result, f"{name}.png")
+
+
 def write(folder: Path, results: dict, how: str) -> None:
-    """README.md for people, tables.json for programs; how: the command and what it ran on."""
+    """README.md for people, tables.json and, of the orders, orders.json for programs; how: the
+    command and what it ran on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     title = "# The paper's tables on the embedded model"
-    tables = "\n".join(section(name, result) for name, result in results.items())
-    page = "\n\n".join([title, how, HEAD, verdicts(results) + "\n" + tables])
+    sections = [on_page(folder, name, results[name]) for name in TITLES if name in results]
+    page = "\n\n".join([title, how, HEAD, "\n".join(sections)])
     (folder / "README.md").write_text(page)
     (folder / "tables.json").write_text(json.dumps(results, indent=1, allow_nan=False) + "\n")
+    if "orders" in results:
+        orders = without_rows(results["orders"]["orders"])
+        (folder / "orders.json").write_text(json.dumps(orders, indent=1) + "\n")

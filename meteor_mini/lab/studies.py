@@ -1,5 +1,5 @@
 """What is measured of the embedded model besides rows: ranks, patches that stage 2 leaves, what
-each encoder is worth, clips.
+each encoder is worth, how deep the LLM looks, where the last tokens lie, clips.
 """
 
 import itertools
@@ -12,17 +12,23 @@ import stage1_encode
 from stage3_decode import AdaptivePruner
 
 from ..budgets import Budget
+from ..glyph.clips import CLIPS, make_clip
 from ..glyph.evaluate import (
     Example,
     batches,
     difference,
+    images_and_questions,
     interval,
+    ratio,
     recall,
     to_images,
     utilization,
+    with_interval,
 )
-from ..glyph.world import FAMILIES, make_clip, make_picture
-from ..model import Encoded, Meteor
+from ..glyph.questions import FAMILIES, KIND_OF_FAMILY
+from ..glyph.world import make_picture
+from ..model import Answer, Encoded, Meteor
+from . import baselines
 from .tables import GROUPS
 
 STRATEGIES = ("collaborative", "separate", "random", "greedy")  # of stage 2
@@ -70,12 +76,13 @@ def redundancy(model: Meteor, samples: int) -> dict:
     """Accuracy of all 2^C - 1 subsets of encoders, the others' outputs replaced by zeros; CUR, IG,
     attention KL.
 
-    Kinds of question: "all", the groups, the families. Zeros are projected like any feature, so a
+    Kinds of question: see `question_kinds`. Zeros are projected like any feature, so a
     masked encoder still gives its tokens, all alike: CUR holds what an encoder adds and what its
     constant tokens cost.
 
     Returns: {"subsets": {"clip+eva": {kind: (accuracy, low, high)}}, "cur": {kind: {encoder: CUR}},
-        "ig": {kind: IG}, "kl": {encoder: KL of the last layer's attention over visual tokens, full
+        "ig": {kind: IG}, "losses": {encoder: {kind: points that are lost without it, (mean, low,
+        high)}}, "kl": {encoder: KL of the last layer's attention over visual tokens, full
         model || that encoder alone}, "questions": n}.
     Source: [arXiv 2507.03262]
     """
@@ -101,10 +108,26 @@ def redundancy(model: Meteor, samples: int) -> dict:
     return {
         "subsets": {"+".join(n for n in names if n in s): measured[s] for s in subsets},
         "cur": cur,
+        "losses": losses_without(right, family, names),
         "ig": {kind: max(rates.values()) - min(rates.values()) for kind, rates in cur.items()},
         "kl": {name: float(np.mean(values)) for name, values in kl.items()},
         "questions": len(family),
     }
+
+
+def losses_without(right: dict, family: list[str], names: list[str]) -> dict:
+    """Points that are lost without an encoder: {encoder: {kind: (mean, low, high)}}.
+
+    Args: right: {subset: was each answer right}; family: of each question.
+    """
+    everyone, losses = frozenset(names), {}
+    for name in names:
+        losses[name] = {}
+        for kind, families in question_kinds().items():
+            asked = np.isin(family, families)
+            full, without = (np.array(right[s])[asked] for s in (everyone, everyone - {name}))
+            losses[name][kind] = difference(full, without)
+    return losses
 
 
 def all_subsets(names: list[str]) -> list[frozenset[str]]:
@@ -116,10 +139,11 @@ def all_subsets(names: list[str]) -> list[frozenset[str]]:
 
 
 def question_kinds() -> dict[str, list[str]]:
-    """Kind of question -> its families: all, each group, each family."""
+    """Kind of question -> its families: all, each group, OCR without charts, each family."""
     kinds = {"all": list(FAMILIES)}
     for group in GROUPS:
         kinds[group] = [family for family, its_group in FAMILIES.items() if its_group == group]
+    kinds["OCR"] = [family for family in kinds["OCR & Chart"] if KIND_OF_FAMILY[family] != "chart"]
     for family in FAMILIES:
         kinds[family] = [family]
     return kinds
@@ -131,8 +155,7 @@ def by_subset(model: Meteor, subsets: list[frozenset[str]], examples: list[Examp
     Returns: {subset: was each answer right}; {encoder: KL of each question}.
     """
     names = list(model.encoders)
-    images = to_images([example.picture.image for example in examples])
-    questions = [example.question for example in examples]
+    images, questions = images_and_questions(examples)
     encoders = list(model.encoders.values())
     features, kept = stage1_encode.encode_all(encoders, model.pixels(images), None)
     right, attention = {}, {}
@@ -174,6 +197,95 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p * log_ratio).sum(dim=1)
 
 
+# ------------------------------------------------------------------ how deep the LLM looks
+
+
+@torch.no_grad()
+def drops(model: Meteor, samples: int) -> dict:
+    """Accuracy when all visual tokens go after i of the LLM's layers, for each i. Nothing else is
+    pruned, so that this says something of the LLM alone.
+
+    Returns: {"unpruned": (accuracy, low, high), "layers": [{"layers": i, "accuracy": (accuracy,
+        low, high), "loss": unpruned minus this (mean, low, high)}], "questions": n}.
+    """
+    depths = range(1, model.decoder.config.num_hidden_layers)
+    full, right = [], {i: [] for i in depths}
+    for examples in batches("test", samples):
+        images, questions = images_and_questions(examples)
+        encoded = model.encode(images, Budget.none())
+        full += right_answers(model.answer(encoded, questions, Budget.none()), examples)
+        for i in depths:
+            answers = model.answer(encoded, questions, Budget.none(), baselines.drop_all(i))
+            right[i] += right_answers(answers, examples)
+    layers = []
+    for i in depths:
+        accuracy = with_interval(right[i])
+        layers.append({"layers": i, "accuracy": accuracy, "loss": difference(full, right[i])})
+    return {"unpruned": with_interval(full), "layers": layers, "questions": len(full)}
+
+
+def right_answers(answers: list[Answer], examples: list[Example]) -> list[bool]:
+    return [answer.text == example.answer for answer, example in zip(answers, examples)]
+
+
+# ------------------------------------------------------------------ where the last tokens lie
+
+
+@torch.no_grad()
+def focus(model: Meteor, samples: int) -> dict:
+    """Does the figure tell the truth? Of the tokens left at the last pruned layer, the share that
+    lies on patches that the question asks about, and what a random choice of as many would have.
+
+    A random choice has, on average, the share of those it chooses from: all tokens of all encoders,
+    or, which is harder to beat, those that enter the LLM. Questions that ask about nothing in the
+    picture (is there ...? no) are left out.
+
+    Returns: {kind: {"left": percent, "of all": percent, "of those in the LLM": percent, "ratio":
+        left to of all, (ratio, low, high), "ratio in the LLM": the same, "questions": n}}, kinds as
+        in `question_kinds`.
+    """
+    shares, family = [], []
+    for examples in batches("test", samples):
+        answers = model.answer(*images_and_questions(examples))
+        for example, answer in zip(examples, answers):
+            if example.asked.any():
+                shares.append(shares_on_asked(answer, example.asked))
+                family.append(example.family)
+    shares = np.array(shares)  # (n, 3)
+    table = {}
+    for kind, families in question_kinds().items():
+        some = shares[np.isin(family, families)]
+        if len(some) > 0:
+            table[kind] = focus_figures(some)
+    return table
+
+
+def shares_on_asked(answer: Answer, asked: np.ndarray) -> tuple[float, float, float]:
+    """The share on asked patches (h w,) bool of the tokens left at the end, of all encoders'
+    tokens, and of those that entered the LLM.
+    """
+    shares = []
+    every_patch = {name: torch.ones_like(kept) for name, kept in answer.kept["stage1"].items()}
+    for maps in (answer.kept["stage3"], every_patch, answer.kept["stage2"]):
+        kept = torch.stack([*maps.values()]).flatten(1)  # (encoders, h w)
+        on_asked = kept & torch.from_numpy(asked)
+        shares.append(int(on_asked.sum()) / int(kept.sum()))
+    return tuple(shares)
+
+
+def focus_figures(shares: np.ndarray) -> dict:
+    """Of shares (n, 3) of `shares_on_asked`."""
+    left, of_all, in_llm = shares.T
+    return {
+        "left": 100 * float(left.mean()),
+        "of all": 100 * float(of_all.mean()),
+        "of those in the LLM": 100 * float(in_llm.mean()),
+        "ratio": ratio(left, of_all, paired=True),
+        "ratio in the LLM": ratio(left, in_llm, paired=True),
+        "questions": len(shares),
+    }
+
+
 # ------------------------------------------------------------------ clips
 
 
@@ -185,7 +297,7 @@ def video(model: Meteor, samples: int) -> dict:
         "questions"}, "difference": METEOR minus unpruned (mean, low, high)}}.
     """
     table = {}
-    for kind in ("colors", "counter"):
+    for kind in CLIPS:
         clips = [make_clip(i, kind) for i in range(samples)]
         unpruned, right_unpruned = clip_accuracy(model, Budget.none(), clips)
         meteor, right_meteor = clip_accuracy(model, model.budget, clips)

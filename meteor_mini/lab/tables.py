@@ -19,7 +19,8 @@ import stage1_encode
 from stage3_decode import AdaptivePruner, solve_lambda
 
 from ..budgets import Budget, budget_for
-from ..glyph.evaluate import Method, batches, to_images
+from ..glyph.evaluate import Method, batches, images_and_questions
+from ..glyph.questions import FAMILIES
 from ..model import Answer, Encoded, Meteor
 from ..pictures import pixels_for
 from . import baselines, fusions
@@ -149,6 +150,31 @@ def grid_cells(model: Meteor) -> int:
     return next(iter(model.views.values())).num_tokens
 
 
+def label_numbers(model: Meteor) -> dict[str, int]:
+    """The numbers of tokens and heads in the labels of rows; `orders.py` finds rows by them."""
+    own, cells = model.budget, grid_cells(model)
+    few = round(0.27 * cells)  # about the paper's 29 % of the LLM's FLOPs in Table 6
+    return {
+        "stage1": own.stage1,
+        "stage2": own.stage2,
+        "average": own.stage3,
+        "k": own.k,
+        "cells": cells,
+        "proportion": round(own.stage1 * 576 / 1193),  # after stage 2, as in the paper
+        "few": few,
+        "fewer": round(0.45 * few),  # about its 12 %
+    }
+
+
+def question_groups(family: np.ndarray) -> dict[str, np.ndarray]:
+    """ "all" and each group -> (n,) bool: which of n questions, of these families, belong to it."""
+    group_of = np.array([FAMILIES[name] for name in family])
+    masks = {"all": np.ones(len(family), dtype=bool)}
+    for group in GROUPS:
+        masks[group] = group_of == group
+    return masks
+
+
 # ------------------------------------------------------------------ counts that make an average
 
 
@@ -187,6 +213,13 @@ def pyramid_counts(K: int, average: float) -> list[int]:
     return [max(1, round(K * r**power)) for power in (1, 2, 3)]
 
 
+def pyramid_start(K: int, average: float) -> int:
+    """Of K tokens, those that enter the LLM so that PyramidDrop can keep half at each step, as in
+    its paper, and have the wanted average.
+    """
+    return min(K, round(average * 4 / (1 + 1 / 2 + 1 / 4 + 1 / 8)))
+
+
 def fastv(model: Meteor, K: int, average: float) -> tuple[baselines.Pruner, str]:
     """FastV at layer 1, and its counts in words."""
     count = fastv_count(K, average, 1, model.decoder.config.num_hidden_layers)
@@ -214,8 +247,8 @@ def lambda_for(model: Meteor, encode: Encode, average: float, budget: Budget) ->
     among them.
     """
     examples = [example for part in batches("val", 96, first=50_000) for example in part]
-    encoded = encode(model, to_images([example.picture.image for example in examples]))
-    questions = [example.question for example in examples]
+    images, questions = images_and_questions(examples)
+    encoded = encode(model, images)
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
 
     def measure(lam: float) -> float:
@@ -244,8 +277,11 @@ def main_table(model: Meteor) -> list[Row]:
         rows.append(meteor_row(budget, f"METEOR, {budget.stage3}", "unpruned"))
 
     mine = f"METEOR, {average}"
-    for pruner, label in (fastv(model, K, average), pyramid(model, K, average)):
-        rows.append(pruner_row(own, pruner, f"stages 1+2, {label}", mine))
+    pruner, label = fastv(model, K, average)
+    rows.append(pruner_row(own, pruner, f"stages 1+2, {label}", mine))
+    fewer = pyramid_start(K, average)
+    pruner, label = pyramid(model, fewer, average)
+    rows.append(pruner_row(replace(own, stage2=fewer), pruner, f"stages 1+2, {label}", mine))
     rows.append(prumerge_row(names, average, f"PruMerge++-style, {average}", mine))
     alone_in_llm = [fastv(model, everything, cells), pyramid(model, everything, 1.25 * cells)]
     for pruner, label in alone_in_llm:
@@ -280,7 +316,8 @@ def table2(model: Meteor) -> list[Row]:
     Four budgets: the model's own, the paper's proportion, a third of stage 1's (where strategies
     part), and that of the learned fusions (a token a cell).
     """
-    total, cells = model.budget.stage1, grid_cells(model)
+    number = label_numbers(model)
+    total, cells, proportion = number["stage1"], number["cells"], number["proportion"]
     paper = {
         "collaborative": {"POPE": 86.9, "DocVQA": 72.2, "OCR": 521},
         "separate": {"POPE": 87.3, "DocVQA": 66.2, "OCR": 502},
@@ -290,7 +327,6 @@ def table2(model: Meteor) -> list[Row]:
     everything = {"POPE": 86.7, "DocVQA": 72.2, "OCR": 513}
     label = f"post-projection fusion, {total}"
     rows = [meteor_row(Budget(stage1=total), label, **everything)]
-    proportion = round(total * 576 / 1193)
     for K in dict.fromkeys([model.budget.stage2, proportion, total // 3]):  # each once
         for strategy, scores in paper.items():
             budget = Budget(stage1=total, stage2=K, stage2_strategy=strategy)
@@ -360,9 +396,8 @@ def adaptive_row(
 
 def table6(model: Meteor) -> list[Row]:
     """A single encoder, stages 1 and 3."""
-    name, own, N = "clip", model.budget, grid_cells(model)
-    few = round(0.27 * N)  # about the paper's 29 % of the LLM's FLOPs
-    fewer = round(0.45 * few)  # about its 12 %
+    name, own, number = "clip", model.budget, label_numbers(model)
+    N, few, fewer = number["cells"], number["few"], number["fewer"]
     whole, inside = alone(name), alone(name, few)
     stage3 = adaptive(own, lambda_for(model, inside, fewer, own))
     merged, merged_more = (f"PruMerge++-style, {n}" for n in (few, fewer))

@@ -1,8 +1,8 @@
-"""What the report says in words: titles, notes, the paper's orders, why some do not show here."""
+"""What the report says in words: titles, notes under them, what is behind orders not shown here."""
 
-from typing import NamedTuple
-
-TITLES = {
+TITLES = {  # in the order of the page
+    "requirements": "What the embedded model must be",
+    "orders": "The paper's orders",
     "main": "Main result",
     "1": "Table 1: how encoders share the budget (stage 1 alone)",
     "2": "Table 2: what fusion drops (stages 1 and 2)",
@@ -12,89 +12,69 @@ TITLES = {
     "8": "Table 8: heads and lambda",
     "figure1": "Figure 1: survivors per encoder, by family",
     "redundancy": "What each encoder is worth (arXiv 2507.03262)",
+    "depth": "Findings 1 and 2: what tells which patches matter, by depth",
+    "drops": "How deep the LLM looks",
+    "focus": "Where the last tokens lie",
     "video": "Table 4: tiled clips, zero-shot",
 }
 NOTES = {  # under the title of each table
+    "requirements": "Without most of these, a model cannot show what METEOR does; the tables below "
+    "hold all that is measured here. `meteor-mini eval --table requirements` prints this table.",
+    "orders": '"above": yes where the 95 % interval of the paired difference is above 0, reverse '
+    'where it is below 0. "not below": yes where its lower end is -1 point or more, reverse where '
+    "all of it is below -1. Rows are those beside which the paper's numbers stand in the tables "
+    "below; tokens are visual tokens per LLM layer of both rows. The last two are shares of the "
+    "patches that a question asks about.",
     "main": "The paper: METEOR at 242* tokens against EAGLE at 1024 loses 0.3 points on average "
     "at 51 % of the TFLOPs. Counts behind FastV and PyramidDrop are tokens before and after each "
-    "pruned layer; after stages 1+2 at METEOR's average, PyramidDrop must drop nearly all at "
-    "once, because its first quarter of the layers is not pruned.",
+    "pruned layer; PyramidDrop prunes nothing in its first quarter of the layers, and keeps half "
+    "at each later one, as in its paper: so fewer tokens enter the LLM.",
     "1": "All strategies have the same totals at the three pruning points.",
     "2": "The learned fusions see all tokens of all encoders and leave one for each grid cell; "
-    "`train_fusions.py` says how long they were trained (less than the embedded model). Paper: "
-    "576 tokens of 1193; its EAGLE-style row is 1193 tokens wide. Mutual redundancy keeps what "
-    "few encoders show (printed digits) and drops every copy of what all of them show (shapes, "
-    "bars): the last grid counts it.",
+    "`train_fusions.py` says how long they were trained. Paper: 576 tokens of 1193; its "
+    "EAGLE-style row is 1193 tokens wide. The last grid counts which patches each strategy leaves "
+    "in at least one encoder.",
     "3": "K tokens after stage 2 in the paper's proportion to the average. All rows below the "
     "first have the same average here, except the adaptive ones named otherwise; in the paper "
     "the rows at layer 1 have 297. The paper's third adaptive row is printed as 126 tokens; its "
     "counts make 162.",
     "6": "Paper: LLaVA-1.5 at 29 % and 12 % of the FLOPs; AIM, its rival at 12 %, is not built "
-    "here.",
+    'here. The row "at the output only" is a control: the same count, chosen behind the last '
+    "block.",
     "7": "Paper: LLaVA-Next; FastV at 51 %, PyramidDrop at 46 %, stage 3 at 44 % of the FLOPs.",
     "8": "K as in Table 3. Differences are to the model's own k at the same average; the last "
     "two rows are 65/50 and 25/50 of its lambda, as the paper's are of 50.",
     "figure1": "The paper: EVA and ConvNeXt lead on POPE (here: presence), Pix2Struct and "
-    "ConvNeXt on DocVQA (number, cell).",
+    "ConvNeXt on DocVQA (here: number, cell, row).",
     "redundancy": "The paper of this measure finds one encoder dominating OCR and chart tasks "
     "(CUR above 90 %), redundancy on general tasks, and some negative CURs. Masked encoders "
     "still give their tokens, all alike: compare the single encoders of Tables 6 and 7, whose "
-    "sequences hold no others.",
+    "sequences hold no others. OCR: OCR & Chart without the charts.",
+    "depth": "Of the patches that a question asks about, the share that each criterion keeps when "
+    "it keeps a quarter of all, in encoders that are not pruned; mean over the blocks of the "
+    'third, differences paired over questions. "asked": all of them, in every encoder. "asked and '
+    'told": only those that show what the encoder tells the LLM; a question without any does not '
+    "count for it.",
+    "drops": "Nothing is pruned, until all visual tokens go at once.",
+    "focus": "Of the tokens left at the last pruned layer, the share on patches that the question "
+    "asks about, beside a random choice of as many of all encoders' tokens, and of those that "
+    "enter the LLM. Questions whose answer is that nothing is there are left out.",
     "video": "The paper: 242* tokens as good as EAGLE's 1024 on MSVD (79.0, 79.2) and "
     "ActivityNet (55.5, 55.0).",
 }
-
-
-class Order(NamedTuple):
-    """One order that the paper finds, and where it would show here, at equal averages of tokens.
-
-    claim: in words; table: whose rows say it; label: beginning of the labels of these rows;
-    questions: the kind asked; above: whether the claim is that the row is above the one that it is
-    compared with, else below.
-    """
-
-    claim: str
-    table: str
-    label: str
-    questions: str
-    above: bool
-
-
-ORDERS = [
-    Order("average allocation is below rank-based", "1", "average", "all", above=False),
-    Order("reversed allocation is below rank-based", "1", "rank_reverse", "all", above=False),
-    Order("separate pruning is below collaborative", "2", "separate", "all", above=False),
-    Order("random pruning is below collaborative", "2", "random", "all", above=False),
-    Order("pre-projection fusion is below post-projection", "2", "EAGLE-style", "all", above=False),
-    Order("Resampler is below collaborative", "2", "Resampler", "all", above=False),
-    Order("MLP is below collaborative", "2", "MLP", "all", above=False),
-    Order("PixShuffle is below collaborative", "2", "PixShuffle", "all", above=False),
-    Order("the top heads choose better than all", "3", "fixed, layer 1,", "all", above=True),
-    Order("adaptive counts are above fixed ones", "3", "adaptive", "OCR & Chart", above=True),
-    Order("stage 1 is above PruMerge++", "6", "stage 1,", "all", above=True),
-    Order("stage 3 is above FastV", "7", "stage 3", "all", above=True),
-    Order("FastV in place of stage 3 is below it", "main", "stages 1+2, FastV", "all", above=False),
-    Order(
-        "PyramidDrop in place of stage 3 is below it",
-        "main",
-        "stages 1+2, PyramidDrop",
-        "all",
-        above=False,
-    ),
-    Order("PruMerge++ is below METEOR", "main", "PruMerge++", "all", above=False),
-]
-
-WHY = {  # table -> what is behind orders of it that do not show here
-    "2": "Table 2: the rule does what it says, and keeps the most printed-digit patches, but "
-    "what all encoders show (shapes, bars) is redundant in every copy, and all copies go (last "
-    "grid of Table 2); here one copy of most things is enough to answer, and at the larger "
-    "budgets every strategy leaves one. The learned fusions see all tokens, and drop none.",
-    "3": "Table 3: after LLM layer 2 a handful of visual tokens is enough, so their number does "
-    "not matter; most heads look at the picture for every question, so it hardly varies; at "
-    "layer 1, where tokens matter, adaptive counts are no better (its control row).",
-    "6": "Table 6: made at the encoder's output only, stage 1's choice equals PruMerge++'s "
-    "(control row). Choosing inside this small encoder costs: tokens go before its last blocks "
-    "have read them.",
-    "main": "Main result: PyramidDrop keeps as many tokens as stage 3 up to its first quarter of "
-    "the layers, where this Llama reads the picture.",
+# Number of an order, from 1 -> what is behind it where it does not show here, with the control that
+# tells.
+WHY: dict[int, str] = {
+    1: "at 320 of 576 tokens little that matters is lost, however they are shared; at 160 rank is "
+    "above average (Table 1).",
+    4: "at 155 tokens neither loses much: see how little separates them from all 320 in Table 2.",
+    5: "EAGLE's tokens lose nothing: our encoders have one grid, and a token holds what all four "
+    "say of a cell. The control is the unpruned model, which with all 576 tokens is not better "
+    "than with 144 after stage 2. The Llama behind EAGLE's row has also been trained for longer.",
+    6: "at this average all rows of Table 3 reach what stage 2 has left, its upper bound; so it "
+    "does not matter which heads choose.",
+    7: "as for 6.",
+    8: "as for 6.",
+    12: "CLIP alone answers one question in three, so few answers can differ, and the interval is "
+    "wider than the margin.",
 }

@@ -18,22 +18,19 @@ from torch import nn
 
 from ..finetune import answer_loss
 from ..glyph.evaluate import accuracy
+from ..glyph.pool import load_facts, load_state, progress, save_state, schedule, update
 from ..glyph.train import (
+    BATCH,
     CHUNK,
     DEVICE,
+    as_pairs,
     cache_features,
     dialogue,
     in_words,
     learn_words,
     load_chunk,
-    load_facts,
-    load_state,
-    progress,
-    save_state,
-    scale_to_words,
-    schedule,
+    optimizers_of,
     trained,
-    update,
 )
 from ..model import Meteor
 from ..weights import CHECKPOINTS
@@ -47,7 +44,7 @@ from .fusions import (
     stored_weights,
 )
 
-STEPS = {"align": 600, "answer": 1200}
+STEPS = {"align": 600, "answer": 3800}
 CHUNKS = 400  # files of CHUNK pictures each, encoded once without pruning
 FEATURES = "full"  # their directory
 STATE = "fusions.resume.safetensors"
@@ -59,15 +56,13 @@ def keep_all(chunk: int) -> None:
 
 
 def align(model: Meteor, fusion: ChannelFusion, folder: Path, steps: int) -> None:
-    """The EAGLE-style projector learns the words of each cell."""
-    optimizer = torch.optim.AdamW(fusion.parameters(), lr=3e-3, weight_decay=0.01)
+    """The EAGLE-style projector learns the words of each cell, all encoders' together."""
 
-    def forward(features, kept):
+    def project(features, kept):
         cells = kept[0]  # all of them, and the same for all encoders
-        return [(fusion(features), cells)]
+        return {"EAGLE-style": (fusion(features), cells, list(model.encoders))}
 
-    _, (tokens,) = learn_words(model, forward, optimizer, folder, FEATURES, CHUNKS, steps, seed=31)
-    scale_to_words(model, fusion.project, tokens)
+    learn_words(model, project, fusion.parameters(), folder, FEATURES, steps)
 
 
 def answer(
@@ -76,25 +71,26 @@ def answer(
     """Train the fusions in turn, and the Llama with each of them."""
     pictures = load_facts(folder)
     both = fusions_and_llama(fusions, model)
-    optimizer = torch.optim.AdamW(both.parameters(), lr=rate, weight_decay=0.05, betas=(0.9, 0.98))
+    mixing = torch.optim.AdamW(fusions.parameters(), weight_decay=0.02, betas=(0.9, 0.98))
+    optimizers = [*optimizers_of(model.decoder), mixing]
     state = folder / STATE
-    bar = progress(load_state(state, both, optimizer), steps, "answer")
+    bar = progress(load_state(state, both, optimizers), steps, "answer")
     names, losses = list(fusions), []
     for step in bar:
         fusion = fusions[names[step % len(names)]]
         rng = np.random.default_rng([37, step])
         chunk = int(rng.integers(CHUNKS))
-        rows = rng.permutation(CHUNK)[:24]
+        rows = rng.permutation(CHUNK)[:BATCH]
         features, _ = load_chunk(model, folder / FEATURES, chunk)
-        tokens = fusion([x[rows] for x in features])  # (24, K, D)
-        dialogues = [dialogue(pictures[chunk * CHUNK + row], rng) for row in rows]
+        tokens = fusion([x[rows] for x in features])  # (B, K, D)
+        dialogues = [as_pairs(dialogue(pictures[chunk * CHUNK + row], rng)) for row in rows]
         loss = answer_loss(model, tokens, dialogues)["loss"]
-        update(optimizer, loss, rate * schedule(step, steps, hold=0.3), clip=1.0)
+        update(optimizers, loss, rate * schedule(step, steps, hold=0.3), clip=1.0)
         losses.append(loss.item())
         if step % 20 == 19:
             bar.set_postfix(loss=f"{np.mean(losses[-100:]):.3f}")
         if step % 200 == 199 or step == steps - 1:
-            save_state(state, stored_weights(both), optimizer, step + 1)
+            save_state(state, stored_weights(both), optimizers, step + 1)
 
 
 def main() -> None:
@@ -109,7 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / FILE)
     args = parser.parse_args()
-    model = trained(args.work, "polish")
+    model = trained(args.work, "answer")
     cache_features(model, args.work, FEATURES, CHUNKS, keep_all)
     model.encoders.requires_grad_(False)
     model.projectors.requires_grad_(False)

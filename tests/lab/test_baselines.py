@@ -7,8 +7,9 @@ import torch.nn.functional as F
 
 import stage1_encode
 from meteor_mini import Budget, load
-from meteor_mini.glyph import world
-from meteor_mini.glyph.evaluate import to_images
+from meteor_mini.glyph.evaluate import images_and_questions, make_example
+from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.glyph.world import SIZE
 from meteor_mini.lab import baselines, tables
 
 
@@ -19,8 +20,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    examples = [world.example(5, "val", family) for family in world.FAMILIES]
-    return to_images([p.image for p, *_ in examples]), [q for _, q, _ in examples]
+    return images_and_questions([make_example(5, "val", family) for family in FAMILIES])
 
 
 def dense_attention(layer, hidden, position_embeddings, mask, t):
@@ -114,7 +114,7 @@ def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model,
         model.answer(encoded, questions, Budget.none(), baselines.fastv(7, 2, e))
         for e in (False, True)
     )
-    assert [a.layers for a in sdpa] == [a.layers for a in eager] == [[24, 24] + [7] * 6] * 8
+    assert [a.layers for a in sdpa] == [a.layers for a in eager] == [[24, 24] + [7] * 6] * 12
     with pytest.raises(ValueError, match="without beams"):
         model.generate(encoded, questions, Budget.none(), baselines.fastv(7, 2, True), num_beams=2)
     assert model.decoder.config._attn_implementation == "sdpa"
@@ -123,6 +123,51 @@ def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model,
             pruner.__enter__()
         pruner.kept = {2: None}  # no prompt ran, which is not what is tested
     assert model.decoder.config._attn_implementation == "sdpa"
+
+
+def without_picture(model, images, questions, budget, layer):
+    """Last logits by a dense mask, layer by layer: from `layer` on, nobody sees a visual token."""
+    encoded = model.encode(images, budget)
+    hidden, attention_mask, visual_mask = model.prompt(encoded, questions)
+    llama, S = model.decoder.model, hidden.shape[1]
+    place = torch.arange(S)
+    position = (place - (attention_mask == 0).sum(dim=1, keepdim=True)).clamp(min=0)  # (B, S)
+    rotary = llama.rotary_emb(hidden, position)
+    sees = (place[:, None] >= place) & attention_mask.bool()[:, None]  # (B, S, S)
+    sees |= torch.eye(S, dtype=torch.bool)  # padding sees itself, so that no row is empty
+    blind = sees & (~visual_mask[:, None] | torch.eye(S, dtype=torch.bool))
+    for i, block in enumerate(llama.layers):
+        mask = (blind if i >= layer else sees)[:, None]
+        hidden = block(hidden, attention_mask=mask, position_embeddings=rotary)
+        hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+    return model.decoder.lm_head(llama.norm(hidden))[:, -1]
+
+
+@pytest.mark.parametrize("layer", [1, 3, 7])
+@torch.no_grad()
+def test_dropping_all_tokens_equals_a_dense_mask_that_hides_them(model, batch, layer):
+    images, questions = batch[0][:4], batch[1][:4]
+    budget = Budget(stage1=60, stage2=24)
+    embeds, attention_mask, visual_mask = model.prompt(model.encode(images, budget), questions)
+    with baselines.drop_all(layer)(model.decoder, visual_mask) as pruner:
+        logits = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask).logits[:, -1]
+    expected = without_picture(model, images, questions, budget, layer)
+    torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
+    assert not pruner.kept[layer].any() and pruner.counts[layer].tolist() == [0] * 4
+    assert (expected - without_picture(model, images, questions, budget, 99)).abs().max() > 1e-2
+
+
+def test_answers_without_tokens_have_their_books(model, batch):
+    answers = model.answer(*batch, Budget(stage1=60, stage2=24), baselines.drop_all(4))
+    for answer in answers:
+        assert answer.layers == [24] * 4 + [0] * 4 and answer.tokens["stage3"] == 12
+        assert set(answer.survivors["stage3"].values()) == {0}
+        assert sum(answer.survivors["stage2"].values()) == 24
+
+
+def test_layer_0_cannot_be_without_tokens(model):
+    with pytest.raises(ValueError, match="layers must be ascending numbers, 1 to 7"):
+        baselines.drop_all(0)(model.decoder, torch.ones(1, 9, dtype=torch.bool))
 
 
 def siglip():
@@ -193,7 +238,7 @@ def test_pairs_are_merged_by_loops():
 
 def test_tome_refuses_what_is_no_plain_vit(model):
     with pytest.raises(TypeError, match="VisionTransformer of timm"):
-        baselines.tome(model.encoders["eva"], torch.rand(1, 3, 96, 96), 2)
+        baselines.tome(model.encoders["eva"], torch.rand(1, 3, SIZE, SIZE), 2)
 
 
 def test_pyramid_drop_drops_after_each_quarter(model, batch):
@@ -201,7 +246,7 @@ def test_pyramid_drop_drops_after_each_quarter(model, batch):
     answers = model.answer(
         images, questions, Budget(stage1=60, stage2=40), baselines.pyramid_drop([20, 10, 5], 8)
     )
-    assert all(a.layers == [40, 40, 20, 20, 10, 10, 5, 5] for a in answers)
+    assert all(a.layers == [40] * 2 + [20] * 2 + [10] * 2 + [5] * 2 for a in answers)
 
 
 @pytest.mark.parametrize("k", [1, 5, None])
@@ -210,7 +255,7 @@ def test_fixed_counts_are_the_same_for_every_question(model, batch, k):
     answers = model.answer(
         images, questions, Budget(stage1=60, stage2=40), baselines.fixed({1: 30, 3: 8}, k)
     )
-    assert all(a.layers == [40, 30, 30, 8, 8, 8, 8, 8] for a in answers)
+    assert all(a.layers == [40, 30, 30] + [8] * 5 for a in answers)
 
 
 def test_merged_tokens_are_the_means_of_their_groups():
@@ -234,7 +279,7 @@ def test_merged_tokens_are_the_means_of_their_groups():
 def test_prumerge_shares_equally_and_knows_its_patches(model, batch):
     images, questions = batch
     encoded = baselines.prumerge(model, images, ["clip", "convnext", "eva", "pix2struct"], 34)
-    assert encoded.fused.tokens.shape[:2] == (8, 34)
+    assert encoded.fused.tokens.shape[:2] == (12, 34)
     answer = model.answer(encoded, questions, Budget.none())[0]
     assert sorted(answer.survivors["stage2"].values()) == [8, 8, 9, 9]
     pixels = model.views["clip"](images)

@@ -101,8 +101,8 @@ def test_the_two_of_split_and_kernels_are_those_of_whole(model):
 
 @torch.no_grad()
 def test_the_kv_cache_is_counted_by_hand(model):
-    # <bos>, the question, <ans>, and two of the three new tokens went through the decoder
-    text = contenders.TEXT + 2 + 2
+    # text before the picture, the question, <ans>, and two of the three new tokens
+    text = len(model.before_ids) + contenders.TEXT + 1 + 2
     d = TINY["llama"]["hidden_size"] // 8
     for name, c in contenders.contenders(model).items():
         result = contenders.run(model, c, torch.rand(2, 3, 40, 40), new=3)

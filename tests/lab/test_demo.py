@@ -10,10 +10,11 @@ import torch
 from PIL import Image
 
 from meteor_mini import Answer, Budget, cli
-from meteor_mini.glyph import evaluate, world
+from meteor_mini.glyph.evaluate import images_and_questions, make_example
+from meteor_mini.glyph.questions import FAMILIES as GROUP_OF_FAMILY
 from meteor_mini.lab import demo
 
-FAMILIES = list(world.FAMILIES)
+FAMILIES = list(GROUP_OF_FAMILY)
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_demo_writes_a_figure_and_the_bare_picture_for_each_family(shown):
     assert sorted(p.name for p in out.glob("*.png")) == sorted(f"{f}.png" for f in FAMILIES)
     for number, family in enumerate(FAMILIES):
         assert Image.open(out / f"{family}.png").width > 1000
-        drawn = world.example(number, "test", family)[0].image
+        drawn = make_example(demo.FIRST + number, "test", family).picture.image
         assert np.array_equal(np.asarray(Image.open(out / "pictures" / f"{family}.png")), drawn)
 
 
@@ -41,12 +42,13 @@ def test_demo_prints_question_answers_tokens_survivors_and_times(shown, untraine
     blocks = shown[1].split("\n\n")[1:-1]
     assert len(blocks) == len(FAMILIES)
     for number, (family, block) in list(enumerate(zip(FAMILIES, blocks)))[::3]:
-        picture, question, truth = world.example(number, "test", family)
-        images = evaluate.to_images([picture.image])
-        assert block.splitlines()[0] == f"{family}: {question}  (true answer: {truth})"
+        example = make_example(demo.FIRST + number, "test", family)
+        images, questions = images_and_questions([example])
+        head = f"{family}: {example.question}  (true answer: {example.answer})"
+        assert block.splitlines()[0] == head
         for line, name in zip(block.splitlines()[1:3], ("unpruned", "METEOR")):
             budget = untrained.budget if name == "METEOR" else Budget.none()
-            answer = untrained.answer(images, [question], budget)[0]
+            answer = untrained.answer(images, questions, budget)[0]
             stages = "576 -> 168 -> 80" if name == "METEOR" else "576 -> 576 -> 576"
             tokens = f"{stages} -> {demo.short(answer.tokens['stage3'])}"
             assert re.fullmatch(
@@ -83,8 +85,8 @@ def test_the_saving_is_of_sums_over_all_questions(untrained, monkeypatch, capsys
     )
     assert cli.main(["demo"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "tokens -38 %, prefill time +30 %"  # 800 / 1300, 130 / 100
-    assert "unpruned 8 of 8, METEOR 7 of 8" in lines[-2]
+    assert lines[-1] == "tokens -29 %, prefill time +21 %"  # 1200 / 1700, 170 / 140
+    assert "unpruned 12 of 12, METEOR 11 of 12" in lines[-2]
 
 
 def test_the_figure_shows_the_last_answer_and_what_all_said(monkeypatch):

@@ -7,8 +7,8 @@ import torch
 
 import stage1_encode
 from meteor_mini import load
-from meteor_mini.glyph import world
-from meteor_mini.glyph.evaluate import to_images
+from meteor_mini.glyph.evaluate import images_and_questions, make_example
+from meteor_mini.glyph.questions import FAMILIES
 from meteor_mini.lab import fusions as room
 
 
@@ -19,8 +19,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    examples = [world.example(5, "val", family) for family in world.FAMILIES]
-    return to_images([p.image for p, *_ in examples]), [q for _, q, _ in examples]
+    return images_and_questions([make_example(5, "val", family) for family in FAMILIES])
 
 
 @torch.no_grad()
@@ -30,9 +29,9 @@ def test_learned_fusions_see_each_cell_of_each_encoder(model, batch):
     fusions = room.new_fusions(model).eval()
     encoders = list(model.encoders.values())
     features, _ = stage1_encode.encode_all(encoders, model.pixels(batch[0]), None)
-    assert [x.shape for x in features] == [(8, 144, 96)] * 4
+    assert [x.shape for x in features] == [(12, 144, 96)] * 4
     for name, fusion in fusions.items():
-        assert fusion(features).shape == (8, 144, model.decoder.config.hidden_size), name
+        assert fusion(features).shape == (12, 144, model.decoder.config.hidden_size), name
     cell = torch.cat([x[3, 50] for x in features])  # EAGLE: one cell, all channels
     eagle = fusions["EAGLE-style"]
     torch.testing.assert_close(eagle(features)[3, 50], eagle.project(cell))

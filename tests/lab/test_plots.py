@@ -28,10 +28,7 @@ HEAT = {name: torch.rand(12, 12, generator=G) for name in NAMES}
 HEAT["eva"][:6] = torch.nan
 COUNTS = {"a": dict(zip(NAMES, [40, 30, 20, 10])), "b": dict(zip(NAMES, [4, 3, 0, 1]))}
 SIX = [0.1, 0.2, 0.4, 0.3, 0.5, 0.6]
-SIGMA = {name: torch.rand(40, generator=G) for name in NAMES}
 RANKS = {name: torch.tensor([40, 42, 39]) for name in NAMES}
-TOKENS = {name: torch.randn(9, 16, generator=G) for name in NAMES}
-FIRST_FOUR = {name: torch.arange(9) < 4 for name in NAMES}
 VAV = {1: torch.rand(8, generator=G), 3: torch.rand(8, generator=G)}
 POINTS = [(10.0, {"all": 50.0, "General": 40.0}), (20.0, {"all": 70.0, "General": 60.0})]
 
@@ -86,28 +83,26 @@ CALLS = {
         "cosine",
         mark=(2, 3),
     ),
-    "token_flow": partial(plots.token_flow, COUNTS),
     "encoder_bars": partial(plots.encoder_bars, COUNTS, "A finding", "tokens", "group"),
-    "tokens_by_layer": partial(
-        plots.tokens_by_layer, {"q": [9, 5, 2], "r": [9, 9, 1]}, "A finding"
+    "bars": partial(
+        plots.bars,
+        {"a": {"q": (9, 8, 10), "r": (-1, -1, -1)}, "b": {"q": None, "r": (2, 1, 3)}},
+        "A finding",
+        "percent",
+        {"q": "#000000"},
     ),
     "cost_curve": partial(
         plots.cost_curve,
         [1, 2, 3],
         [1e9, 2e9, 3e9],
         [1e8, 4e8, 9e8],
-        [3.0, 5.0, 9.0],
         "A finding",
     ),
     "time_bars": partial(
         plots.time_bars, {"x": {"a": 3.0, "b": 4.0}, "y": {"a": 1.0, "b": 4.0}}, "A finding"
     ),
-    "kv_bars": partial(plots.kv_bars, {"x": [4096.0, 2048.0], "y": [1024.0, 512.0]}, "A finding"),
-    "spectra": partial(plots.spectra, SIGMA, 0.01, "A finding"),
+    "kv_bars": partial(plots.kv_bars, {"x": [96, 48], "y": [24, 12]}, "A finding"),
     "rank_spread": partial(plots.rank_spread, RANKS, dict.fromkeys(NAMES, 40.0)),
-    "depth_curves": partial(
-        plots.depth_curves, {"clip": SIX, "eva": SIX[::-1]}, "A finding", "entropy"
-    ),
     "criteria_by_depth": partial(
         plots.criteria_by_depth,
         {"eva": {"x": SIX, "y": SIX[::-1]}},
@@ -115,7 +110,6 @@ CALLS = {
         "percent",
         chance=0.5,
     ),
-    "projection_plot": partial(plots.projection_plot, TOKENS, FIRST_FOUR, "A finding"),
     "vav_bars": partial(plots.vav_bars, VAV, 5, "A finding"),
     "lambda_curve": partial(
         plots.lambda_curve, [0.0, 1, 2], [10.0, 20, 30], (1.0, 20.0), "A finding"
@@ -156,7 +150,7 @@ def test_has_a_title_and_labels_and_shows_itself(name):
 
 def test_arguments_stay_as_they_are():
     before = copy.deepcopy((HEAT, MASKS, COUNTS, IMAGE))
-    for name in ("heat_maps", "patch_maps", "token_flow"):
+    for name in ("heat_maps", "patch_maps", "encoder_bars"):
         CALLS[name]()
     heat, masks, counts, image = before
     for name in NAMES:
@@ -175,10 +169,6 @@ def test_an_encoder_has_one_colour_whichever_are_drawn():
 
 
 def test_computed_titles_say_what_was_given():
-    assert (
-        plots.token_flow(COUNTS).get_suptitle()
-        == "100 visual tokens come in, 8 are left at the end"
-    )
     ranks = {name: torch.tensor([10, 10]) for name in NAMES}
     figure = plots.rank_spread(ranks, dict.fromkeys(NAMES, 10.0))
     title = figure.get_suptitle().replace("\n", " ")

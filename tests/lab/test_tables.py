@@ -13,7 +13,9 @@ import torch
 import stage1_encode
 from meteor_mini import Answer, Budget, load
 from meteor_mini.glyph import evaluate
-from meteor_mini.lab import markdown, report, studies, tables, texts
+from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.glyph.world import SIZE
+from meteor_mini.lab import depth, markdown, report, studies, tables
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +46,7 @@ def test_divergence_by_hand():
 @torch.no_grad()
 def test_last_attention_equals_the_librarys_own_weights(model):
     questions = ["is there a red circle ?", "describe the picture ."]
-    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
     encoded = model.encode(images, Budget(stage1=40, stage2=20))
     got = studies.last_attention(model, encoded, questions)
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
@@ -130,7 +132,8 @@ def test_labels_name_the_strategy_and_count_of_their_budget(rows):
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_rows_have_the_averages_that_their_labels_say(model):
     rows = {name: tables.TABLES[name](model) for name in ("3", "7")}
-    results = report.measure_rows(model, rows["3"][1:], 32, {})
+    measurements = report.Measurements(model, 32)
+    results = measurements.figures(rows["3"][1:])
     for result in results:
         label = result["label"]
         if label.startswith("adaptive"):
@@ -139,13 +142,13 @@ def test_rows_have_the_averages_that_their_labels_say(model):
             wanted, slack = model.budget.stage3, 0.6
         assert abs(result["average_tokens"] - wanted) <= slack, label
     (stage3,) = (row for row in rows["7"] if row.label.startswith("stage 3"))
-    (result,) = report.measure_rows(model, [replace(stage3, against=None)], 32, {})
+    (result,) = measurements.figures([replace(stage3, against=None)])
     assert abs(result["average_tokens"] - 65) <= 4
 
 
 def test_controls_differ_in_one_thing_from_the_row_above(model, rows):
     examples = next(evaluate.batches("val", 2))
-    images = evaluate.to_images([example.picture.image for example in examples])
+    images, _ = evaluate.images_and_questions(examples)
     inside, output = (row for row in rows["6"] if row.label.startswith("stage 1"))
     assert output.label == inside.label.replace("stage 1", "stage 1 at the output only")
     counts = [row.encode(model, images).fused.tokens.shape[1] for row in (inside, output)]
@@ -154,53 +157,57 @@ def test_controls_differ_in_one_thing_from_the_row_above(model, rows):
     _, keep = stage1_encode.encode(model.encoders["clip"], pixels, (None, None, 39))
     assert torch.equal(output.encode(model, images).stage1_idx[0], keep)
     early = next(row for row in rows["3"] if row.label.endswith("layer 1"))
-    K = model.encode(images, replace(model.budget, stage2=81)).fused.tokens.shape[1]
+    K = round(model.budget.stage3 * 576 / 242)
     for answer in early.method(model, images, ["describe the picture ."] * 2):
         assert answer.layers[0] == K and len(set(answer.layers[1:])) == 1
 
 
 def knows(families, layers):
-    """A method that knows the answers of some families of the first 16 test questions."""
-    asked = (example for part in evaluate.batches("test", 16) for example in part)
+    """A method that knows the answers of some families of the first 24 test questions."""
+    asked = (example for part in evaluate.batches("test", 24) for example in part)
 
     def method(model, images, questions):
         answers = []
         for example in itertools.islice(asked, len(questions)):
             text = example.answer if example.family in families else "?"
-            answers.append(Answer(text, {"stage3": sum(layers) / 8}, layers, {}, {}))
+            answers.append(Answer(text, {"stage3": sum(layers) / len(layers)}, layers, {}, {}))
         return answers
 
     return method
 
 
 def through_clip(model, images):
-    return model.encoders["clip"](images)
+    return model.encoders["clip"](model.views["clip"](images))
 
 
 def test_a_rows_figures_by_hand(model):
     """Groups, intervals, differences, FLOPs of two methods that know some families."""
-    some = knows({"presence", "cell", "value"}, [10] * 8)
-    more = knows({"presence", "color", "cell"}, [8] * 4 + [4] * 4)
+    some = knows({"presence", "cell", "value"}, [10] * 12)
+    more = knows({"presence", "color", "cell"}, [8] * 6 + [4] * 6)
     rows = [
         tables.Row("some", some, through_clip),
         tables.Row("more", more, through_clip, "some"),
     ]
-    some, more = report.measure_rows(model, rows, 16, {})
+    some, more = report.Measurements(model, 24).figures(rows)
     accuracy = {kind: value for kind, (value, _, _) in some["accuracy"].items()}
-    assert accuracy["all"] == 37.5 and accuracy["General"] == 25 and accuracy["OCR & Chart"] == 50
+    # two questions of each of 5 General families and 7 of OCR & Chart
+    assert accuracy["all"] == 25 and accuracy["General"] == 20
+    assert accuracy["OCR & Chart"] == pytest.approx(200 / 7)
     assert accuracy["cell"] == 100 and accuracy["color"] == 0
     accuracy = {kind: value for kind, (value, _, _) in more["accuracy"].items()}
-    assert accuracy["all"] == 37.5 and accuracy["General"] == 50 and accuracy["OCR & Chart"] == 25
+    assert accuracy["all"] == 25 and accuracy["General"] == 40
+    assert accuracy["OCR & Chart"] == pytest.approx(100 / 7)
     gained = {kind: mean for kind, (mean, _, _) in more["differences"].items()}
-    assert gained == {"all": 0, "General": 25, "OCR & Chart": -25}
+    assert gained == pytest.approx({"all": 0, "General": 20, "OCR & Chart": -100 / 7})
     assert some["differences"] == {}
     low, high = some["accuracy"]["General"][1:]
-    assert 0 <= low < 25 < high <= 100 and some["accuracy"]["cell"] == (100, 100, 100)
+    assert 0 <= low < 20 < high <= 100 and some["accuracy"]["cell"] == (100, 100, 100)
 
-    config, llm = model.decoder.config, 0
-    for part in evaluate.batches("test", 16):
+    config, llm, before = model.decoder.config, 0, len(model.before_ids)
+    for part in evaluate.batches("test", 24):
         for ids in model.tokenize([example.question for example in part]):
-            llm += evaluate.prefill_flops(config, [8] * 4 + [4] * 4, len(ids) + 1) / 16
+            layers = [8] * 6 + [4] * 6
+            llm += evaluate.prefill_flops(config, layers, before + len(ids)) / 24
     encoding = evaluate.encoding_flops(model, through_clip)
     assert more["flops"] == pytest.approx(llm + encoding)
     assert more["average_tokens"] == 6
@@ -239,8 +246,8 @@ def test_lambda_for_solves_the_wanted_average_on_validation_questions(model, mon
 
     monkeypatch.setattr(tables, "batches", noted)
     examples = [e for part in evaluate.batches("val", 96, first=50_000) for e in part]
-    images = evaluate.to_images([example.picture.image for example in examples])
-    questions, encoded = [example.question for example in examples], encode(model, images)
+    images, questions = evaluate.images_and_questions(examples)
+    encoded = encode(model, images)
     for average, k in ((40, 5), (60, 3)):
         own = replace(budget, k=k, layers=[2, 5])
         lam = tables.lambda_for(model, encode, average, own)
@@ -252,10 +259,10 @@ def test_lambda_for_solves_the_wanted_average_on_validation_questions(model, mon
     assert splits == ["val", "val"]
 
 
-@pytest.mark.parametrize("average", [8, 72, 577])
+@pytest.mark.parametrize("average", [8, 48, 577])
 def test_an_average_out_of_reach_is_refused(average):
     with pytest.raises(ValueError, match="average must be .* with 576 tokens"):
-        tables.fastv_count(576, average, 1, 8)
+        tables.fastv_count(576, average, 1, 12)
     with pytest.raises(ValueError, match="average must be .* with 576 tokens"):
         tables.pyramid_counts(576, average)
 
@@ -269,7 +276,7 @@ def test_masked_encoders_are_zero_and_the_others_are_not_touched(model, monkeypa
         return fuse(features, *rest)
 
     monkeypatch.setattr(model, "fuse", noted)
-    studies.redundancy(model, 8)
+    studies.redundancy(model, 12)
     full, masks = seen[0], []
     for features in seen:
         masks.append(tuple(bool((x == 0).all()) for x in features))
@@ -280,7 +287,7 @@ def test_masked_encoders_are_zero_and_the_others_are_not_touched(model, monkeypa
 
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_the_information_gap_and_full_subset_agree_with_the_accuracies(model):
-    result = studies.redundancy(model, 8)
+    result = studies.redundancy(model, 12)
     assert len(result["subsets"]) == 15
     assert len(result["kl"]) == 4 and all(nats >= 0 for nats in result["kl"].values())
     full, _, _ = result["subsets"]["clip+convnext+eva+pix2struct"]["all"]
@@ -289,14 +296,15 @@ def test_the_information_gap_and_full_subset_agree_with_the_accuracies(model):
         rest = "+".join(name for name in model.encoders if name != encoder)
         without, _, _ = result["subsets"][rest]["all"]
         assert cur == pytest.approx((full - without) / full)
+        assert result["losses"][encoder]["all"][0] == pytest.approx(full - without)
     assert result["ig"]["all"] == pytest.approx(max(rates.values()) - min(rates.values()))
 
 
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path, capsys):
     names = ["2", "figure1", "video"]
-    first = report.report(model, names, 8, tmp_path)
-    again = report.report(model, names, 8, None)
+    first = report.report(model, names, 12, tmp_path)
+    again = report.report(model, names, 12, None)
     assert json.dumps(first, allow_nan=False) == json.dumps(again)
     video = first["video"]["colors"]
     assert video["unpruned"]["average_tokens"] == 576 and video["METEOR"]["average_tokens"] < 100
@@ -320,41 +328,87 @@ def test_coverage_is_of_stage_2_in_any_encoder_by_strategy(model, monkeypatch):
     assert studies.coverage(model) == {f"{name}, {K}": name for name in strategies}
 
 
-def test_tokens_by_group_are_means_over_its_own_questions(model, monkeypatch):
-    family = np.array(["presence", "number", "color", "cell"])
-    measured = {
-        "accuracy": 0.0,
-        "average_tokens": 33.0,
-        "families": {},
+def measured(right, tokens, family):
+    """A result of `evaluate.accuracy`, of questions that are named by their families."""
+    return {
+        "average_tokens": float(np.mean(tokens)),
         "family_tokens": {},
-        "right": np.array([True, False, True, True]),
-        "tokens": np.array([30.0, 34.0, 32.0, 36.0]),
-        "family": family,
+        "right": np.array(right),
+        "tokens": np.array(tokens),
+        "family": np.array(family),
         "llm_flops": 1.0,
         "survivors": {},
     }
-    asked = {name: group for name, group in report.FAMILIES.items() if name in family}
-    monkeypatch.setattr(report, "accuracy", lambda *args: measured)
+
+
+def test_tokens_by_group_are_means_over_its_own_questions(model, monkeypatch):
+    result = measured([True] * 24, [30, 32] * 5 + [34, 36] * 7, [f for f in FAMILIES for _ in "ab"])
+    monkeypatch.setattr(report, "accuracy", lambda *args: result)
     monkeypatch.setattr(report, "encoding_flops", lambda *args: 1)
-    monkeypatch.setattr(report, "FAMILIES", asked)
-    rows = [tables.meteor_row(Budget.none(), "all")]
-    (row,) = report.measure_rows(model, rows, 4, {})
+    measurements = report.Measurements(model, 24)
+    (row,) = measurements.figures([tables.meteor_row(Budget.none(), "all")])
     general, low, high = row["group_tokens"]["General"]
     assert general == 31 and 30 <= low <= 31 <= high <= 32
     ocr, low, high = row["group_tokens"]["OCR & Chart"]
     assert ocr == 35 and 34 <= low <= 35 <= high <= 36
+    ratio, low, high = measurements.token_ratio()
+    assert ratio == pytest.approx(35 / 31) and low < ratio < high
+    L, first = model.decoder.config.num_hidden_layers, model.budget.layers[0]
+    before = first * model.budget.stage2  # in the layers in front of the first pruned one
+    late, _, _ = measurements.token_ratio(late=True)
+    assert late == pytest.approx((L * 35 - before) / (L * 31 - before))
 
 
-def test_tables_that_share_a_budget_share_its_run(model, monkeypatch):
+def test_tables_that_share_a_method_share_its_run(model, monkeypatch):
     runs = []
     monkeypatch.setattr(report, "accuracy", lambda *args: runs.append(args[1]) or {})
-    cache = {}
-    report.measure(model, Budget(stage1=9), 8, cache)
-    report.measure(model, Budget(stage1=9), 8, cache)
-    report.measure(model, Budget(stage1=8), 8, cache)
-    report.measure(model, through_clip, 8, cache)
-    report.measure(model, through_clip, 8, cache)
-    assert runs == [Budget(stage1=9), Budget(stage1=8), through_clip, through_clip]
+    measurements = report.Measurements(model, 12)
+    for method in (
+        Budget(stage1=9),
+        Budget(stage1=9),
+        Budget(stage1=8),
+        through_clip,
+        through_clip,
+    ):
+        measurements.answers(method)
+    assert runs == [Budget(stage1=9), Budget(stage1=8), through_clip]
+
+
+SAME = depth.Findings(  # both criteria keep the same of every question
+    42,
+    [],
+    {},
+    {
+        depth.share_label(criterion, third, "asked"): np.full(12, 0.5)
+        for criterion in depth.CRITERIA
+        for third in depth.THIRDS
+    },
+    np.array([*FAMILIES]),
+)
+
+
+def test_a_table_is_measured_once_and_orders_measure_only_rows_that_they_compare(
+    model, rows, monkeypatch
+):
+    asked = []
+
+    def accuracy(model, method, split, samples):
+        asked.append(method)
+        return measured([True] * 12, [9.0] * 12, [*FAMILIES])
+
+    monkeypatch.setattr(report, "accuracy", accuracy)
+    monkeypatch.setattr(report.depth, "findings", lambda *args: asked.append("depth") or SAME)
+    measurements = report.Measurements(model, 12)
+    measurements._rows = rows
+    entries = measurements.result("orders")["orders"]
+    assert asked.count("depth") == 1
+    assert len(asked) - 1 == 3 + 5 + 4 + 4 + 2  # of tables 1, 2, 3, main, 6
+    assert measurements.result("orders")["orders"] is entries
+    assert len(asked) - 1 == 18
+    for entry in entries:
+        assert entry["difference"] == 0 and entry["interval"] == [0, 0]
+        shown = "not below" in entry["order"]
+        assert entry["verdict"] == ("yes" if shown else "not shown")
 
 
 def test_the_committed_report_is_what_its_numbers_say(tmp_path):
@@ -365,52 +419,19 @@ def test_the_committed_report_is_what_its_numbers_say(tmp_path):
     results, how = json.loads((folder / "tables.json").read_text()), committed.split("\n\n")[1]
     report.write(tmp_path, results, how)
     assert (tmp_path / "README.md").read_text() == committed
-
-
-def compared(label, low, high, tokens=9.4):
-    """A row with an interval of its difference to "rank, 9"."""
-    differences = {"all": ((low + high) / 2, low, high)}
-    return {
-        "label": label,
-        "against": "rank, 9",
-        "average_tokens": tokens,
-        "differences": differences,
-    }
-
-
-def test_an_order_is_shown_where_its_interval_keeps_to_one_side_of_0():
-    best = {"label": "rank, 9", "against": None, "average_tokens": 9.0}
-    shown, unclear = compared("average, 9", -5, -1), compared("rank_reverse, 9", -3, 1)
-    more_tokens = compared("average, 12", 1, 2, tokens=12.0)  # no comparison
-    results = {
-        "1": {"rows": [best, shown, unclear, more_tokens]},
-        "6": {"rows": [best, compared("stage 1, 9", -5, -1)]},
-        "7": {"rows": [best, compared("stage 3, 9", 1, 2)]},
-    }
-    text, said = markdown.verdicts(results), {}
-    for line in text.splitlines():
-        if " - rank" in line:
-            _, _, rows, _, verdict = line.strip("| ").split(" | ")
-            said[rows.removesuffix(" - rank, 9")] = verdict
-    assert said == {
-        "average, 9": "**yes**",
-        "rank_reverse, 9": "not shown",
-        "stage 1, 9": "no, the reverse",
-        "stage 3, 9": "**yes**",
-    }
-    assert texts.WHY["6"] in text and texts.WHY["2"] not in text
+    assert (tmp_path / "orders.json").read_text() == (folder / "orders.json").read_text()
 
 
 def test_what_cannot_be_measured_is_refused_first(model, monkeypatch):
     monkeypatch.setattr(report, "accuracy", None)  # nothing is measured
-    with pytest.raises(ValueError, match="samples must be 8 or more"):
-        report.report(model, ["1"], 7, None)
+    with pytest.raises(ValueError, match="samples must be 12 or more"):
+        report.report(model, ["1"], 11, None)
     wrong = {"budget": "budget with an int for each stage", "ranks": "must have ranks"}
     for missing, message in wrong.items():
         with monkeypatch.context() as patch:
             patch.setattr(model, "config", model.config | {missing: None})
             with pytest.raises(ValueError, match=message):
-                report.report(model, ["1"], 8, None)
+                report.report(model, ["1"], 12, None)
 
 
 def test_without_git_the_commit_is_unknown(monkeypatch):
