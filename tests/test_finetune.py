@@ -187,19 +187,14 @@ def test_a_directory_without_datasets_installed_says_what_to_install(tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_the_readmes_snippet_runs_on_rows_with_pictures_inside(tmp_path, monkeypatch):
+def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path, monkeypatch):
     """With the embedded model in place of "small", and a list in place of a dataset of the hub."""
     rows = []
     for example in (make_example(i, "train", "value") for i in range(8)):
         image = Image.fromarray(example.picture.image)
         rows.append({"image": image, "question": example.question, "answer": example.answer})
-    (snippet,) = (
-        s
-        for s in re.findall(
-            r"```py\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text(), flags=re.S
-        )
-        if "finetune" in s
-    )
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (snippet,) = re.findall(r"```py\n(.*?)```", page, flags=re.S)
     monkeypatch.setitem(
         sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows)
     )
@@ -210,7 +205,7 @@ def test_the_readmes_snippet_runs_on_rows_with_pictures_inside(tmp_path, monkeyp
             snippet.replace("small", "glyph").replace(
                 "max_steps=1000", "max_steps=2, use_cpu=True"
             ),
-            "README",
+            "docs/training.md",
             "exec",
         ),
         {},

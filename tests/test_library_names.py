@@ -2,8 +2,8 @@
 
 A release may rename any of them. These tests run before all others (conftest.py), on the
 libraries alone: where one fails, it says in a sentence which name is gone and who needs it, and
-the rest is skipped. The bounds in pyproject.toml are the versions that the tests passed on; README
-says how to raise one.
+the rest is skipped. The bounds in pyproject.toml are the versions that the tests passed on;
+docs/versions.md says how to raise one.
 """
 
 import ast

@@ -612,23 +612,19 @@ def test_the_command_line_asks_it(folder, tmp_path, capsys):
     assert "could not be fetched from the hub" in capsys.readouterr().err
 
 
-def test_the_readmes_snippet_runs(folder, tmp_path, monkeypatch, capsys):
+def test_the_readmes_snippet_runs(folder):
+    """The two lines around `generate`, in front of which the reader has a model and inputs."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
-    (snippet,) = (
-        s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "AdaptivePruner" in s
-    )
-    monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (40, 30), "red").save("photo.jpg")
-    exec(
-        compile(
-            snippet.replace("llava-hf/llava-1.5-7b-hf", str(folder)).replace("lam=50", "lam=2"),
-            "README",
-            "exec",
-        ),
-        {},
-    )
-    out = capsys.readouterr().out
-    assert out.startswith("['") and 1 < float(re.search(r"tensor\(\[([\d.]+)", out)[1]) < 16
+    (snippet,) = re.findall(r"```py\n(.*?)```", text, flags=re.S)
+    model = T.AutoModelForImageTextToText.from_pretrained(folder).eval()
+    processor = T.AutoProcessor.from_pretrained(folder)
+    photo = Image.new("RGB", (40, 30), "red")
+    asked = "USER : <image> what is this ASSISTANT :"
+    inputs = processor(images=[photo], text=[asked], return_tensors="pt")
+    names = {"AdaptivePruner": AdaptivePruner, "model": model, "inputs": inputs}
+    exec(compile(snippet.replace("lam=50", "lam=2"), "README", "exec"), names)
+    assert names["words"].shape[1] > inputs["input_ids"].shape[1]
+    assert 1 < names["pruner"].average_tokens().item() < 16
 
 
 def test_other_models_are_refused(tmp_path):

@@ -238,7 +238,7 @@ def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
         ) <= {*WORDS}
     assert (
         any(answer.text for answer in answers)
-        and SIGLIP in (Path(__file__).parents[1] / "README.md").read_text()
+        and SIGLIP in (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
     )
 
 
@@ -496,12 +496,10 @@ def test_bad_names_are_refused(hub):
             Meteor.from_pretrained(encoders=encoders, decoder=decoder, cache_dir=hub[0])
 
 
-def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
+def test_the_snippets_of_docs_presets_run(hub, monkeypatch, capsys):
     """With the names of the cache made here in place of the real ones."""
-    text = (Path(__file__).parents[1] / "README.md").read_text()
-    snippets = [
-        s for s in re.findall(r"```py\n(.*?)```", text, flags=re.S) if "Meteor.from_pretrained" in s
-    ]
+    page = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
+    snippets = re.findall(r"```py\n(.*?)```", page, flags=re.S)
     snippet = "\n".join(snippets)
     monkeypatch.setitem(
         PRESETS, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None}
@@ -519,7 +517,7 @@ def test_the_readmes_snippet_runs(hub, monkeypatch, capsys):
         "from_pretrained",
         lambda *names, **options: load(*names, **options, cache_dir=hub[0]),
     )
-    exec(compile(snippet, "README", "exec"), {})
+    exec(compile(snippet, "docs/presets.md", "exec"), {})
     out = capsys.readouterr().out
     assert (
         len(snippets) == 2

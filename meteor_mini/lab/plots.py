@@ -295,6 +295,8 @@ def bars(
         ax.set_xlabel(xlabel, fontsize=9)
     first = axes[0, 0]
     first.set_yticks(range(len(labels)), labels)
+    for tick, label in zip(first.get_yticklabels(), labels):
+        tick.set_color((colors or {}).get(label, INK))
     first.invert_yaxis()
     first.set_ylabel(" ")  # room
     return figure
