@@ -234,6 +234,7 @@ def test_one_pass_through_an_encoder_is_counted_of_prumerge(model, rows):
     assert merged.method is not merged.encode
 
 
+@pytest.mark.slow  # half a minute: 96 questions, whose pictures are drawn
 def test_lambda_for_solves_the_wanted_average_on_validation_questions(model, monkeypatch):
     budget, splits = Budget(stage1=model.budget.stage1, stage2=model.budget.stage2), []
 
@@ -412,6 +413,7 @@ def test_a_table_is_measured_once_and_orders_measure_only_rows_that_they_compare
 
 
 def test_the_committed_report_is_what_its_numbers_say(tmp_path):
+    pytest.importorskip("matplotlib")  # which draws its plots
     folder = Path(report.__file__).parents[2] / "results"
     if not folder.is_dir():
         pytest.skip("no checkout: the wheel has no results/")
