@@ -574,9 +574,10 @@ def aside_loss(attention: list[Tensor], about: About, asking: Tensor) -> Tensor:
     r"""Looking aside costs, in front of the layers where stage 3 prunes.
 
     -log p, p the share of a question's attention on the picture that is on a thing it asks about;
-    mean over all things and these layers.
+    mean over all things and these layers; 0 where nothing is asked about.
 
-    Args: attention: of each layer (B, H, T, K) float; asking (B, T): of `asking_tokens`.
+    Args: attention: of each layer (B, H, T, K) float; about: of `tokens_asked_about`; asking
+        (B, T) int64: of `asking_tokens`.
     """
     if len(about.picture) == 0:
         return asking.new_zeros((), dtype=torch.float32)
@@ -586,8 +587,9 @@ def aside_loss(attention: list[Tensor], about: About, asking: Tensor) -> Tensor:
         looks = attention[layer].sum(dim=1)  # (B, T, K): all heads
         of_question = (looks[about.picture] * is_of_question[..., None]).sum(dim=1)  # (R, K)
         on_thing = (of_question * about.tokens).sum(dim=1)  # (R,)
-        share = on_thing / of_question.sum(dim=1)
-        losses.append(-(share + 1e-3).log().mean())
+        on_picture = of_question.sum(dim=1).clamp(min=1e-6)  # (R,): never 0 over 0
+        share = on_thing / on_picture
+        losses.append(-(share + 1e-3).log().mean())  # at most 7 for a thing that nobody looks at
     return torch.stack(losses).mean()
 
 
