@@ -21,7 +21,7 @@ from .world import (
 )
 
 CLIPS = ["colors", "counter"]
-CLIP_SEED = 13  # the splits of `world.SPLIT_SEED` end before it
+CLIP_SEED = 13  # none of `world.SPLIT_SEED`
 COLOR_FRAMES = 6
 COUNTER_FRAMES = 4  # as many digits as the shortest number of a scene
 

@@ -49,7 +49,7 @@ class Example(NamedTuple):
     asked: np.ndarray
 
 
-@functools.lru_cache(maxsize=1024)  # the rows of all tables ask the same questions
+@functools.lru_cache(maxsize=4096)  # the rows of all tables ask the same questions
 def make_example(index: int, split: str, family: str) -> Example:
     """Example number `index` of a family."""
     picture, question = questions.example(index, split, family)

@@ -62,20 +62,20 @@ STEPS = {
     "pix2struct": 4800,
     "words": 4000,
     "align": 3000,
-    "answer": 2700,
+    "answer": 4800,
 }
 POOL = 16_000  # training pictures
 CHUNK = 32  # pictures a batch, and a file of cached features
 
-BUDGET = {"stage1": 320, "stage2": 140, "stage3": 33, "k": 5, "layers": [1, 5, 7]}
+BUDGET = {"stage1": 320, "stage2": 145, "stage3": 34, "k": 5, "layers": [1, 5, 7]}
 FIRST_LAYERS = 4  # of the Llama that learns words
 BATCH = 24  # pictures a step of the Llama
 # How often each family is asked, beside one: those that are learned last.
 FAMILY_WEIGHTS = {
     "presence": 4,
-    "count": 3,
+    "count": 4,
     "relation": 3,
-    "number": 8,
+    "number": 10,
     "label": 2,
     "tag": 4,
 }
@@ -621,7 +621,7 @@ def calibrate_ranks(model: Meteor, pictures: int = 128) -> None:
     model.config["ranks"] = measure_ranks(model, list(images.split(32)))
 
 
-def calibrate_lambda(model: Meteor, count: int = 48) -> None:
+def calibrate_lambda(model: Meteor, count: int = 96) -> None:
     """The table of lambdas, measured on validation questions of all families."""
     parts = batches("val", count, first=50_000)
     examples = [example for part in parts for example in part]

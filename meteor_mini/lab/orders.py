@@ -2,7 +2,7 @@
 
 An order compares two things that were measured on the same questions: two rows of a table, at equal
 averages of tokens, or what two criteria keep. A row is the one beside which the paper's number
-stands: rank-based and average allocation, say, at the model's own budget.
+stands: rank-based and average allocation, say, at the paper's share of tokens after stage 1.
 """
 
 from typing import NamedTuple
@@ -36,8 +36,18 @@ class Order(NamedTuple):
 
 OCR = "OCR & Chart"
 ORDERS = [
-    Order("rank-based allocation above average", "1", "rank, {stage1}", "average, {stage1}"),
-    Order("average allocation above reversed", "1", "average, {stage1}", "rank_reverse, {stage1}"),
+    Order(
+        "rank-based allocation above average",
+        "1",
+        "rank, {paper_stage1}",
+        "average, {paper_stage1}",
+    ),
+    Order(
+        "average allocation above reversed",
+        "1",
+        "average, {paper_stage1}",
+        "rank_reverse, {paper_stage1}",
+    ),
     Order(
         "collaborative pruning above random",
         "2",
@@ -73,7 +83,7 @@ ORDERS = [
     Order(
         "adaptive counts above fixed ones",
         "3",
-        "adaptive, {average}",
+        "adaptive, {tight}",
         "fixed, 3 layers, {k} head(s)",
         OCR,
     ),
