@@ -67,7 +67,9 @@ def orders_figure(orders: list[dict]) -> Picture:
         if entry["difference"] is not None:
             values[label] = (entry["difference"], *entry["interval"])
     shown = [entry["verdict"] for entry in orders].count(YES)
-    title = f"{shown} of {len(orders)} orders of the paper show (blue); grey: undecided, red: reverse"
+    title = (
+        f"{shown} of {len(orders)} orders of the paper show (blue); grey: undecided, red: reverse"
+    )
     return bars({"": values}, title, "difference, points", colors)
 
 
