@@ -35,7 +35,7 @@ from .pictures import load_picture, resize_square
 from .weights import CHECKPOINTS, PRESETS, hub_or_cache
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
-TABLE_SAMPLES = 1200  # questions a row: all tables in two to three hours on 2 cores
+TABLE_SAMPLES = 1200  # questions a row
 RESULTS = Path("results")  # where all tables and the whole benchmark go
 
 

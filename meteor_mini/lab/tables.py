@@ -353,7 +353,7 @@ def table2(model: Meteor) -> list[Row]:
 
 def table3(model: Meteor) -> list[Row]:
     """Fixed and adaptive counts, from what the model's own stages 1 and 2 leave to an average that
-    is tighter than its own, at which no row loses much.
+    is tighter than its own, at which no row lost much on validation questions.
     """
     budget, k, average = model.budget, model.budget.k, label_numbers(model)["tight"]
     one, three = fixed_counts(model, average)

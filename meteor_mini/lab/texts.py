@@ -37,7 +37,8 @@ NOTES = {  # under the title of each table
     "in at least one encoder.",
     "3": "All rows prune what the model's own stage 2 leaves, which is the first row. The others "
     "have the same average, except the adaptive ones named otherwise; in the paper the rows at "
-    "layer 1 have 297. The average is tighter than the model's own, at which no row loses much. "
+    "layer 1 have 297. The average is tighter than the model's own, at which no row lost much on "
+    "validation questions. "
     "The paper's third adaptive row is printed as 126 tokens; its "
     "counts make 162.",
     "6": "Paper: LLaVA-1.5 at 29 % and 12 % of the FLOPs; AIM, its rival at 12 %, is not built "

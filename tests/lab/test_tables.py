@@ -176,6 +176,19 @@ def knows(families, layers):
     return method
 
 
+def test_table_6_asks_twice_as_many_questions(model, monkeypatch):
+    asked = []
+
+    def noted(model, method, split, samples):
+        asked.append((split, samples))
+
+    monkeypatch.setattr(report, "accuracy", noted)
+    measurements = report.Measurements(model, 24)
+    for table in ("main", "1", "6", "6"):
+        measurements.answers(Budget.none(), table)
+    assert asked == [("test", 24), ("test", 48)]  # each once
+
+
 def through_clip(model, images):
     return model.encoders["clip"](model.views["clip"](images))
 
