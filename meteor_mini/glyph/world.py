@@ -166,16 +166,12 @@ class Canvas:
 
     def patch_words(self) -> np.ndarray:
         """Per patch the words of the object that covers most of it: a quarter of it at least."""
-        ids = np.asarray(self.ids).reshape(GRID, PATCH, GRID, PATCH)
-        patches = ids.transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
-        words = [word_numbers(words) for words in self.words]
-        labels = np.zeros((GRID * GRID, len(SLOTS)), np.int64)
-        for place, patch in enumerate(patches):
-            covered = np.bincount(patch)  # pixels of each object
-            covered[0] = 0
-            owner = covered.argmax()
-            if covered[owner] >= 0.25 * PATCH * PATCH:
-                labels[place] = words[owner]
+        words = np.array([word_numbers(words) for words in self.words])  # (objects, slots)
+        covered = pixels_of_each(self.ids, len(words))  # (144, objects)
+        covered[:, 0] = 0
+        owner = covered.argmax(axis=1)  # (144,)
+        labels = words[owner]
+        labels[covered.max(axis=1) < 0.25 * PATCH * PATCH] = 0
         return labels
 
     def patch_clutter(self) -> np.ndarray:
@@ -183,21 +179,25 @@ class Canvas:
 
         A patch is cluttered where a twelfth of its pixels are, as lines are thin.
         """
-        ids = np.asarray(self.clutter_ids).reshape(GRID, PATCH, GRID, PATCH)
-        patches = ids.transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
-        kinds = np.zeros(GRID * GRID, np.int64)
-        for place, patch in enumerate(patches):
-            covered = np.bincount(patch)
-            covered[0] = 0
-            kind = covered.argmax()
-            if covered[kind] >= PATCH * PATCH / 12:
-                kinds[place] = kind
+        covered = pixels_of_each(self.clutter_ids, 1 + len(CLUTTER))  # (144, 1 + kinds)
+        covered[:, 0] = 0
+        kinds = covered.argmax(axis=1)
+        kinds[covered.max(axis=1) < PATCH * PATCH / 12] = 0
         return kinds
 
     def finish(self, kind: str, facts: dict) -> Picture:
         words, clutter = self.patch_words(), self.patch_clutter()
         clutter[words[:, 0] > 0] = 0
         return Picture(self.pixels(), words, kind, facts, clutter)
+
+
+def pixels_of_each(numbers: Image.Image, count: int) -> np.ndarray:
+    """(144, count) int64: how many pixels of each patch have each number of a canvas ("L")."""
+    of_pixel = np.asarray(numbers, np.int64).reshape(GRID, PATCH, GRID, PATCH)
+    patches = of_pixel.transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
+    first = count * np.arange(GRID * GRID)[:, None]  # each patch counts in places of its own
+    counted = np.bincount((first + patches).ravel(), minlength=count * GRID * GRID)
+    return counted.reshape(GRID * GRID, count)
 
 
 @functools.cache
@@ -218,7 +218,8 @@ def varied(color: tuple[float, ...], most: float, rng: np.random.Generator) -> t
     """A colour near another, so that no colour is one exact value."""
     changed = []
     for value in color:
-        changed.append(int(np.clip(value + rng.uniform(-most, most), 0, 255)))
+        moved = value + rng.uniform(-most, most)
+        changed.append(int(min(max(moved, 0), 255)))
     return tuple(changed)
 
 
@@ -268,6 +269,9 @@ def clutter(canvas: Canvas) -> None:
         draw_piece(canvas, CLUTTER[rng.integers(len(CLUTTER))], x, y)
 
 
+ON_OR_OFF = [0] + [255] * 255  # of each value of a pixel: does it differ from 0?
+
+
 def draw_piece(canvas: Canvas, kind: str, x: int, y: int) -> None:
     """One piece of a kind of CLUTTER; the canvas notes where it changed the picture."""
     before = canvas.image.copy()
@@ -279,12 +283,8 @@ def draw_piece(canvas: Canvas, kind: str, x: int, y: int) -> None:
         draw_outline(canvas, x, y)
     else:
         draw_signs(canvas, x, y)
-    changed = ImageChops.difference(before, canvas.image).convert("L").point(on_or_off)
+    changed = ImageChops.difference(before, canvas.image).convert("L").point(ON_OR_OFF)
     canvas.clutter_ids.paste(1 + CLUTTER.index(kind), mask=changed)
-
-
-def on_or_off(value: int) -> int:
-    return 255 if value > 0 else 0
 
 
 def any_color(rng: np.random.Generator) -> tuple[int, ...]:
@@ -347,13 +347,13 @@ def paint(canvas: Canvas, color: tuple[int, ...], shape: Image.Image, where: np.
 
 def pattern_mask(pattern: str, rng: np.random.Generator) -> np.ndarray:
     """(192, 192) bool: where the second colour of a pattern goes."""
-    y, x = np.mgrid[:SIZE, :SIZE]
+    y, x = np.ogrid[:SIZE, :SIZE]  # (192, 1) and (1, 192)
     y, x = y + rng.integers(12), x + rng.integers(12)
     if pattern == "plain":
         return np.zeros((SIZE, SIZE), bool)
     if pattern == "striped":
         along = (x, y, x + y, x - y)[rng.integers(4)]
-        return along % 10 < 5
+        return np.broadcast_to(along % 10 < 5, (SIZE, SIZE))
     if pattern == "dotted":
         return (x % 10 - 5) ** 2 + (y % 10 - 5) ** 2 < 9
     return (x // 6 + y // 6) % 2 == 0
