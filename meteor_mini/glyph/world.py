@@ -166,7 +166,7 @@ class Canvas:
 
     def patch_words(self) -> np.ndarray:
         """Per patch the words of the object that covers most of it: a quarter of it at least."""
-        words = np.array([word_numbers(words) for words in self.words])  # (objects, slots)
+        words = np.array([word_numbers(said) for said in self.words])  # (objects, slots)
         covered = pixels_of_each(self.ids, len(words))  # (144, objects)
         covered[:, 0] = 0
         owner = covered.argmax(axis=1)  # (144,)

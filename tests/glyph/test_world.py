@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from meteor_mini.glyph import world as g
 
@@ -243,3 +244,32 @@ def test_a_patch_belongs_to_what_covers_a_quarter_of_it_at_least():
 def test_bad_input_gets_one_sentence(arguments, message):
     with pytest.raises(ValueError, match=message):
         g.make_picture(*arguments)
+
+
+def test_pixels_of_each_number_equal_a_loop_over_patches():
+    numbers = np.random.default_rng(0).integers(0, 7, size=(g.SIZE, g.SIZE)).astype(np.uint8)
+    counted = g.pixels_of_each(Image.fromarray(numbers), 7)
+    for place in range(g.GRID**2):
+        top, left = g.PATCH * (place // g.GRID), g.PATCH * (place % g.GRID)
+        patch = numbers[top : top + g.PATCH, left : left + g.PATCH]
+        assert counted[place].tolist() == [(patch == number).sum() for number in range(7)]
+
+
+@pytest.mark.parametrize("seed", [2, 10, 0, 1])  # stripes in each of the four directions
+@pytest.mark.parametrize("pattern", g.PATTERNS)
+def test_a_pattern_equals_a_loop_over_pixels(pattern, seed):
+    mask = g.pattern_mask(pattern, np.random.default_rng(seed))
+    rng = np.random.default_rng(seed)
+    down, right = int(rng.integers(12)), int(rng.integers(12))
+    direction = int(rng.integers(4))
+    assert mask.shape == (g.SIZE, g.SIZE) and mask.dtype == bool
+    for row in range(0, g.SIZE, 7):
+        for column in range(0, g.SIZE, 5):
+            y, x = row + down, column + right
+            expected = {
+                "plain": False,
+                "striped": (x, y, x + y, x - y)[direction] % 10 < 5,
+                "dotted": (x % 10 - 5) ** 2 + (y % 10 - 5) ** 2 < 9,
+                "checked": (x // 6 + y // 6) % 2 == 0,
+            }
+            assert mask[row, column] == expected[pattern], (row, column)
