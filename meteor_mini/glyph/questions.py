@@ -55,11 +55,13 @@ WORDS = sorted({word for slot in SLOTS.values() for word in slot} | set(QUESTION
 
 
 class Question(NamedTuple):
-    """text and its true answer; about: words (slot -> word) of the patches that it is about."""
+    """text and its true answer; about: of each thing that it is about the words (slot -> word) of
+    its patches, None for a slot that is asked.
+    """
 
     text: str
     answer: str
-    about: list[dict[str, str]]
+    about: list[dict[str, str | None]]
 
 
 def asked_patches(picture: Picture, question: Question) -> np.ndarray:
@@ -68,7 +70,7 @@ def asked_patches(picture: Picture, question: Question) -> np.ndarray:
     for words in question.about:
         matches = np.ones(len(asked), bool)
         for column, (slot, vocabulary) in enumerate(SLOTS.items()):
-            if slot in words:
+            if words.get(slot) is not None:
                 matches &= picture.patch_words[:, column] == 1 + vocabulary.index(words[slot])
         asked |= matches
     return asked
@@ -146,9 +148,8 @@ def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    return Question(
-        f"what color has the {thing.shape} in the picture ?", thing.color, [{"what": thing.shape}]
-    )
+    text = f"what color has the {thing.shape} in the picture ?"
+    return Question(text, thing.color, [{"what": thing.shape, "color": None}])
 
 
 def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | None:
@@ -157,7 +158,7 @@ def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | Non
         return None
     thing = once[rng.integers(len(once))]
     text = f"what pattern has the {thing.shape} in the picture ?"
-    return Question(text, thing.pattern, [{"what": thing.shape}])
+    return Question(text, thing.pattern, [{"what": thing.shape, "pattern": None}])
 
 
 def ask_count(things: list[Thing], rng: np.random.Generator) -> Question:
@@ -219,7 +220,8 @@ def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    about = [{"what": kind} | at_place(thing) for kind in (thing.shape, "label")]
+    shape = {"what": thing.shape, "color": thing.color} | at_place(thing)
+    about = [shape, {"what": "label"} | at_place(thing)]
     return Question(f"read the label below the {thing.color} shape .", joined(thing.label), about)
 
 
@@ -243,7 +245,7 @@ def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
 
 def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
     color, value = bars[rng.integers(len(bars))]
-    about = [{"what": "bar", "color": color}]
+    about = [{"what": "bar", "color": color, "value": None}]
     return Question(f"what value has the {color} bar ?", str(value), about)
 
 
@@ -253,7 +255,8 @@ def ask_extreme(bars: list[tuple[str, int]], rng: np.random.Generator) -> Questi
     word, (color, _) = (
         ("tallest", by_value[-1]) if rng.random() < 0.5 else ("shortest", by_value[0])
     )
-    return Question(f"which bar is the {word} ?", color, [{"what": "bar", "extreme": word}])
+    about = [{"what": "bar", "extreme": word, "color": None}]
+    return Question(f"which bar is the {word} ?", color, about)
 
 
 def bar_value(bar: tuple[str, int]) -> int:

@@ -11,7 +11,7 @@ Stages, each resumable, run in this order (one alone with --stage NAME):
     align            projectors: a projected patch is to be the sum of its words' vectors
     answer           the Llama, grown to all its layers, on what the encoders see, with stages 1
                      and 2 active at random budgets; it is also told where to look, and that to
-                     look costs
+                     look costs; the mean of the weights at the ends of three rounds
     calibrate        lambda for stage 3; writes the checkpoint
 """
 
@@ -51,7 +51,7 @@ from .pool import (
     schedule,
     update,
 )
-from .schooling import TOLD, told_words, train_encoder
+from .schooling import TOLD, TOLD_SLOTS, told_words, train_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STAGES = ["pictures", *ENCODERS, "words", "features", "align", "answer", "calibrate"]
@@ -62,12 +62,14 @@ STEPS = {
     "pix2struct": 4800,
     "words": 4000,
     "align": 3000,
-    "answer": 4800,
 }
+# Steps of "answer", in rounds: in each the learning rate rises and falls. What is kept is the mean
+# of the weights at their ends [stochastic weight averaging, arXiv 1803.05407].
+ROUNDS = (3200, 800, 800)
 POOL = 16_000  # training pictures
 CHUNK = 32  # pictures a batch, and a file of cached features
 
-BUDGET = {"stage1": 320, "stage2": 145, "stage3": 34, "k": 5, "layers": [1, 5, 7]}
+BUDGET = {"stage1": 320, "stage2": 145, "stage3": 34, "k": 6, "layers": [1, 5, 7]}
 FIRST_LAYERS = 4  # of the Llama that learns words
 BATCH = 24  # pictures a step of the Llama
 # How often each family is asked, beside one: those that are learned last.
@@ -167,7 +169,7 @@ def words_stage(work: Path) -> None:
         dialogues = [as_pairs(dialogue(pictures[i], rng, short)) for i in rows]
         return answer_loss(model, tokens, dialogues)["loss"]
 
-    train_llama(model, "words", work, loss_of, rate=3e-3, hold=0.8)
+    train_llama(model, "words", work, loss_of, range(STEPS["words"]), rate=3e-3, hold=0.8)
 
 
 # ---------------------------------------------------------------------------------------- the Llama
@@ -189,17 +191,22 @@ def train_llama(
     stage: str,
     work: Path,
     loss_of: Callable[[int, np.random.Generator], Tensor],
+    numbers: range,
     rate: float,
     hold: float,
 ) -> None:
-    """Train the Llama on the losses of loss_of(step, rng), resumable; writes the whole model."""
+    """Train the Llama on the losses of loss_of(number, rng), resumable; writes the whole model.
+
+    Args: numbers: of the steps, which are also their seeds.
+    """
     optimizers, state = optimizers_of(model.decoder), work / f"{stage}.resume.safetensors"
-    steps, losses = STEPS[stage], []
+    steps, losses = len(numbers), []
     bar = progress(load_state(state, model, optimizers), steps, stage)
     for step in bar:
-        torch.manual_seed(step)
-        rng = np.random.default_rng([17, step])
-        loss = loss_of(step, rng)
+        number = numbers[step]
+        torch.manual_seed(number)
+        rng = np.random.default_rng([17, number])
+        loss = loss_of(number, rng)
         update(optimizers, loss, rate * schedule(step, steps, hold=hold), clip=1.0)
         losses.append(loss.item())
         if step % 20 == 19:
@@ -207,6 +214,12 @@ def train_llama(
         if step % 250 == 249 or step == steps - 1:
             save_state(state, own_weights(model), optimizers, step + 1)
     save_whole(own_weights(model), work / f"{stage}.safetensors")
+
+
+def mean_weights(files: list[Path]) -> dict[str, Tensor]:
+    """The mean of the weights in several files, name by name."""
+    models = [load_file(file) for file in files]
+    return {name: torch.stack([model[name] for model in models]).mean(0) for name in models[0]}
 
 
 def grown(few: nn.Module, many: nn.Module) -> None:
@@ -455,7 +468,7 @@ def random_encoded(
 
 
 def answer_stage(work: Path) -> None:
-    """Train the Llama on what the encoders see; the projectors stay as they are."""
+    """Train the Llama on what the encoders see, in `ROUNDS`; the projectors stay as they are."""
     model = trained(work, "align").train()
     model.projectors.requires_grad_(False)
     pictures = load_facts(work)
@@ -474,7 +487,14 @@ def answer_stage(work: Path) -> None:
         loss = loss + LOOKING * looking_loss(attention)
         return loss + ASIDE * aside_loss(attention, about, asking)
 
-    train_llama(model, "answer", work, loss_of, rate=2e-3, hold=0.6)
+    first, files = 0, []
+    for number, steps in enumerate(ROUNDS, start=1):
+        numbers = range(first, first + steps)
+        train_llama(model, f"answer{number}", work, loss_of, numbers, rate=2e-3, hold=0.6)
+        first += steps
+        files.append(work / f"answer{number}.safetensors")
+    save_whole(mean_weights(files), work / "answer.safetensors")
+    load_own(model, work / "answer.safetensors")
     print_recall(recall(model, replace(model.budget, stage3=None)))
 
 
@@ -525,7 +545,8 @@ class About(NamedTuple):
     """R things that questions ask about: several for a question that needs several.
 
     picture (R,) int64: row of the batch; question (R,) int64: which of its questions, from 1;
-    tokens (R, K) bool: the visual tokens that show the thing, at least one.
+    tokens (R, K) bool: the visual tokens that show the thing, of the encoders that tell all that
+    the question needs of it; at least one.
     """
 
     picture: Tensor
@@ -537,22 +558,37 @@ def tokens_asked_about(
     encoded: Encoded, pictures: list[world.Picture], asked: list[list[questions.Question]]
 ) -> About:
     """Things that no visual token shows any more are left out."""
-    picture, question, patches = [], [], []
+    picture, question, patches, knows = [], [], [], []
     for b, of_picture in enumerate(asked):
         for number, one in enumerate(of_picture, 1):
             for thing in one.about:
                 picture.append(b)
                 question.append(number)
                 patches.append(questions.asked_patches(pictures[b], one._replace(about=[thing])))
+                knows.append(encoders_that_tell_of(thing))
+
     kept = torch.cat(encoded.stage1_idx, dim=1)  # (B, sum of n_l): patches
-    patch_of_token = kept.gather(1, encoded.fused.keep_idx)  # (B, K)
     device = kept.device
+    sizes = torch.tensor([idx.shape[1] for idx in encoded.stage1_idx], device=device)
+    encoder = torch.arange(len(sizes), device=device).repeat_interleave(sizes)  # (sum of n_l,)
+    patch_of_token = kept.gather(1, encoded.fused.keep_idx)  # (B, K)
+    encoder_of_token = encoder[encoded.fused.keep_idx]  # (B, K)
+
     picture = torch.tensor(picture, dtype=torch.int64, device=device)
     question = torch.tensor(question, dtype=torch.int64, device=device)
     patches = torch.tensor(np.array(patches, bool).reshape(-1, world.GRID**2), device=device)
-    tokens = patches.gather(1, patch_of_token[picture])  # (R, K)
+    knows = torch.tensor(np.array(knows, bool).reshape(-1, len(sizes)), device=device)
+    shows_thing = patches.gather(1, patch_of_token[picture])  # (R, K)
+    tokens = shows_thing & knows.gather(1, encoder_of_token[picture])  # (R, K)
     is_shown = tokens.any(dim=1)
     return About(picture[is_shown], question[is_shown], tokens[is_shown])
+
+
+def encoders_that_tell_of(thing: dict[str, str | None]) -> list[bool]:
+    """Of each encoder: do its tokens tell of this thing, and of every slot that `about` names?"""
+    word = 1 + world.SLOTS["what"].index(thing["what"])
+    needed = [column for column, slot in enumerate(world.SLOTS) if slot in thing and slot != "what"]
+    return [bool(told[word].any() and told[word][needed].all()) for told in TOLD_SLOTS.values()]
 
 
 def asking_tokens(model: Meteor, dialogues: list[Dialogue]) -> Tensor:

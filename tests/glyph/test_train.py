@@ -149,24 +149,49 @@ def test_looking_and_aside_losses_equal_loops(model):
     assert train.aside_loss(attention, nothing, asking).item() == 0
 
 
-def test_tokens_asked_about_show_the_thing(model):
+def test_tokens_asked_about_show_the_thing_and_are_of_encoders_that_know_what_is_needed(model):
     pictures = [world.make_picture(i) for i in range(6)]
     rng = np.random.default_rng(0)
     asked = [train.dialogue(picture, rng) for picture in pictures]
     images = evaluate.to_images([picture.image for picture in pictures])
-    budget = Budget(stage1=200, stage2=60)
     model.config["ranks"] = [[1.0] * len(model.encoders)] * 3
-    encoded = model.encode(images, budget)
+    encoded = model.encode(images, Budget(stage1=200, stage2=60))
+    expected = []
+    for b, of_picture in enumerate(asked):
+        after_stage1 = []  # the encoder and the patch of each token
+        for name, idx in zip(schooling.TOLD, encoded.stage1_idx):
+            after_stage1 += [(name, patch) for patch in idx[b].tolist()]
+        in_llm = [after_stage1[i] for i in encoded.fused.keep_idx[b].tolist()]
+        for number, question in enumerate(of_picture, 1):
+            for thing in question.about:
+                shown = questions.asked_patches(pictures[b], question._replace(about=[thing]))
+                tokens = []
+                for name, patch in in_llm:
+                    words = pictures[b].patch_words[patch].astype(np.uint8)
+                    told = schooling.told_words(words, name)
+                    needed = [s for s, slot in enumerate(world.SLOTS) if slot in thing and s > 0]
+                    knows = told.any() and all(told[needed])
+                    tokens.append(bool(shown[patch] and knows))
+                if any(tokens):
+                    expected.append((b, number, tokens))
     about = train.tokens_asked_about(encoded, pictures, asked)
-    assert len(about.picture) > 6 and about.tokens.any(dim=1).all()
-    patches = torch.cat(encoded.stage1_idx, dim=1)
-    for b, number, tokens in zip(about.picture, about.question, about.tokens):
-        question, fits = asked[b][number - 1], False
-        kept = patches[b][encoded.fused.keep_idx[b]]
-        for thing in question.about:
-            shown = questions.asked_patches(pictures[b], question._replace(about=[thing]))
-            fits |= torch.equal(torch.from_numpy(shown)[kept], tokens)
-        assert fits
+    got = zip(about.picture.tolist(), about.question.tolist(), about.tokens.tolist())
+    assert len(expected) > 6 and list(got) == expected
+
+
+@pytest.mark.parametrize(
+    "thing, names",
+    [
+        ({"what": "star"}, ["clip", "convnext", "eva", "pix2struct"]),
+        ({"what": "star", "color": None}, ["clip"]),
+        ({"what": "star", "pattern": None}, ["convnext"]),
+        ({"what": "bar", "extreme": "tallest", "color": None}, ["eva"]),
+        ({"what": "label", "row": "top", "column": "left"}, ["pix2struct"]),
+    ],
+)
+def test_encoders_that_tell_of_what_is_asked(thing, names):
+    tells = dict(zip(schooling.TOLD, train.encoders_that_tell_of(thing)))
+    assert [name for name in tells if tells[name]] == names
 
 
 def test_asking_tokens_are_those_of_questions(model):
@@ -217,6 +242,15 @@ def test_a_batch_without_masking_is_untouched_and_a_masked_encoder_is_zero():
     assert 5 <= masked <= 30  # 8 % of batches, less those in which all are seen
 
 
+def test_the_mean_of_weights_is_that_of_each_number(tmp_path):
+    files, values = [], [1.0, 2.0, 6.0]
+    for number, value in enumerate(values):
+        files.append(tmp_path / f"{number}.safetensors")
+        train.save_whole({"a": torch.full((2,), value), "b": torch.tensor([-value])}, files[-1])
+    mean = train.mean_weights(files)
+    assert mean["a"].tolist() == [3, 3] and mean["b"].tolist() == [-3]
+
+
 def run(module, monkeypatch, work, out, *options):
     monkeypatch.setattr("sys.argv", ["train", "--work", str(work), "--out", str(out), *options])
     module.main()
@@ -225,7 +259,7 @@ def run(module, monkeypatch, work, out, *options):
 @pytest.mark.slow  # about two minutes: every stage of both trainings, and calibration
 def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp_path):
     steps = {name: 2 for name in train.STEPS}
-    for name, value in {"POOL": 128, "STEPS": steps}.items():
+    for name, value in {"POOL": 128, "STEPS": steps, "ROUNDS": (2, 2)}.items():
         monkeypatch.setattr(train, name, value)
     run(train, monkeypatch, tmp_path / "work", tmp_path / "model")
     model = load(tmp_path / "model")
@@ -234,14 +268,18 @@ def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp
 
     schedule = train.schedule
     monkeypatch.setattr(train, "schedule", lambda step, _, **options: schedule(step, 2, **options))
-    for stage in ("words", "answer"):
+    stopped = {  # after one step
+        "words": ("STEPS", steps | {"words": 1}),
+        "answer": ("ROUNDS", (1,)),
+    }
+    for stage, (name, fewer) in stopped.items():
         once = (tmp_path / "work" / f"{stage}.safetensors").read_bytes()
-        for name in (f"{stage}.safetensors", f"{stage}.resume.safetensors"):
-            (tmp_path / "work" / name).unlink()
-        monkeypatch.setattr(train, "STEPS", steps | {stage: 1})  # stopped after one step
-        run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", stage)
-        monkeypatch.setattr(train, "STEPS", steps)
-        run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", stage)
+        for file in (tmp_path / "work").glob(f"{stage}*.safetensors"):
+            file.unlink()
+        whole = getattr(train, name)
+        for value in (fewer, whole):
+            monkeypatch.setattr(train, name, value)
+            run(train, monkeypatch, tmp_path / "work", tmp_path / "model", "--stage", stage)
         assert (tmp_path / "work" / f"{stage}.safetensors").read_bytes() == once
 
     monkeypatch.setattr(train_fusions, "CHUNKS", 2)
