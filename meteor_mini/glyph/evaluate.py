@@ -92,10 +92,13 @@ class Record:
 
 
 @torch.no_grad()
-def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 1000) -> dict:
+def accuracy(
+    model: Meteor, method: Method, split: str = "test", samples: int = 1000, first: int = 0
+) -> dict:
     """Exact-match accuracy in percent.
 
-    Args: method: a budget, or a function (model, images, questions) -> answers.
+    Args: method: a budget, or a function (model, images, questions) -> answers; first: number of
+        the first question.
     Returns:
         "accuracy": mean over questions; "families": {family: accuracy}.
         "average_tokens": mean visual tokens per LLM layer; "family_tokens": the same by family.
@@ -104,7 +107,7 @@ def accuracy(model: Meteor, method: Method, split: str = "test", samples: int = 
         "survivors": {stage: {encoder: {family: mean tokens}}}.
     """
     records = []
-    for examples in batches(split, samples):
+    for examples in batches(split, samples, first=first):
         records += measure(model, method, examples)
     right = np.array([record.right for record in records])
     tokens = np.array([record.tokens for record in records])

@@ -259,7 +259,8 @@ def verdicts(orders: list[dict]) -> str:
     """
     lines, reasons = [], []
     for number, (order, entry) in enumerate(zip(ORDERS, orders), start=1):
-        line = [str(number), entry["order"], order.rule, entry["questions"]]
+        line = [str(number), entry["order"], order.rule]
+        line.append(f"{entry['questions']} ({entry['asked']})")
         if entry["difference"] is None:
             line += ["not measured", "", "", entry["verdict"]]
         else:

@@ -23,7 +23,8 @@ class Order(NamedTuple):
     claim: in words, short enough for a table; table: of `tables.TABLES`, or "depth"; row, other:
     labels of the rows that are compared, row minus other, where {} hold names of
     `tables.label_numbers`; in "depth" they are labels of `depth.share_label`; questions: "all", or
-    one of `tables.GROUPS`; rule: of `verdict`.
+    one of `tables.GROUPS`; rule: of `verdict`; times: as many questions as the tables ask so many
+    times, where two rows seldom differ.
     """
 
     claim: str
@@ -32,6 +33,7 @@ class Order(NamedTuple):
     other: str
     questions: str = "all"
     rule: str = ABOVE
+    times: int = 1
 
 
 OCR = "OCR & Chart"
@@ -60,6 +62,7 @@ ORDERS = [
         "collaborative, {proportion}",
         "separate, {proportion}",
         OCR,
+        times=4,
     ),
     Order(
         "post-projection fusion not below EAGLE-style, at equal tokens",
@@ -73,6 +76,7 @@ ORDERS = [
         "3",
         "fixed, layer 1, {k} head(s)",
         "fixed, layer 1, all heads",
+        times=2,
     ),
     Order(
         "three pruned layers above one, at equal averages",
@@ -86,6 +90,7 @@ ORDERS = [
         "adaptive, {tight}",
         "fixed, 3 layers, {k} head(s)",
         OCR,
+        times=2,
     ),
     Order("METEOR above FastV, at its average", "main", "METEOR, {average}", "stages 1+2, FastV"),
     Order(
@@ -107,6 +112,7 @@ ORDERS = [
         "stage 1, {few}",
         "PruMerge++-style, {few}",
         rule=NOT_BELOW,
+        times=5,
     ),
     Order(
         "in the first third of the blocks, similarity to the mean above attention (Finding 1)",
@@ -166,7 +172,8 @@ def verdict(rule: str, low: float, high: float) -> str:
 
 
 def compare(order: Order, row: Measured | None, other: Measured | None) -> dict:
-    """One entry of results/orders.json, with "rows" and "tokens" for the report besides.
+    """One entry of results/orders.json, with "rows", "tokens" and "asked", the number of questions,
+    for the report besides.
 
     Where one of the two was not measured (a model without learned fusions), difference and interval
     are None, and nothing is shown.
@@ -174,7 +181,7 @@ def compare(order: Order, row: Measured | None, other: Measured | None) -> dict:
     entry = {"order": order.claim, "questions": order.questions}
     if row is None or other is None:
         nothing = {"difference": None, "interval": None, "verdict": NOT_SHOWN}
-        return entry | nothing | {"rows": None, "tokens": None}
+        return entry | nothing | {"rows": None, "tokens": None, "asked": 0}
     counts = question_groups(row.family)[order.questions] & ~np.isnan(row.values)
     mean, low, high = difference(row.values[counts], other.values[counts])
     return entry | {
@@ -183,6 +190,7 @@ def compare(order: Order, row: Measured | None, other: Measured | None) -> dict:
         "verdict": verdict(order.rule, low, high),
         "rows": [row.label, other.label],
         "tokens": None if row.tokens is None else [row.tokens, other.tokens],
+        "asked": int(counts.sum()),
     }
 
 

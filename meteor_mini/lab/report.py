@@ -39,8 +39,9 @@ __all__ = ["TITLES", "report"]
 LAST = ("orders", "requirements")  # of `TITLES`: they compare what the others measure
 # Of studies that take long for each question: at most so many.
 MOST_OF_REDUNDANCY, MOST_OF_DROPS, MOST_OF_CLIPS = 250, 400, 200
-# Of a table whose rows seldom differ, as CLIP alone answers few questions: so many times as many.
-TIMES_OF = {"6": 2}
+# For the requirements, the unpruned model and METEOR are asked so many times as many questions: of
+# the tables' 1200 a family has 100, and its accuracy an interval of up to 8 points either way.
+TIMES_OF_REQUIREMENTS = 3
 
 
 # ------------------------------------------------------------------ what is measured, once
@@ -64,22 +65,35 @@ class Measurements:
             self._rows[table] = TABLES[table](self.model)
         return self._rows[table]
 
-    def answers(self, method: Method, table: str = "main") -> dict:
-        """`evaluate.accuracy` of a budget or another method, in a table."""
-        samples = self.samples * TIMES_OF.get(table, 1)
-        key = (repr(method) if isinstance(method, Budget) else method, samples)
+    def answers(self, method: Method, block: int = 0) -> dict:
+        """`evaluate.accuracy` of a budget or another method; block 0: on the tables' questions,
+        1: on as many after them, and so on.
+        """
+        key = (repr(method) if isinstance(method, Budget) else method, block)
         if key not in self._answers:
             torch.manual_seed(0)  # of the strategy "random"
-            self._answers[key] = accuracy(self.model, method, "test", samples)
+            first = block * self.samples
+            self._answers[key] = accuracy(self.model, method, "test", self.samples, first)
         return self._answers[key]
 
-    def figures(self, rows: list[Row], table: str = "main") -> list[dict]:
+    def answers_to_blocks(self, method: Method, times: int) -> dict:
+        """The answers to so many blocks of questions, as `row_figures` takes them. FLOPs, survivors
+        and tokens by family are of the first block.
+        """
+        results = [self.answers(method, block) for block in range(times)]
+        joined = {key: results[0][key] for key in ("llm_flops", "survivors", "family_tokens")}
+        for key in ("right", "tokens", "family"):
+            joined[key] = np.concatenate([result[key] for result in results])
+        joined["average_tokens"] = float(joined["tokens"].mean())
+        return joined
+
+    def figures(self, rows: list[Row], times: int = 1) -> list[dict]:
         """One dictionary a row: accuracies with intervals, overall, by group and family; tokens,
         FLOPs, differences. A row that is compared with another must come after it.
         """
         done, figures = {}, []
         for row in tqdm(rows, desc="rows", mininterval=5, leave=False):
-            done[row.label] = self.answers(row.method, table)
+            done[row.label] = self.answers_to_blocks(row.method, times)
             other = None if row.against is None else done[row.against]
             flops = encoding_flops(self.model, row.encode)
             figures.append(row_figures(row, done[row.label], other, flops))
@@ -123,19 +137,20 @@ class Measurements:
             return {"orders": self.orders()}
         if name == "requirements":
             return {"requirements": self.requirements()}
-        result = {"rows": self.figures(self.rows(name), name)}
+        result = {"rows": self.figures(self.rows(name))}
         if name == "1":
             result["ranks"] = rank_statistics(model)
         if name == "2":
             result["coverage"] = coverage(model)
         return result
 
-    def token_ratio(self, late: bool = False) -> tuple[float, float, float]:
+    def token_ratio(self, late: bool = False, times: int = 1) -> tuple[float, float, float]:
         """METEOR's tokens per LLM layer, OCR & Chart to General, with the interval; late: of the
-        layers from the first pruned one on, as all questions have the same number before it.
+        layers from the first pruned one on, as all questions have the same number before it; times:
+        blocks of questions.
         """
         budget, L = self.model.budget, self.model.decoder.config.num_hidden_layers
-        result = self.answers(budget)
+        result = self.answers_to_blocks(budget, times)
         tokens = result["tokens"]  # (n,): mean over L layers
         if late:
             first = layers_to_prune(budget.layers, None, L)[0]
@@ -150,31 +165,34 @@ class Measurements:
         compared = []
         for order in tqdm(ORDERS, desc="orders", mininterval=5, leave=False):
             sides = [
-                self.measured(order.table, label.format_map(numbers))
+                self.measured(order.table, label.format_map(numbers), order.times)
                 for label in (order.row, order.other)
             ]
             compared.append(compare(order, *sides))
         return compared
 
-    def measured(self, table: str, label: str) -> Measured | None:
-        """One side of an order; None for a row that this model does not have."""
+    def measured(self, table: str, label: str, times: int) -> Measured | None:
+        """One side of an order, on so many blocks of questions; None for a row that this model does
+        not have.
+        """
         if table == "depth":
             found = self.findings()
             return Measured(label, found.values[label], found.family, None)
         row = find_row(self.rows(table), label)
         if row is None:
             return None
-        result = self.answers(row.method, table)
+        result = self.answers_to_blocks(row.method, times)
         right = result["right"].astype(float)
         return Measured(row.label, right, result["family"], result["average_tokens"])
 
     def requirements(self) -> list[dict]:
-        unpruned, meteor = self.figures(self.main_rows())
+        times = TIMES_OF_REQUIREMENTS
+        unpruned, meteor = self.figures(self.main_rows(), times)
         return requirements(
             unpruned,
             meteor,
-            self.token_ratio(),
-            self.token_ratio(late=True),
+            self.token_ratio(times=times),
+            self.token_ratio(late=True, times=times),
             self.result("redundancy"),
             self.result("drops"),
             self.result("focus"),

@@ -69,8 +69,8 @@ def unpruned_is_good(row: dict) -> dict:
         "unpruned",
         f"{UNPRUNED} % on average, {EACH_FAMILY} % in every family, at least ten families, two of "
         "them of two steps",
-        f"{mean:.1f} %; lowest {worst} {each[worst]:.0f} %; {len(FAMILIES)} families, of two steps "
-        + ", ".join(TWO_STEPS),
+        f"{mean:.1f} % of {row['questions']} questions; lowest {worst} {each[worst]:.0f} %; "
+        f"{len(FAMILIES)} families, of two steps " + ", ".join(TWO_STEPS),
         mean >= UNPRUNED and each[worst] >= EACH_FAMILY and enough,
     )
 
@@ -84,7 +84,8 @@ def meteor_loses_little(row: dict, cells: int) -> dict:
         "METEOR",
         f"at most {SHARE_OF_GRID} % of one encoder's grid cells, within {LOSS} point of unpruned, "
         f"upper end of the interval of the loss at most {LOSS_AT_MOST}",
-        f"{tokens:.1f} tokens, {share:.1f} % of {cells}; loses {points(loss, least, most)}",
+        f"{tokens:.1f} tokens, {share:.1f} % of {cells}; loses {points(loss, least, most)} on "
+        f"{row['questions']} questions",
         share <= SHARE_OF_GRID and loss <= LOSS and most <= LOSS_AT_MOST,
     )
 

@@ -132,9 +132,11 @@ def test_a_comparison_is_of_its_own_questions_and_paired():
         "verdict": "yes",
         "rows": ["a", "b"],
         "tokens": [34.0, 33.5],
+        "asked": 120,
     }
     ocr = compare(everything._replace(questions="OCR & Chart"), side("a", better), side("b", worse))
     assert ocr["difference"] == difference(better[IS_OCR], worse[IS_OCR])[0] > mean
+    assert ocr["asked"] == IS_OCR.sum()
     general = compare(everything._replace(questions="General"), side("a", better), side("b", worse))
     assert general["difference"] == 0 and general["verdict"] == "not shown"
     turned = compare(everything, side("b", worse), side("a", better))
@@ -147,6 +149,7 @@ def test_questions_that_do_not_count_are_left_out():
     shares[::2] = others[::2] = np.nan
     entry = compare(order, side("a", shares, None), side("b", others, None))
     assert entry["difference"] == 25 and entry["interval"] == [25, 25] and entry["tokens"] is None
+    assert entry["asked"] == 60
 
 
 def test_what_was_not_measured_is_not_shown():
@@ -173,7 +176,7 @@ def test_the_page_tells_each_order_and_why_it_does_not_show(monkeypatch):
     text = markdown.section("orders", {"orders": entries})
     lines = [line for line in text.splitlines() if line.startswith("| ")][2:]
     assert len(lines) == 14
-    assert lines[0].startswith("| 1 | rank-based allocation above average | above | all |")
+    assert lines[0].startswith("| 1 | rank-based allocation above average | above | all (120) |")
     assert "| row - other | 34.0 / 34.0 | +58.3 [" in lines[0]
     assert lines[0].endswith("] | **yes** |")
     assert lines[2].endswith("| +0.0 [0.0, 0.0] | not shown |")

@@ -28,8 +28,12 @@ def met():
     subsets["eva"]["all"] = same(78.0)
     subsets["+".join(NAMES)] = {"all": same(93.0)}
     return {
-        "unpruned": {"accuracy": {family: same(80.0) for family in FAMILIES} | {"all": same(93.0)}},
+        "unpruned": {
+            "accuracy": {family: same(80.0) for family in FAMILIES} | {"all": same(93.0)},
+            "questions": 3600,
+        },
         "meteor": {
+            "questions": 3600,
             "average_tokens": 0.24 * 144,
             "differences": {"all": (-1.0, -2.0, 0.0)},
             "group_tokens": {"General": same(30.0), "OCR & Chart": same(36.0)},
@@ -106,8 +110,11 @@ def test_each_can_be_missed(path, value, missed):
 
 def test_the_table_says_what_was_measured():
     said = {entry["what"]: entry["measured"] for entry in requirements(**met())}
-    assert said["unpruned"].startswith("93.0 %; lowest presence 80 %; 12 families")
-    assert said["METEOR"] == "34.6 tokens, 24.0 % of 144; loses 1.0 points [0.0, 2.0]"
+    assert said["unpruned"].startswith(
+        "93.0 % of 3600 questions; lowest presence 80 %; 12 families"
+    )
+    lost = "loses 1.0 points [0.0, 2.0] on 3600 questions"
+    assert said["METEOR"] == f"34.6 tokens, 24.0 % of 144; {lost}"
     assert said["no encoder alone"] == "all 93.0 %, eva alone 78.0 %, 15.0 points below"
     assert "convnext: pattern 10.0 points [9.0, 11.0]" in said["each encoder is worth something"]
     assert said["general questions are redundant"] == "presence: at most 2.0 points (clip)"
