@@ -19,8 +19,9 @@ TITLES = {  # in the order of the page
 }
 NOTES = {  # under the title of each table
     "requirements": "Without most of these, a model cannot show what METEOR does; the tables below "
-    "hold all that is measured here. `meteor-mini eval --table requirements` prints this table. For "
-    "the first two rows and the tokens, three times as many questions are asked as for the tables.",
+    "hold all that is measured here. `meteor-mini eval --table requirements` prints this table. "
+    "For the first two rows and the tokens, three times as many questions are asked as for the "
+    "tables.",
     "orders": '"above": yes where the 95 % interval of the paired difference is above 0, reverse '
     'where it is below 0. "not below": yes where its lower end is -1 point or more, reverse where '
     "all of it is below -1. Rows are those beside which the paper's numbers stand in the tables "
