@@ -265,7 +265,7 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.mark.slow  # six minutes: every stage of both trainings, and calibration
+@pytest.mark.slow  # ten minutes: every stage of both trainings, and calibration
 def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp_path, one_thread):
     steps = {name: 2 for name in train.STEPS}
     for name, value in {"POOL": 128, "STEPS": steps, "ROUNDS": (2, 2)}.items():
