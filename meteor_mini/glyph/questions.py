@@ -55,8 +55,10 @@ WORDS = sorted({word for slot in SLOTS.values() for word in slot} | set(QUESTION
 
 
 class Question(NamedTuple):
-    """text and its true answer; about: of each thing that it is about the words (slot -> word) of
-    its patches, None for a slot that is asked.
+    """A text, its true answer, and the things that it is about.
+
+    about: for each thing the words of its patches, {slot: word}; the word is None in a slot that
+    the question asks for, as the color in "what color has the star?".
     """
 
     text: str

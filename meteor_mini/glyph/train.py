@@ -489,10 +489,11 @@ def answer_stage(work: Path) -> None:
 
     first, files = 0, []
     for number, steps in enumerate(ROUNDS, start=1):
-        numbers = range(first, first + steps)
-        train_llama(model, f"answer{number}", work, loss_of, numbers, rate=2e-3, hold=0.6)
+        name = f"answer{number}"
+        numbers = range(first, first + steps)  # a later round sees other pictures and questions
+        train_llama(model, name, work, loss_of, numbers, rate=2e-3, hold=0.6)
+        files.append(work / f"{name}.safetensors")
         first += steps
-        files.append(work / f"answer{number}.safetensors")
     save_whole(mean_weights(files), work / "answer.safetensors")
     load_own(model, work / "answer.safetensors")
     print_recall(recall(model, replace(model.budget, stage3=None)))
@@ -585,7 +586,11 @@ def tokens_asked_about(
 
 
 def encoders_that_tell_of(thing: dict[str, str | None]) -> list[bool]:
-    """Of each encoder: do its tokens tell of this thing, and of every slot that `about` names?"""
+    """For each encoder: do its tokens tell the LLM of this thing, and all that the question needs
+    of it? Of a shape whose color is asked, only CLIP's do.
+
+    Args: thing: of `questions.Question.about`, whose slots are what the question needs.
+    """
     word = 1 + world.SLOTS["what"].index(thing["what"])
     needed = [column for column, slot in enumerate(world.SLOTS) if slot in thing and slot != "what"]
     return [bool(told[word].any() and told[word][needed].all()) for told in TOLD_SLOTS.values()]

@@ -23,8 +23,8 @@ class Order(NamedTuple):
     claim: in words, short enough for a table; table: of `tables.TABLES`, or "depth"; row, other:
     labels of the rows that are compared, row minus other, where {} hold names of
     `tables.label_numbers`; in "depth" they are labels of `depth.share_label`; questions: "all", or
-    one of `tables.GROUPS`; rule: of `verdict`; times: as many questions as the tables ask so many
-    times, where two rows seldom differ.
+    one of `tables.GROUPS`; rule: of `verdict`; times: how many times the
+    tables' questions are asked, more than once where two rows seldom differ.
     """
 
     claim: str

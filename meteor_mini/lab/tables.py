@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import stage1_encode
-from stage3_decode import AdaptivePruner, solve_lambda
+from stage3_decode import AdaptivePruner, layers_to_prune, solve_lambda
 
 from ..budgets import Budget, budget_for
 from ..glyph.evaluate import Method, batches, images_and_questions
@@ -384,25 +384,27 @@ def table3_scores(pope: float, docvqa: float, ocr: float) -> dict[str, float]:
 
 
 def average_like(model: Meteor, tokens: float, average: float) -> int:
-    """The average that is to `average` as the paper's `tokens` are to its 242, both above what the
-    layers in front of the pruned ones make: there 576 tokens in 4 of 32 layers.
+    """The average that is to `average` as the paper's `tokens` are to its 242.
+
+    Of each average only what stage 3 decides is compared. The rest, which it cannot go below, comes
+    from the layers in front of the first pruned one: in the paper 576 tokens in 4 of 32 layers.
     """
-    before = model.budget.stage2 * layers_of(model)[0] / model.decoder.config.num_hidden_layers
+    L = model.decoder.config.num_hidden_layers
+    first = layers_to_prune(model.budget.layers, None, L)[0]
+    before = model.budget.stage2 * first / L
     paper_before = 576 * 4 / 32
     share = (tokens - paper_before) / (242 - paper_before)
     return round(before + share * (average - before))
 
 
-def layers_of(model: Meteor) -> tuple[int, ...]:
-    """Where stage 3 prunes under the model's own budget."""
-    L = model.decoder.config.num_hidden_layers
-    return tuple(model.budget.layers or (L // 8, 3 * L // 8, 5 * L // 8))
-
-
 def fixed_counts(model: Meteor, average: float) -> tuple[dict[int, int], dict[int, int]]:
-    """Tokens left at layer 1 alone, and at the model's three layers, that both make an average."""
+    """Tokens left at layer 1 alone, and at the model's three layers, that both make an average.
+
+    Returns: {layer: tokens} of each. The three are to each other as the paper's 390, 172 and 78, up
+    to rounding.
+    """
     K, L = model.budget.stage2, model.decoder.config.num_hidden_layers
-    layers = layers_of(model)
+    layers = layers_to_prune(model.budget.layers, None, L)
     paper = np.array([390, 172, 78])  # to be scaled to the wanted average
     layers_with_each = np.diff([*layers, L])
     wanted = average * L - K * layers[0]  # tokens in all layers from the first pruned one on

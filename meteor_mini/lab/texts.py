@@ -20,8 +20,7 @@ TITLES = {  # in the order of the page
 NOTES = {  # under the title of each table
     "requirements": "Without most of these, a model cannot show what METEOR does; the tables below "
     "hold all that is measured here. `meteor-mini eval --table requirements` prints this table. "
-    "For the first two rows and the tokens, three times as many questions are asked as for the "
-    "tables.",
+    'The first two rows and "counts adapt" ask three times as many questions as the tables.',
     "orders": '"above": yes where the 95 % interval of the paired difference is above 0, reverse '
     'where it is below 0. "not below": yes where its lower end is -1 point or more, reverse where '
     "all of it is below -1. Rows are those beside which the paper's numbers stand in the tables "
@@ -74,15 +73,9 @@ NOTES = {  # under the title of each table
 # Number of an order, from 1 -> what is behind it where it does not show here, with the control that
 # tells.
 WHY: dict[int, str] = {
-    4: "the two strategies differ on few questions; see how little separates them from all 320 "
-    "tokens in Table 2.",
     5: "our encoders have one grid, and EAGLE's token of a cell holds what all four say of it. So "
     "it loses nothing: the control is the unpruned model, which is not better with all 576 tokens.",
     6: "in front of layer 1, six of the Llama's eight heads look at the picture, two hardly do. "
     "So the top six choose the same tokens as all eight. The top five choose worse ones: at 30 "
     "tokens they are 0.33 points [0.04, 0.67] below all heads, on 2400 validation questions.",
-    8: "how much the heads look says little here about how many tokens a question needs. A cell of "
-    "a table is told by 3 tokens, and gets more than 40.",
-    12: "CLIP alone answers one question in three, so few answers can differ, and the interval is "
-    "wider than the margin.",
 }

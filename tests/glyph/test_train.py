@@ -251,6 +251,30 @@ def test_the_mean_of_weights_is_that_of_each_number(tmp_path):
     assert mean["a"].tolist() == [3, 3] and mean["b"].tolist() == [-3]
 
 
+def test_rounds_go_on_with_new_questions_and_leave_the_mean_of_their_ends(
+    model, monkeypatch, tmp_path
+):
+    asked, shape = [], model.decoder.model.norm.weight.shape
+
+    def train_llama(model, stage, work, loss_of, numbers, rate, hold):
+        asked.append(numbers)
+        end = {"decoder.model.norm.weight": torch.full(shape, float(len(asked)))}
+        train.save_whole(end, work / f"{stage}.safetensors")
+
+    monkeypatch.setattr(train, "train_llama", train_llama)
+    monkeypatch.setattr(train, "trained", lambda *_: train.new_model(layers=2))
+    monkeypatch.setattr(train, "load_facts", lambda _: [])
+    left = []
+    monkeypatch.setattr(train, "recall", lambda model, _: left.append(model))
+    monkeypatch.setattr(train, "print_recall", lambda _: None)
+    train.answer_stage(tmp_path)
+    together = [number for numbers in asked for number in numbers]
+    assert [len(numbers) for numbers in asked] == list(train.ROUNDS)
+    assert together == list(range(sum(train.ROUNDS)))
+    saved = train.load_file(tmp_path / "answer.safetensors")["decoder.model.norm.weight"]
+    assert (saved == 2).all() and (left[0].decoder.model.norm.weight == 2).all()
+
+
 def run(module, monkeypatch, work, out, *options):
     monkeypatch.setattr("sys.argv", ["train", "--work", str(work), "--out", str(out), *options])
     module.main()

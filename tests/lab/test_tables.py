@@ -129,6 +129,32 @@ def test_labels_name_the_strategy_and_count_of_their_budget(rows):
     assert len(totals) == len({total[-1] for total in totals})  # the same for all strategies
 
 
+@pytest.mark.parametrize("average", [24, 26, 27, 30, 34])
+def test_fixed_counts_are_the_nearest_whole_ones_that_make_an_average(model, average):
+    one, three = tables.fixed_counts(model, average)
+    K, layers, L = model.budget.stage2, model.budget.layers, 8
+    span = [end - start for start, end in zip(layers, [*layers[1:], L])]
+
+    def tokens(counts):
+        return K * layers[0] + sum(count * n for count, n in zip(counts, span))
+
+    scale = (average * L - K * layers[0]) / sum(n * c for n, c in zip((390, 172, 78), span))
+    exact = [count * scale for count in (390, 172, 78)]
+    around = itertools.product(*[(int(count), int(count) + 1) for count in exact])
+    least = min(abs(tokens(counts) - average * L) for counts in around)
+    assert list(three) == list(layers)
+    assert all(abs(count - wanted) < 1 for count, wanted in zip(three.values(), exact))
+    assert abs(tokens(three.values()) - average * L) == least
+    assert K + one[1] * (L - 1) == pytest.approx(average * L, abs=(L - 1) / 2)
+
+
+def test_an_average_like_the_papers_is_in_proportion_above_what_stage_3_cannot_change(model):
+    before = model.budget.stage2 * model.budget.layers[0] / 8  # the paper: 576 * 4 / 32 = 72
+    assert tables.average_like(model, 242, 26) == 26
+    assert tables.average_like(model, 72, 26) == round(before)
+    assert tables.average_like(model, 412, 26) == round(26 + (26 - before))  # 412 - 242 = 242 - 72
+
+
 @pytest.mark.slow  # half a minute: many runs of the whole model
 def test_rows_have_the_averages_that_their_labels_say(model):
     rows = {name: tables.TABLES[name](model) for name in ("3", "7")}
