@@ -65,7 +65,7 @@ CAPTION, CLUTTER, LOOKS = 1.0, 1.0, 1.0  # weights of the losses
 BLANK = 0.3
 # At first the caption leads, so that attention finds what it tells; then the words.
 WORDS, WORDS_LATER, WORDS_FROM = 0.3, 3.0, 0.6
-# Half of the pictures of these encoders hold this print. It is rare, and the place of a digit in a
+# Half of the pictures of these encoders show this print. It is rare, and the place of a digit in a
 # long number is what Pix2Struct learns last.
 OFTEN = {"pix2struct": "number"}
 SLOT_SIZES = [len(words) + 1 for words in SLOTS.values()]
@@ -282,11 +282,9 @@ def seen(images: np.ndarray, name: str) -> Tensor:
     return shown if name == "pix2struct" else F.avg_pool2d(shown, 2)
 
 
-def often_shown(pool: Pool, name: str) -> np.ndarray:
-    """Numbers of the pictures from which half of an encoder's are drawn."""
-    if name not in OFTEN:
-        return np.arange(len(pool))
-    number = 1 + SLOTS["what"].index(OFTEN[name])
+def showing(pool: Pool, thing: str) -> np.ndarray:
+    """Numbers of the pictures that show a thing, a word of slot "what"."""
+    number = 1 + SLOTS["what"].index(thing)
     return np.flatnonzero((pool.words[..., 0] == number).any(axis=1))
 
 
@@ -300,8 +298,8 @@ def losses_of(
 ) -> dict[str, Tensor]:
     """One batch's losses, by name.
 
-    Args: often: of `often_shown`; rng: chooses the pictures, and what is dropped; done: share of
-        the training that lies behind.
+    Args: often: numbers of the pictures from which half are drawn; rng: chooses the pictures, and
+        what is dropped; done: share of the training that lies behind.
     """
     encoder, device = model["encoder"], next(model.parameters()).device
     half = BATCH // 2
@@ -333,7 +331,7 @@ def train_encoder(name: str, folder: Path, steps: int, device: torch.device) -> 
     """Train one encoder, resumable; writes its weights to folder."""
     torch.manual_seed(list(ENCODERS).index(name))
     pool, model = Pool(folder), School(name).to(device).train()
-    often = often_shown(pool, name)
+    often = showing(pool, OFTEN[name]) if name in OFTEN else np.arange(len(pool))
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=RATE, weight_decay=0.02, betas=(0.9, 0.98), fused=True
     )

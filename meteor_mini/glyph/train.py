@@ -12,13 +12,15 @@ Stages, each resumable, run in this order (one alone with --stage NAME):
     answer           the Llama, grown to all its layers, on what the encoders see, with stages 1
                      and 2 active at random budgets; it is also told where to look, and that to
                      look costs; the mean of the weights at the ends of three rounds
-    calibrate        lambda for stage 3; writes the checkpoint
+    steady           EVA, to tell the Llama under stage 1 what it tells it unpruned
+    calibrate        ranks for stage 1, lambda for stage 3; writes the checkpoint
 """
 
 import argparse
 import contextlib
+import copy
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,10 +53,10 @@ from .pool import (
     schedule,
     update,
 )
-from .schooling import TOLD, TOLD_SLOTS, told_words, train_encoder
+from .schooling import TOLD, TOLD_SLOTS, seen, showing, told_words, train_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-STAGES = ["pictures", *ENCODERS, "words", "features", "align", "answer", "calibrate"]
+STAGES = ["pictures", *ENCODERS, "words", "features", "align", "answer", "steady", "calibrate"]
 STEPS = {
     "clip": 2400,
     "convnext": 2100,
@@ -62,6 +64,7 @@ STEPS = {
     "pix2struct": 4800,
     "words": 4000,
     "align": 3000,
+    "steady": 2000,
 }
 # Steps of "answer", in rounds: in each the learning rate rises and falls. What is kept is the mean
 # of the weights at their ends [stochastic weight averaging, arXiv 1803.05407].
@@ -93,7 +96,10 @@ COUNTS = (40, 120)  # tokens that stage 2 leaves in training, at random
 MASKED = 0.08
 # Weights of two more losses in the stage "answer": see `looking_loss` and `aside_loss`.
 LOOKING, ASIDE = 0.1, 0.1
-BLANK_WEIGHT = 0.3  # in `align`, of a patch of which an encoder tells no word
+BLANK_WEIGHT = 0.3  # in `align_loss`, of a patch of which an encoder tells no word
+# In the stage "steady": tokens that stage 1 leaves of all encoders, at random; and the share of
+# steps in which it leaves all.
+STEADY_COUNTS, STEADY_WHOLE = (200, 400), 0.15
 # Tables of lambda: tokens that enter the LLM, and lambdas.
 TABLE_KS = [8, 24, 48, 72, 96, BUDGET["stage2"], 240, 576]
 TABLE_LAMBDAS = [0.0, *(2.0 ** np.arange(0, 9.75, 0.5)).round(2).tolist()]
@@ -653,6 +659,74 @@ def in_words(result: dict) -> str:
     return f"{result['accuracy']:.1f} %  {families}"
 
 
+# ------------------------------------------------------------------------- an encoder under stage 1
+
+
+def steady_loss(
+    encoder: nn.Module,
+    teacher: nn.Module,
+    project: nn.Module,
+    pixels: Tensor,
+    has_words: Tensor,
+    keep: Sequence[int | None],
+) -> Tensor:
+    """What an encoder tells the Llama under stage 1 is to be what it tells it unpruned.
+
+    Args:
+        encoder, teacher: the one that learns, and the one that it was; project: its projector.
+        pixels (B, 3, H, W) float: what the encoder reads; has_words (B, N) bool: patches of which
+            it tells a word.
+        keep: patches left at each pruning point, as in `stage1_encode.encode`.
+    """
+    with torch.no_grad():
+        unpruned, _ = stage1_encode.encode(teacher, pixels)
+        target = project(unpruned)  # (B, N, D)
+    tokens, kept = stage1_encode.encode(encoder, pixels, keep)  # (B, n, D_l), (B, n)
+    target = target.take_along_dim(kept[..., None], dim=1)  # (B, n, D)
+    return align_loss(project(tokens), target, has_words.take_along_dim(kept, dim=1))
+
+
+def steady_stage(work: Path) -> None:
+    """Train EVA alone to say the same under stage 1.
+
+    A patch of a bar tells how high the bar is. Where stage 1 had dropped the bar's top, the patches
+    below it told a height that was one too low, or one too high.
+    """
+    name, steps = "eva", STEPS["steady"]
+    model, pool = trained(work, "answer"), Pool(work)
+    model.projectors.requires_grad_(False)
+    encoder, project, view = model.encoders[name], model.projectors[name], model.views[name]
+    teacher = copy.deepcopy(encoder)
+    encoder.requires_grad_(True).train()
+    bars, place = showing(pool, "bar"), list(model.encoders).index(name)
+    optimizer = torch.optim.AdamW(
+        encoder.parameters(), weight_decay=0.0, betas=(0.9, 0.98), fused=True
+    )
+    state = work / "steady.resume.safetensors"
+    for step in progress(load_state(state, encoder, [optimizer]), steps, "steady"):
+        rng = np.random.default_rng([19, step])
+        half = CHUNK // 2
+        rows = np.concatenate([rng.integers(len(pool), size=half), rng.choice(bars, size=half)])
+        pixels = view(seen(pool.images[rows], name).to(DEVICE))
+        has_words = torch.from_numpy(told_words(pool.words[rows], name).any(axis=-1)).to(DEVICE)
+        keep = random_plan(model, rng)[place]
+        loss = steady_loss(encoder, teacher, project, pixels, has_words, keep)
+        update([optimizer], loss, 8e-4 * schedule(step, steps, hold=0.3), clip=1.0)
+        if step % 200 == 199 or step == steps - 1:
+            save_state(state, encoder.state_dict(), [optimizer], step + 1)
+    save_whole(own_weights(model), work / "steady.safetensors")
+
+
+def random_plan(model: Meteor, rng: np.random.Generator) -> list[tuple[int, ...]]:
+    """What stage 1 leaves of each encoder at each pruning point, at a random budget; now and then
+    all.
+    """
+    total = None if rng.random() < STEADY_WHOLE else int(rng.integers(*STEADY_COUNTS))
+    available = [view.num_tokens for view in model.views.values()]
+    inside = [stage1_encode.can_prune_inside(encoder) for encoder in model.encoders.values()]
+    return stage1_encode.plan_budgets(total, model.ranks, available, inside)
+
+
 # -------------------------------------------------------------------- ranks, lambda, the checkpoint
 
 
@@ -673,7 +747,8 @@ def calibrate_lambda(model: Meteor, count: int = 96) -> None:
 
 
 def calibrate_stage(work: Path, out: Path) -> None:
-    model = trained(work, "answer")
+    model = trained(work, "steady")
+    calibrate_ranks(model)
     calibrate_lambda(model)
     model.half().save_pretrained(out)  # half the size; loaded as float32
 

@@ -112,7 +112,7 @@ ORDERS = [
         "stage 1, {few}",
         "PruMerge++-style, {few}",
         rule=NOT_BELOW,
-        times=5,
+        times=8,
     ),
     Order(
         "in the first third of the blocks, similarity to the mean above attention (Finding 1)",

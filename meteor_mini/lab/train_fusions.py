@@ -105,7 +105,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / FILE)
     args = parser.parse_args()
-    model = trained(args.work, "answer")
+    model = trained(args.work, "steady")
     cache_features(model, args.work, FEATURES, CHUNKS, keep_all)
     model.encoders.requires_grad_(False)
     model.projectors.requires_grad_(False)

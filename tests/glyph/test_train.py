@@ -3,10 +3,14 @@
 And one tiny run of every stage end to end (slow), stopped and resumed.
 """
 
+import copy
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
+import stage1_encode
 from meteor_mini import load
 from meteor_mini.budgets import Budget
 from meteor_mini.finetune import answer_loss, pack
@@ -95,6 +99,62 @@ def test_align_loss_equals_a_loop_over_patches():
             mass += weight
     got = train.align_loss(projected, target, has_words)
     assert got.item() == pytest.approx(total / mass, rel=1e-5)
+
+
+def test_steady_loss_equals_a_loop_over_the_patches_that_are_left(model):
+    encoder, project = model.encoders["eva"], model.projectors["eva"]
+    torch.manual_seed(0)
+    other = copy.deepcopy(encoder)
+    for weight in other.parameters():
+        weight.data += 0.05 * torch.randn_like(weight)
+    pixels = model.views["eva"](torch.rand(2, 3, 96, 96))
+    has_words = torch.rand(2, 144) < 0.5
+    loss = train.steady_loss(encoder, other, project, pixels, has_words, keep=(100, 60, 40))
+    with torch.no_grad():
+        unpruned = project(stage1_encode.encode(other, pixels)[0])
+        tokens, kept = stage1_encode.encode(encoder, pixels, (100, 60, 40))
+        said = project(tokens)
+    total, mass = 0.0, 0.0
+    for b in range(2):
+        for place, patch in enumerate(kept[b].tolist()):
+            weight = 1.0 if has_words[b, patch] else train.BLANK_WEIGHT
+            total += weight * (said[b, place] - unpruned[b, patch]).square().mean().item()
+            mass += weight
+    assert loss.item() == pytest.approx(total / mass, rel=1e-4)
+    loss.backward()
+    assert any(weight.grad is not None for weight in encoder.parameters())
+    assert all(weight.grad is None for weight in other.parameters())
+    model.zero_grad()
+
+
+def test_an_encoder_that_keeps_all_patches_is_steady(model):
+    encoder, project = model.encoders["eva"], model.projectors["eva"]
+    pixels = model.views["eva"](torch.rand(2, 3, 96, 96))
+    has_words = torch.ones(2, 144, dtype=torch.bool)
+    loss = train.steady_loss(encoder, copy.deepcopy(encoder), project, pixels, has_words, (None,))
+    assert loss.item() < 1e-10
+
+
+def test_random_plans_leave_a_total_within_the_bounds_and_now_and_then_all(model, monkeypatch):
+    ranks = [[4.0, 2.0, 3.0, 4.0]] * 3
+    monkeypatch.setitem(model.config, "ranks", ranks)
+    rng, whole = np.random.default_rng(0), 0
+    for _ in range(200):
+        plan = train.random_plan(model, rng)
+        total = sum(counts[-1] for counts in plan)
+        whole += total == model.num_tokens
+        low, high = train.STEADY_COUNTS
+        assert total == model.num_tokens or low <= total < high
+    assert 10 <= whole <= 60  # of 200, 0.15 expected
+
+
+def test_showing_finds_the_pictures_with_a_thing():
+    pictures = [world.make_picture(i).patch_words.astype(np.uint8) for i in range(40)]
+    bar = 1 + world.SLOTS["what"].index("bar")
+    expected = [i for i, words in enumerate(pictures) if bar in words[:, 0].tolist()]
+    pool = SimpleNamespace(words=np.stack(pictures))
+    assert 0 < len(expected) < 40
+    assert schooling.showing(pool, "bar").tolist() == expected
 
 
 @torch.no_grad()
@@ -304,6 +364,7 @@ def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp
     stopped = {  # after one step
         "words": ("STEPS", steps | {"words": 1}),
         "answer": ("ROUNDS", (1,)),
+        "steady": ("STEPS", steps | {"steady": 1}),
     }
     for stage, (name, fewer) in stopped.items():
         once = (tmp_path / "work" / f"{stage}.safetensors").read_bytes()
