@@ -30,7 +30,10 @@ NOTES = {  # under the title of each table
     "main": "The paper: METEOR at 242* tokens against EAGLE at 1024 loses 0.3 points on average "
     "at 51 % of the TFLOPs. Counts behind FastV and PyramidDrop are tokens before and after each "
     "pruned layer; PyramidDrop prunes nothing in its first quarter of the layers, and keeps half "
-    "at each later one, as in its paper: so fewer tokens enter the LLM.",
+    "at each later one, as in its paper: so fewer tokens enter the LLM. "
+    "METEOR's other two averages have the paper's proportions. So stages 1 and 2 leave fewer "
+    "tokens there than in the model's own budget, and more tokens in the LLM do not make up for "
+    "it.",
     "1": "All strategies have the same totals at the three pruning points. The first three rows "
     "leave what the model's own stage 1 leaves, the others the paper's share: 1193 of 4096.",
     "2": "The learned fusions see all tokens of all encoders and leave one for each grid cell; "

@@ -496,9 +496,9 @@ def test_a_table_is_measured_once_and_orders_measure_only_rows_that_they_compare
     entries = measurements.result("orders")["orders"]
     assert asked.count("depth") == 1
     # Of tables 1, 2, 3, main, 6, some of them on more questions than others.
-    assert len(asked) - 1 == 3 + (3 + 2 * 4) + 4 * 2 + 4 + 2 * 5
+    assert len(asked) - 1 == 3 + (3 + 2 * 4) + 4 * 2 + 4 + 2 * 8
     assert measurements.result("orders")["orders"] is entries
-    assert len(asked) - 1 == 36
+    assert len(asked) - 1 == 42
     for entry in entries:
         assert entry["difference"] == 0 and entry["interval"] == [0, 0]
         shown = "not below" in entry["order"]
