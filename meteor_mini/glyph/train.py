@@ -1,6 +1,6 @@
 """Makes the embedded checkpoint: `python -m meteor_mini.glyph.train`.
 
-Stages, each resumable, run in this order (one alone with --stage NAME):
+Stages, all but `align` and `calibrate` resumable, run in this order (one alone with --stage NAME):
 
     pictures         draw the training pool once (fixed seeds)
     clip convnext    each encoder alone, on its own subjects: see schooling.py
@@ -12,7 +12,7 @@ Stages, each resumable, run in this order (one alone with --stage NAME):
     answer           the Llama, grown to all its layers, on what the encoders see, with stages 1
                      and 2 active at random budgets; it is also told where to look, and that to
                      look costs; the mean of the weights at the ends of three rounds
-    steady           EVA, to tell the Llama under stage 1 what it tells it unpruned
+    steady           EVA, to tell the Llama the same under stage 1 as unpruned
     calibrate        ranks for stage 1, lambda for stage 3; writes the checkpoint
 """
 
@@ -718,9 +718,7 @@ def steady_stage(work: Path) -> None:
 
 
 def random_plan(model: Meteor, rng: np.random.Generator) -> list[tuple[int, ...]]:
-    """What stage 1 leaves of each encoder at each pruning point, at a random budget; now and then
-    all.
-    """
+    """Stage 1's counts for each encoder at a random total; now and then all patches stay."""
     total = None if rng.random() < STEADY_WHOLE else int(rng.integers(*STEADY_COUNTS))
     available = [view.num_tokens for view in model.views.values()]
     inside = [stage1_encode.can_prune_inside(encoder) for encoder in model.encoders.values()]
@@ -779,7 +777,7 @@ def new_model(layers: int | None = None) -> Meteor:
 
 
 def with_encoders(model: Meteor, work: Path) -> Meteor:
-    """The model with the trained encoders, which learn no more."""
+    """The model with the encoders as they were trained alone; they are frozen."""
     for name, encoder in model.encoders.items():
         encoder.load_state_dict(load_file(work / f"{name}.safetensors"))
     model.encoders.requires_grad_(False)
@@ -820,6 +818,8 @@ def run_stage(stage: str, work: Path, out: Path) -> None:
         align_stage(work)
     elif stage == "answer":
         answer_stage(work)
+    elif stage == "steady":
+        steady_stage(work)
     else:
         calibrate_stage(work, out)
 

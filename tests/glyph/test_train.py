@@ -148,6 +148,21 @@ def test_random_plans_leave_a_total_within_the_bounds_and_now_and_then_all(model
     assert 10 <= whole <= 60  # of 200, 0.15 expected
 
 
+def test_each_stage_runs_what_is_named_after_it(monkeypatch, tmp_path):
+    ran = []
+
+    def note(name):
+        return lambda *args: ran.append(name)
+
+    for stage in ("words", "features", "align", "answer", "steady", "calibrate"):
+        monkeypatch.setattr(train, f"{stage}_stage", note(stage))
+    monkeypatch.setattr(train, "draw_pool", note("pictures"))
+    monkeypatch.setattr(train, "train_encoder", lambda name, *args: ran.append(name))
+    for stage in train.STAGES:
+        train.run_stage(stage, tmp_path, tmp_path)
+    assert ran == train.STAGES
+
+
 def test_showing_finds_the_pictures_with_a_thing():
     pictures = [world.make_picture(i).patch_words.astype(np.uint8) for i in range(40)]
     bar = 1 + world.SLOTS["what"].index("bar")
@@ -358,6 +373,10 @@ def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp
     model = load(tmp_path / "model")
     assert model.config["ranks"] and model.config["lambda_table"]
     assert model.budget.stage1 == train.BUDGET["stage1"]
+    before = train.load_file(tmp_path / "work" / "answer.safetensors")
+    after = train.load_file(tmp_path / "work" / "steady.safetensors")
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert changed and all(name.startswith("encoders.eva.") for name in changed)
 
     schedule = train.schedule
     monkeypatch.setattr(train, "schedule", lambda step, _, **options: schedule(step, 2, **options))
