@@ -689,8 +689,8 @@ def steady_loss(
 def steady_stage(work: Path) -> None:
     """Train EVA alone to say the same under stage 1.
 
-    A patch of a bar tells how high the bar is. Where stage 1 had dropped the bar's top, the patches
-    below it told a height that was one too low, or one too high.
+    A patch of a bar tells how high the bar is. Where stage 1 had dropped some patches of a bar, the
+    others told a height that was off, mostly by one.
     """
     name, steps = "eva", STEPS["steady"]
     model, pool = trained(work, "answer"), Pool(work)
