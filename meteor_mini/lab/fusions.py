@@ -3,7 +3,7 @@
     C x (B, N, D_l) -> (B, K, D)
 
 They are what the paper's Table 2 compares stage 2 with. `train_fusions.py` trains all four, with
-one Llama that serves them.
+one Llama that serves them. Our Table 2 shows EAGLE-style fusion alone: `texts.NOTES` says why.
 """
 
 import copy

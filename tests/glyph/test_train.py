@@ -400,5 +400,5 @@ def test_every_stage_runs_resumes_and_leaves_a_model_that_loads(monkeypatch, tmp
     file = tmp_path / "model" / fusions.FILE
     run(train_fusions, monkeypatch, tmp_path / "work", file)
     rows = tables.table2(load(tmp_path / "model"))
-    (row,) = [row for row in rows if row.label.startswith("Resampler")]
+    (row,) = [row for row in rows if row.label.startswith("EAGLE-style")]
     assert evaluate.accuracy(model, row.method, "val", 8)["average_tokens"] == 144
