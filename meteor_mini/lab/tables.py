@@ -341,7 +341,7 @@ def table2(model: Meteor) -> list[Row]:
             printed = scores if K == proportion else {}
             rows.append(meteor_row(budget, f"{strategy}, {K}", against, **printed))
 
-    # the others of `fusions.LEARNED` are not trained as long as the model: see `texts.NOTES`
+    # the others of `fusions.LEARNED` need longer training: see `texts.NOTES`
     learned = {"EAGLE-style": {"POPE": 86.7, "DocVQA": 70.9, "OCR": 493}}
     mine = f"collaborative, {cells}"
     budget = Budget(stage1=total, stage2=cells)
