@@ -1,53 +1,48 @@
 r"""METEOR stage 3: drop visual tokens inside an unmodified Hugging Face decoder.
 
 Paper: METEOR (ICCV 2025, https://arxiv.org/abs/2507.20842), instance-adaptive text-guided token
-pruning; supplement B.1, Tables 3, 7, 8. Training-free. Prior to the input of layers 4, 12 and 20
-of 32:
+pruning; supplement B.1, Tables 3, 7, 8. Training-free. Prior to layers 4, 12 and 20 of 32:
 
-    a_i^h = mean_{t in text after the image} softmax(q_t^h . k^h / sqrt(d))_i
-                                              what the text looks at
-    VAV_h = \sum_i a_i^h                      Visual Attention Value of head h
-    I     = the k heads of highest VAV        most heads do not look at the image
-    score_i = \sum_{h in I} a_i^h             which tokens stay: those of highest score
-    K = round(\lambda \sum_{h in I} VAV_h)    how many stay: at least 1, at most those still there
+    a_i^h   = mean_{t in text after the image} softmax(q_t^h . k^h / sqrt(d))_i
+                                              how much the text attends to token i in head h
+    VAV_h   = \sum_i a_i^h                    Visual Attention Value of head h
+    I       = the k heads of highest VAV      most heads hardly attend to the image
+    score_i = \sum_{h in I} a_i^h             the tokens of highest score stay
+    K       = round(\lambda \sum_{h in I} VAV_h)   how many: at least 1, at most those still there
 
 Text always stays. Kept tokens keep their order and their rotary positions. Later layers, and their
-KV caches, are shorter. Only the rows of the text that asks are computed, from the layer's own q and
-k, so the layers themselves stay on SDPA.
+KV caches, are shorter.
 
-In:   a decoder of Llama's kind, alone or inside a vision-language model;
-      visual_mask (B, S) bool.
+The layer itself makes q and k: its attention runs once more up to the softmax, and we listen, so
+norms, adapters, quantised weights and rotary kinds are its own.
+
+In:   a decoder of transformers, alone or inside a vision-language model; visual_mask (B, S) bool.
 Out:  inside the block, `generate` and `forward` as ever, with fewer tokens; afterwards
       pruner.kept[layer] (B, S) bool and pruner.average_tokens():
 
     with AdaptivePruner(model, visual_mask, lam=50) as pruner:
         ids = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=20)
 
-Served: Llama, Mistral, Mixtral, Qwen2, Qwen3, Qwen3-MoE, Gemma, Gemma 3, Granite, Cohere, Phi-3,
-SmolLM3, Starcoder2, and the decoders inside LLaVA, LLaVA-NeXT, LLaVA-OneVision, InternVL, Idefics3,
-SmolVLM, DeepSeek-VL, PaliGemma, Qwen2.5-VL and Qwen3-VL. No list decides: `check_decoder` does.
+Served: decoders whose layers are called with rotary tables (`position_embeddings`) and attend
+through transformers' `AttentionInterface`, on sdpa, eager or flash attention: docs/models.md.
 
-Change here: `text_relevance` (which tokens are kept), `adaptive_count` (how many),
-`visual_attention` (what is looked at), `AdaptivePruner._choose` (all of it). Fixed budgets go by
-`counts` in place of `lam`; with k=None and the last token alone as query_mask that is FastV or
-PyramidDrop.
+Change here: `TokenPruner.choose` is the one method that a rule of your own overrides;
+`AdaptivePruner` is METEOR's, by `text_relevance` (which tokens stay) and `adaptive_count` (how
+many).
 Not from the paper: layers L/8, 3L/8, 5L/8 at other depths; halves round up; ties go to the lower
-index; \lambda is solved from a wanted average; zeros where a token is gone.
+index; \lambda is solved from a wanted average; hidden states of dropped tokens return as zeros.
 `python stage3_decode.py` is a tiny demo.
 """
 
-import inspect
 import math
-import weakref
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 import torch
-import transformers
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
+from transformers import AttentionInterface, Cache, DynamicCache, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import create_causal_mask
 
 # --------------------------------------------------------------------------------- the paper's idea
@@ -57,66 +52,50 @@ def visual_attention(
     q: Tensor,
     k: Tensor,
     scale: float,
-    query_idx: Tensor,
-    query_valid: Tensor,
-    visual_mask: Tensor,
-    valid: Tensor,
-    sees: Tensor | None = None,
+    sees: Tensor,
+    asks: Tensor,
+    softcap: float | None = None,
+    chunk: int = 128,
 ) -> Tensor:
-    r"""How much the text looks at each visual token, in each head.
+    r"""How much the text attends to each token, in each head.
 
-    a_i^h = mean_t softmax_s(scale q_t^h . k_s^h)_i    t: text queries; s: all tokens that t may see
+    a_i^h = mean_t softmax_s(scale q_t^h . k_s^h)_i    t: text queries; s: all tokens that t sees
 
     Args:
         q (B, H, T, d) float: queries of the text.
-        k (B, H_kv, S, d) float: keys of the S tokens that are there; H_kv divides H, as heads may
-            share keys.
+        k (B, H_kv, N, d) float: keys of all tokens; H_kv divides H, as heads may share keys.
         scale: what the layer multiplies its scores by, mostly 1 / sqrt(d).
-        query_idx (B, T) int64: place in S of each query.
-        query_valid (B, T) bool: False for a filler, in samples with fewer queries than others.
-        visual_mask (B, S) bool: the visual tokens.
-        valid (B, S) bool: False on padding.
-        sees (B, T, S) bool: what each query may see; None: itself and what is before it.
+        sees (B, T, N) bool: the tokens that each query sees.
+        asks (B, T) bool: False for a filler, in samples with fewer queries than others.
+        softcap: Gemma 2 caps its scores at this size; None: no cap.
+        chunk: queries computed at a time, so that memory stays at B H chunk N floats.
     Returns:
-        attention (B, H, S) float32: 0..1, and 0 outside the visual tokens. Memory: B H T S floats.
+        attention (B, H, N) float32: 0..1; a row sums to 1 over all tokens.
     Source: [paper]
     """
-    B, H, T, d = q.shape
-    H_kv, S = k.shape[1:3]
-    if sees is None:
-        sees = seen_by(query_idx, valid)  # (B, T, S)
-
-    q = q.reshape(B, H_kv, -1, d)  # (B, H_kv, H / H_kv T, d): the heads that share a key
-    scores = scale * (q.float() @ k.float().mT)  # (B, H_kv, H / H_kv T, S)
-    scores = scores.view(B, H, T, S)
-    lowest = torch.finfo(torch.float32).min
-    weights = scores.masked_fill(~sees[:, None], lowest).softmax(dim=-1)  # (B, H, T, S)
-
-    is_filler = ~query_valid[:, None, :, None]  # (B, 1, T, 1)
-    number = query_valid.sum(dim=1)[:, None, None]  # (B, 1, 1)
-    mean = weights.masked_fill(is_filler, 0).sum(dim=2) / number  # (B, H, S)
-    return mean.masked_fill(~visual_mask[:, None], 0)
-
-
-def seen_by(query_idx: Tensor, valid: Tensor) -> Tensor:
-    """What a query sees of a causal sequence: itself and all before it, but no padding.
-
-    Args:
-        query_idx (B, T) int64: place in S of each query.
-        valid (B, S) bool: False on padding.
-    Returns:
-        sees (B, T, S) bool.
-    """
-    place = torch.arange(valid.shape[1], device=valid.device)  # (S,)
-    not_later = place <= query_idx[..., None]  # (B, T, S)
-    return not_later & valid[:, None]
+    B, H, T, _ = q.shape
+    H_kv, N = k.shape[1:3]
+    keys = k.float().mT[:, :, None]  # (B, H_kv, 1, d, N)
+    total = torch.zeros(B, H, N, device=q.device)
+    with torch.autocast(q.device.type, enabled=False):
+        for start in range(0, T, chunk):
+            rows = slice(start, start + chunk)
+            queries = q[:, :, rows].float().unflatten(1, (H_kv, -1))  # (B, H_kv, H / H_kv, T, d)
+            scores = (scale * queries @ keys).flatten(1, 2)  # (B, H, T, N)
+            if softcap is not None:
+                scores = softcap * (scores / softcap).tanh()
+            lowest = torch.finfo(torch.float32).min
+            weights = scores.masked_fill(~sees[:, None, rows], lowest).softmax(dim=-1)
+            is_filler = ~asks[:, None, rows, None]  # (B, 1, T, 1)
+            total += weights.masked_fill(is_filler, 0).sum(dim=2)
+    return total / asks.sum(dim=1)[:, None, None]
 
 
 def head_vav(attention: Tensor) -> Tensor:
     r"""Visual Attention Value of each head: VAV_h = \sum_i a_i^h.
 
     Args:
-        attention (B, H, S) float: of `visual_attention`.
+        attention (B, H, N) float: a, 0 outside the visual tokens.
     Returns:
         vav (B, H) float: 0..1, the share of its attention that a head gives to the image.
     Source: [paper, Finding 4]
@@ -128,14 +107,13 @@ def text_relevance(attention: Tensor, k: int) -> Tensor:
     r"""Which tokens matter to the question: score_i = \sum_{h in I} a_i^h.
 
     Args:
-        attention (B, H, S) float: of `visual_attention`.
+        attention (B, H, N) float: a, 0 outside the visual tokens.
         k: size of I, 1..H; of heads with equal VAV the lower is taken.
     Returns:
-        score (B, S) float: higher is kept.
+        score (B, N) float: the highest stay.
     Source: [paper]
     """
-    vav = head_vav(attention)  # (B, H)
-    order = vav.argsort(dim=1, descending=True, stable=True)  # (B, H)
+    order = head_vav(attention).argsort(dim=1, descending=True, stable=True)  # (B, H)
     best_heads = order[:, :k, None]  # I: (B, k, 1)
     return attention.take_along_dim(best_heads, dim=1).sum(dim=1)
 
@@ -159,22 +137,26 @@ def adaptive_count(vav: Tensor, lam: float, k: int, available: Tensor) -> Tensor
     return K.clamp(min=1).minimum(available).long()
 
 
-def select(score: Tensor, count: Tensor, visual_mask: Tensor) -> Tensor:
+def select(score: Tensor, count: Tensor, visual: Tensor) -> Tensor:
     """The visual tokens of highest score; of equal scores the lower index.
 
     Args:
-        score (B, S) float: higher is kept.
+        score (B, N) float: the highest stay.
         count (B,) int64: how many to keep of each sample.
-        visual_mask (B, S) bool: whom to choose from.
+        visual (B, N) bool: the tokens to choose from.
     Returns:
-        keep (B, S) bool.
+        keep (B, N) bool.
     Source: [paper]
     """
-    score = score.masked_fill(~visual_mask, -torch.inf)
-    order = score.argsort(dim=1, descending=True, stable=True)  # (B, S): the best token first
-    place = order.argsort(dim=1)  # (B, S): the place of each token in that order
-    among_best = place < count[:, None]
-    return among_best & visual_mask
+    score = score.masked_fill(~visual, -torch.inf)
+    order = score.argsort(dim=1, descending=True, stable=True)  # (B, N): the best token first
+    place = order.argsort(dim=1)  # (B, N): the place of each token in that order
+    return (place < count[:, None]) & visual
+
+
+def default_layers(L: int) -> list[int]:
+    """The layers to prune in a decoder of L: 4, 12, 20 of 32.  Source: [our choice for other L]"""
+    return [L // 8, 3 * L // 8, 5 * L // 8]
 
 
 def average_tokens(
@@ -193,12 +175,10 @@ def average_tokens(
         average: a float, or (B,).
     Source: [supplement Table 3]
     """
-    ends = [*layers[1:], num_layers]
-    after_pruning = 0
-    for K, start, end in zip(counts, layers, ends):
-        after_pruning = after_pruning + K * (end - start)
-    before_pruning = tokens_in * layers[0]
-    return (before_pruning + after_pruning) / num_layers
+    total = tokens_in * layers[0]
+    for K, start, end in zip(counts, layers, [*layers[1:], num_layers]):
+        total = total + K * (end - start)
+    return total / num_layers
 
 
 def solve_lambda(
@@ -264,373 +244,121 @@ def compact(stays: Tensor) -> tuple[Tensor, Tensor]:
 
 def take(x: Tensor, idx: Tensor) -> Tensor:
     """The tokens at idx (B, N) of x (B or 1, S, D): (B, N, D)."""
-    return x.take_along_dim(idx[..., None], dim=1)
+    return x.take_along_dim(idx[..., None].to(x.device), dim=1)
 
 
-def require(condition, message: str) -> None:
+def require(condition, message: str, error: type[Exception] = ValueError) -> None:
     if not condition:
-        raise ValueError(message)
+        raise error(message)
 
 
-# -------------------------------------------------------------------------- the library's own names
-# Hooks see a call by the names of its arguments, and a release of transformers may rename them, as
-# 5.24 did. What stage 3 reads or replaces in transformers is named in this part alone, apart from
-# config, device, dtype and layers. Each name has a test in tests/test_library_names.py.
-
-TESTED_VERSIONS = "5.18 to 5.24"  # of transformers, the bounds in pyproject.toml
-DECODER_ARGUMENTS = ("input_ids", "inputs_embeds", "attention_mask", "position_ids")
-LAYER_ARGUMENTS = ("hidden_states", "attention_mask", "position_embeddings")
-ADDED_FEATURES = "deepstack_visual_embeds"  # of Qwen3-VL: what it adds after its first layers
+# -------------------------------------------------------------------------- masks of the library
+# A layer is called with no mask; or with a 2-D one, False on padding (flash attention); or with a
+# finished one, (B or 1, 1, queries, keys), of bools (sdpa) or of 0 and the lowest number (eager).
 
 
-class DecoderCall(NamedTuple):
-    """What a decoder is called with; all but x is None where it was not given."""
-
-    x: Tensor  # ids (rows, T), or embeddings (rows, T, D)
-    mask: Tensor | dict | None
-    position_ids: Tensor | None
-    cache: Cache | None
-    added: list | None
+def visible(mask: Tensor) -> Tensor:
+    """A finished mask as bools: True where a query sees a key."""
+    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-class LayerCall(NamedTuple):
-    """What a layer is called with."""
+def cut_mask(mask: Tensor, rows: Tensor | None, columns: Tensor, real: Tensor) -> Tensor:
+    """Of a layer's mask the tokens that are left. No query sees a filler.
 
-    hidden: Tensor  # (rows, N, D)
-    mask: Tensor | None
-    rotary: tuple[Tensor, Tensor]  # cos and sin, (rows or 1, N, d) each
-    cache: Cache | None
-
-
-def tested() -> str:
-    return f"tested with transformers {TESTED_VERSIONS}, this is {transformers.__version__}"
-
-
-def require_names(names: Iterable[str], found: Iterable[str], where: str) -> None:
-    """TypeError that says which of `names` the library no longer has there, and what was tested."""
-    for name in names:
-        if name not in found:
-            raise TypeError(f"{where} has no {name!r}, which stage 3 needs ({tested()})")
-
-
-def find_cache(values: Iterable) -> Cache | None:
-    """The KV cache among a call's arguments or outputs, whatever its name; or None.
-
-    It is told by its type: the name was past_key_values until transformers 5.23, and is cache now.
-    What only behaves like a cache is found too, so that it can be refused.
+    Args:
+        mask (B or 1, keys) bool, or (B or 1, 1, queries, keys) bool or float.
+        rows (B, Q) int64: the queries that are left; None: all.
+        columns (B, N) int64: the keys that are left.
+        real (B, N) bool: False for padding and fillers.
+    Returns:
+        mask (B, N) or (B, 1, Q, N): of the same type.
     """
-    for value in values:
-        if isinstance(value, Cache) or hasattr(value, "get_seq_length"):
-            return value
-    return None
+    if mask.dim() == 2:
+        return mask.bool().take_along_dim(columns, dim=1) & real
+    if rows is not None:
+        mask = mask.take_along_dim(rows[:, None, :, None], dim=2)  # (B, 1, Q, keys)
+    mask = mask.take_along_dim(columns[:, None, None, :], dim=3)  # (B, 1, Q, N)
+    unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return mask.masked_fill(~real[:, None, None], unseen)
 
 
-def read_decoder_call(signature: inspect.Signature, args: tuple, kwargs: dict) -> DecoderCall:
-    """Sort a call's arguments by name; signature: of the decoder's forward."""
-    named = signature.bind(*args, **kwargs).arguments
-    ids, embeds, mask, position_ids = (named.get(name) for name in DECODER_ARGUMENTS)
-    return DecoderCall(
-        x=ids if embeds is None else embeds,
-        mask=mask,
-        position_ids=position_ids,
-        cache=find_cache([*args, *kwargs.values()]),
-        added=kwargs.get(ADDED_FEATURES),
-    )
+def seen_by(query_idx: Tensor, mask: Tensor | None, is_causal: bool, N: int) -> Tensor:
+    """Which of the N tokens that a layer attends to are seen by some of its queries.
 
-
-def read_layer_call(layer, args: tuple, kwargs: dict) -> LayerCall:
-    """Sort a call's arguments by name. The hidden states come by position, all others by name.
-
-    Raises: TypeError for a name that is missing; ValueError for more arguments by position.
+    Args:
+        query_idx (B, T) int64: places in N of these queries.
+        mask: the layer's own.
+        is_causal: whether the layer hides the future where its mask does not say it.
+    Returns:
+        sees (B, T, N) bool.
     """
-    where = f"the call of a {type(layer).__name__}"
-    require(len(args) <= 1, f"{where} must name all but its first argument ({tested()})")
-    named = dict(zip(LAYER_ARGUMENTS, args)) | kwargs
-    require_names(LAYER_ARGUMENTS, named, where)
-    hidden, mask, rotary = (named[name] for name in LAYER_ARGUMENTS)
-    return LayerCall(hidden, mask, rotary, find_cache(named.values()))
-
-
-def change_layer_call(kwargs: dict, hidden: Tensor, mask: Tensor | None, rotary) -> tuple:
-    """args and kwargs of the same call with these three in place of what came."""
-    changed = kwargs | dict(zip(LAYER_ARGUMENTS, (hidden, mask, rotary)))
-    hidden = changed.pop(LAYER_ARGUMENTS[0])
-    return (hidden,), changed
-
-
-def on_sdpa_or_eager(decoder) -> bool:
-    return decoder.config._attn_implementation in ("sdpa", "eager")
-
-
-def hides_future(decoder) -> bool:
-    """Whether its attention hides the future where it is given no mask. PaliGemma's does not."""
-    return all(getattr(layer.self_attn, "is_causal", True) for layer in decoder.layers)
+    if mask is not None and mask.dim() == 4:
+        rows = visible(mask)[:, 0].take_along_dim(query_idx[..., None], dim=1)  # (B, T, N)
+        return rows
+    place = torch.arange(N, device=query_idx.device)
+    sees = place <= query_idx[..., None]  # (B, T, N)
+    if not is_causal:
+        sees = torch.ones_like(sees)
+    return sees if mask is None else sees & mask.bool()[:, None]
 
 
 def shortest_window(config) -> float:
-    """Tokens that the decoder's sliding layers look back on; infinity where no layer slides."""
-    window = getattr(config, "sliding_window", None)
-    layer_types = getattr(config, "layer_types", None)  # not there where all layers are alike
-    some_slide = layer_types is None or "sliding_attention" in layer_types
-    if window is None or not some_slide:
-        return math.inf
-    return window
+    """Tokens that a decoder's layers look back on, at least; infinity where all see everything."""
+    kinds = getattr(config, "layer_types", None)
+    window, chunk = (
+        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+    )
+    if kinds is not None and "sliding_attention" not in kinds:
+        window = None
+    if kinds is None or "chunked_attention" not in kinds:
+        chunk = None
+    return min(window or math.inf, chunk or math.inf)
 
 
-def packing_positions(position_ids: Tensor | None) -> Tensor | None:
-    """The positions (rows, T) that could tell packed prompts; None where none were given.
-
-    Qwen-VL has three positions a token: time, row and column, (3, rows, T). They may jump. Where a
-    fourth comes first, (4, rows, T), it counts the tokens.
-    """
-    if position_ids is None or position_ids.dim() == 2:
-        return position_ids
-    has_token_count = position_ids.shape[0] == 4
-    return position_ids[0] if has_token_count else None
+# ---------------------------------------------------------------------- listening to the attention
 
 
-def rotary_tables(decoder, layer, x: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin (1, S, d) that the decoder makes for this layer, at position (1, S)."""
-    rotary_emb = decoder.rotary_emb
-    if hasattr(rotary_emb, "mrope_section"):  # Qwen-VL: time, row and column, here the same
-        return rotary_emb(x, position.expand(3, 1, -1))
-    if "layer_type" in inspect.signature(rotary_emb.forward).parameters:  # Gemma 3: a table a type
-        return rotary_emb(x, position, layer.self_attn.layer_type)
-    return rotary_emb(x, position)
+class Heard(NamedTuple):
+    """What a layer's attention is called with."""
+
+    q: Tensor  # (B, H, N, d)
+    k: Tensor  # (B, H_kv, N, d)
+    mask: Tensor | None  # the layer's
+    scale: float
+    softcap: float | None
+    is_causal: bool
 
 
-def has_rotary(attn) -> bool:
-    """SmolLM3 has layers without positions: they are given the tables and do not use them."""
-    return getattr(attn, "use_rope", True)
+class ReachedSoftmax(Exception):
+    """Leaves a layer whose attention was heard, in place of its softmax."""
 
 
-def split_fused(attn, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q (B, S, H d), k and v (B, S, H_kv d) from one matrix for all three, as Phi-3 has it."""
-    q_width = attn.o_proj.in_features
-    both_widths = attn.qkv_proj.out_features - q_width  # of k and v
-    return attn.qkv_proj(x).split([q_width, both_widths // 2, both_widths // 2], dim=-1)
+def hear(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
+    """Registered with transformers as an attention function: hands what it hears to the pruner."""
+    pruner = ACTIVE[id(module.config)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = getattr(module, "is_causal", True)
+    require(
+        kwargs.get("s_aux") is None,
+        f"stage 3 does not know attention sinks, which {type(module).__name__} has",
+        TypeError,
+    )
+    pruner.heard = Heard(query, key, attention_mask, scale, kwargs.get("softcap"), is_causal)
+    raise ReachedSoftmax
 
 
-def project(attn, x: Tensor, query_idx: Tensor) -> tuple[Tensor, Tensor]:
-    """q (B, T, H d) of the tokens at query_idx and k (B, S, H_kv d) of all."""
-    if hasattr(attn, "qkv_proj"):
-        q, k, _ = split_fused(attn, x)
-        return take(q, query_idx), k
-    return attn.q_proj(take(x, query_idx)), attn.k_proj(x)
-
-
-def project_values(attn, x: Tensor) -> Tensor:
-    """v (B, S, H_kv d) of all tokens."""
-    if hasattr(attn, "qkv_proj"):
-        return split_fused(attn, x)[2]
-    return attn.v_proj(x)
-
-
-def normalise(attn, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-    """q and k (B, n, heads, d) as Qwen3, Gemma 3 and some Cohere norm them; others do not."""
-    if hasattr(attn, "q_norm"):
-        return attn.q_norm(q), attn.k_norm(k)
-    return q, k
-
-
-def rotate(attn, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, heads, n, d) turned by its positions, as the architecture's own file does it."""
-    turn = inspect.getmodule(type(attn)).apply_rotary_pos_emb
-    return turn(x, x, cos, sin)[0]
-
-
-# ----------------------------------------------------------------------------- masks of the library
-
-
-class Padding(NamedTuple):
-    """What a decoder's attention mask says."""
-
-    valid: Tensor  # (rows, tokens so far) bool: False on padding
-    is_plain: bool  # False where the model made masks that say more than "no padding, no future"
-
-
-def read_mask(mask: Tensor | dict | None, rows: int, past: int, T: int, device) -> Padding | None:
-    """What is padding. None where the mask is not of a kind that is understood.
-
-    A model gives its decoder no mask, or (rows, tokens so far), 0 on padding. Where visual tokens
-    see each other both ways (PaliGemma, Gemma 3), it gives finished masks (rows, 1, T, tokens so
-    far), one or a dict of one for each type of layers.
-    """
-    everything = torch.ones(rows, past + T, dtype=torch.bool, device=device)
-    if isinstance(mask, dict):
-        mask = next((one for one in mask.values() if one is not None), None)
-    if mask is None:
-        return Padding(everything, is_plain=True)
-    if getattr(mask, "shape", None) == everything.shape:
-        return Padding(mask.bool(), is_plain=True)
-    if not is_finished_mask(mask, rows, T):
-        return None
-    # Of what follows the prompt, only the mask's last columns are used: the prompt's padding is
-    # known. One token of an answer sees all of them; of several, who sees whom is not understood.
-    if past > 0:
-        return Padding(everything, is_plain=True) if T == 1 else None
-    sees = allowed(mask)[:, 0].expand(rows, -1, -1)  # (rows, T, T)
-    valid = sees.diagonal(dim1=1, dim2=2)  # (rows, T): only padding does not see itself
-    # An answer's token will see all that is valid. The prompt's last token must have done so too,
-    # or these masks hide more than padding and the future.
-    last_sees_all = sees[:, -1].equal(valid)
-    return Padding(valid, is_plain=False) if last_sees_all else None
-
-
-def is_finished_mask(mask, rows: int, T: int) -> bool:
-    """Whether it is (rows, 1, T, S) of bools, or of zeros and the lowest number, as on eager."""
-    if not isinstance(mask, Tensor) or mask.dim() != 4:
-        return False
-    batch, heads, queries, _ = mask.shape
-    if batch not in (1, rows) or heads != 1 or queries != T:
-        return False
-    if mask.dtype == torch.bool:
-        return True
-    if not mask.is_floating_point():
-        return False
-    is_lowest = mask <= torch.finfo(mask.dtype).min
-    return bool((is_lowest | (mask == 0)).all())
-
-
-def allowed(mask: Tensor) -> Tensor:
-    """A finished mask as bools: True where a query may see a key."""
-    return mask if mask.dtype == torch.bool else mask == 0
-
-
-def cut_mask(mask: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Of a finished mask the rows and columns of the tokens that are left. Nobody sees a filler.
-
-    Args:
-        mask (rows or 1, 1, T, T) bool or float: of the whole prompt.
-        index (rows, N) int64: places of the tokens left.
-        valid (rows, N) bool: False for padding and fillers.
-    Returns:
-        mask (rows, 1, N, N): of the same type.
-    """
-    mask = mask.take_along_dim(index[:, None, :, None], dim=2)  # (rows, 1, N, T)
-    mask = mask.take_along_dim(index[:, None, None, :], dim=3)  # (rows, 1, N, N)
-    unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return mask.masked_fill(~valid[:, None, None], unseen)
-
-
-# ----------------------------------------------------------------------- q and k, and proof of them
-
-CHECKED = weakref.WeakSet()  # decoders whose layers passed `check_decoder`, which takes a while
-
-
-def queries_and_keys(
-    attn, x: Tensor, rotary: Iterable[Tensor], query_idx: Tensor
-) -> tuple[Tensor, Tensor]:
-    """q and k as the layer's attention makes them.
-
-    Args:
-        attn: the layer's attention module.
-        x (B, S, D) float: what it is given, the layer's input after its norm.
-        rotary: cos and sin, (B or 1, S, d) float each.
-        query_idx (B, T) int64: places in S of the queries.
-    Returns:
-        q (B, H, T, d) float: of the queries. k (B, H_kv, S, d) float: of all tokens.
-    """
-    q, k = project(attn, x, query_idx)  # (B, T, H d), (B, S, H_kv d)
-    q = q.unflatten(-1, (-1, attn.head_dim))  # (B, T, H, d)
-    k = k.unflatten(-1, (-1, attn.head_dim))  # (B, S, H_kv, d)
-    q, k = normalise(attn, q, k)
-    q = q.transpose(1, 2)  # (B, H, T, d)
-    k = k.transpose(1, 2)  # (B, H_kv, S, d)
-    if has_rotary(attn):
-        q = rotate(attn, q, *(take(table, query_idx) for table in rotary))
-        k = rotate(attn, k, *rotary)
-    return q, k
-
-
-@torch.no_grad()
-def check_decoder(decoder) -> None:
-    """Three tokens through each layer's attention, which `queries_and_keys` has to explain.
-
-    Nothing of it stays on the decoder, and no random number is drawn.
-
-    Raises: TypeError that says what is not of Llama's kind.
-    """
-    modules = list(decoder.modules()) if isinstance(decoder, torch.nn.Module) else []
-    modes = [(module, module.training) for module in modules]
-    try:
-        require(on_sdpa_or_eager(decoder), "it is not on sdpa or eager")
-        parameters = inspect.signature(decoder.forward).parameters
-        require_names(DECODER_ARGUMENTS, parameters, "its forward")
-        decoder.eval()  # no dropout, and so no random numbers
-        for i, layer in enumerate(decoder.layers):
-            check_names(layer)
-            check_attention(decoder, i)
-        CHECKED.add(decoder)
-    except Exception as error:  # whatever another architecture answers
-        reason = str(error)
-        if tested() not in reason:
-            reason += f" ({tested()})"
-        raise TypeError(
-            "decoder must be of Llama's kind (Llama, Mistral, Qwen, Gemma 3, Phi-3, ...), "
-            f"not {type(decoder).__name__}: {reason}"
-        ) from error
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def check_names(layer) -> None:
-    """TypeError where the layer or its attention lacks an argument that stage 3 needs."""
-    for module in (layer, layer.self_attn):
-        parameters = inspect.signature(module.forward).parameters
-        is_wrapper = not any(name in parameters for name in LAYER_ARGUMENTS)  # takes any call
-        if not is_wrapper:
-            require_names(LAYER_ARGUMENTS, parameters, f"{type(module).__name__}.forward")
-
-
-def check_attention(decoder, i: int) -> None:
-    """ValueError where q and k do not explain what the attention of layer i puts out.
-
-    The last of three tokens sees all three. What the attention makes of it must be the mean of the
-    values, weighted by our softmax of q . k. The tokens stand far apart, so that turning shows.
-    """
-    layer = decoder.layers[i]
-    attn = layer.self_attn
-    D = decoder.config.hidden_size
-    probe = torch.linspace(0, 99, 3 * D).sin().view(1, 3, D).to(decoder.device, decoder.dtype)
-    position = torch.tensor([[0, 5, 17]], device=decoder.device)
-    last = torch.tensor([[2]], device=decoder.device)
-    every = torch.ones(1, 3, dtype=torch.bool, device=decoder.device)
-    rotary = rotary_tables(decoder, layer, probe, position)
-    x = sharpen(attn, layer.input_layernorm(probe), last)  # (1, 3, D)
-
-    args, kwargs = change_layer_call({}, x, None, rotary)
-    theirs = attn(*args, **kwargs)[0][0, 2]  # (D,)
-
-    q, k = queries_and_keys(attn, x, rotary, last)
-    weights = visual_attention(q, k, attn.scaling, last, every[:, :1], every, every)  # (1, H, 3)
-    v = project_values(attn, x).unflatten(-1, (k.shape[1], -1))[0]  # (3, H_kv, d)
-    weights = weights.view(k.shape[1], -1, 3).to(v.dtype)  # (H_kv, H / H_kv, 3)
-    mixed = torch.einsum("hgs,shd->hgd", weights, v)  # (H_kv, H / H_kv, d)
-    ours = attn.o_proj(mixed.flatten())  # (D,)
-
-    error = (ours - theirs).abs().max() / theirs.abs().max()
-    tolerance = max(torch.finfo(x.dtype).eps, 1e-7) ** 0.5
-    require(error <= tolerance, f"q and k do not explain the attention of its layer {i}")
-
-
-def sharpen(attn, x: Tensor, last: Tensor) -> Tensor:
-    """x (1, 3, D) made as large as scores of size 2 need; flat attention would prove nothing."""
-    q, k = project(attn, x, last)
-    size = q.float().std() * k.float().std() * attn.scaling * attn.head_dim**0.5  # of a score
-    return x * (2 / size).sqrt().to(x.dtype)
-
+AttentionInterface.register("meteor_hear", hear)
+ACTIVE = {}  # id of a decoder's config -> the pruner in whose block it is
 
 # --------------------------------------------------------------------------------- inside a decoder
 
 
 # How it works. `generate` calls the decoder once with the whole prompt, and then with one token at
 # a time and the KV cache.
-#   Prompt: hooks run before every layer from the first pruned one on. A pruned layer chooses, and
-#     its hidden states are cut before it writes its keys and values; so its part of the KV cache,
-#     and those of all later layers, are short from the start. Layers in between get the short
-#     masks and rotary tables.
+#   Prompt: hooks run before every layer from the first pruned one on. A pruned layer's input is cut
+#     before it writes its keys and values; so its part of the KV cache, and those of all later
+#     layers, are short from the start. These layers get the masks and rotary tables of the tokens
+#     that are left.
 #   Afterwards: nothing is chosen. A layer's cache is already short; only its mask has to be, too:
 #     the tokens that were left at that layer, and all that came since.
 #   Batches: samples keep different numbers of tokens, so short ones have fillers in front, which
@@ -640,412 +368,362 @@ def sharpen(attn, x: Tensor, last: Tensor) -> Tensor:
 # Layer 0 is never pruned: the library takes the length of its cache for the length of all.
 
 
-@dataclass
-class Prompt:
-    """What is known of the prompt that is read, or was read last.
+class Left(NamedTuple):
+    """The tokens that are left from some layer on."""
 
-    A row is a sample, or one of `copies` of it side by side, as `generate` makes them for beams.
-    A token that is left carries its place in the prompt with it. So all that belongs to the whole
-    prompt (rotary tables, masks, who is visual, who asks) is looked up by `index`, at any layer.
-    """
-
-    visual: Tensor  # (rows, T) bool: of the whole prompt
-    asks: Tensor  # (rows, T) bool: text that selects
-    copies: int  # rows of one sample
-    is_plain: bool  # False: the masks of the layers say more than "no padding, no future"
-    index: Tensor  # (rows, N) int64: place in the prompt of each token left, right-aligned
-    valid: Tensor  # (rows, N) bool: False for padding, and for fillers in front of short rows
+    place: Tensor  # (rows, N) int64: place in the prompt of each, right-aligned
+    real: Tensor  # (rows, N) bool: False for padding, and for fillers in front of short rows
+    ragged: bool  # whether some are not real
 
 
-class AdaptivePruner:
-    r"""Prunes visual tokens inside a `with` block, by hooks.
+class TokenPruner:
+    """Drops visual tokens inside a `with` block, by hooks. A subclass says which stay: `choose`.
 
-    Nothing of it is left on the model afterwards. A KV cache that was filled in the block ends
-    with it.
+    Nothing of it is left on the model afterwards. A KV cache that was filled in the block, and is
+    shorter than the prompt in some layers, can be used in the block only.
 
     Modifications: from the first pruned layer on, layers get the tokens left, right-aligned, with
-    their mask and rotary positions; last_hidden_state goes back to full length.
+    their masks and rotary positions; last_hidden_state and hidden_states go back to full length,
+    with zeros where a token was dropped.
 
     Args:
-        decoder: a decoder of Llama's kind on sdpa or eager, or a model that holds one.
+        model: a decoder on sdpa, eager or flash attention, or a model that holds one.
         visual_mask (B, S) bool: the visual tokens of each prompt, if any.
         layers: ascending, 1..L-1, pruned prior to their input; None: L/8, 3L/8, 5L/8.
-        lam: \lambda, 0..infinity; infinity keeps all.
-        k: number of heads that decide, 1..H, the paper's 5; None: all.
-        query_mask (B, S) bool: who asks; None: the text after the last visual token. In training,
-            leave out the answers.
-        counts: {layer: tokens kept at most, an int or (B,) int64, 1 or more}, in place of layers
-            and lam.
+        query_mask (B, S) bool: the tokens that ask; None: the text after the last visual token. In
+            training, leave out the answers.
     After a prompt:
         kept[layer] (B, S) bool: visual tokens there from that layer on.
         counts[layer] (B,) int64: how many they are.
-        vav[layer] (B, H) float32: Visual Attention Values that the layer decided by.
-        attention[layer] (B, H, S) float32: what they are sums of.
-    Raises: TypeError for an unsupported decoder, at its first pruner; ValueError for what cannot be
-        pruned.
+    Raises: TypeError for a decoder that is not served, ValueError for arguments or a prompt that
+        cannot be pruned.
     """
 
     def __init__(
         self,
-        decoder,
+        model,
         visual_mask: Tensor,
-        layers: list | None = None,
-        lam: float | None = None,
-        k: int | None = 5,
+        layers: Iterable[int] | None = None,
         query_mask: Tensor | None = None,
-        counts: dict | None = None,
     ):
-        self.decoder = decoder.get_decoder() if hasattr(decoder, "get_decoder") else decoder
-        if self.decoder not in CHECKED or not on_sdpa_or_eager(self.decoder):
-            check_decoder(self.decoder)
-        self._hides_future = hides_future(self.decoder)
-        L = self.decoder.config.num_hidden_layers
-        H = self.decoder.config.num_attention_heads
-
-        require((lam is None) != (counts is None), "lam or counts must be given, and not both")
-        require(lam is None or lam >= 0, f"lam must be 0 to infinity, got {lam}")
+        self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        L = self.num_layers = self.decoder.config.num_hidden_layers
+        self.layers = default_layers(L) if layers is None else list(layers)
+        ascending = sorted(set(self.layers) & set(range(1, L)))
         require(
-            k is None or k in range(1, H + 1),
-            f"k must be 1 to {H}, the heads, or None for all, got {k}",
+            self.layers and self.layers == ascending,
+            f"layers must be ascending numbers, 1 to {L - 1} for this decoder, got {self.layers}",
         )
-        require_mask("visual_mask", visual_mask)
+        for name, mask in (("visual_mask", visual_mask), ("query_mask", query_mask)):
+            is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool
+            good = is_mask and mask.shape == visual_mask.shape and mask.dim() == 2
+            optional = mask is None and name == "query_mask"
+            require(good or optional, f"{name} must be a bool tensor of shape (B, S)")
         if query_mask is None:
-            asks = text_after_image(visual_mask)
-        else:
-            require_mask("query_mask", query_mask, visual_mask.shape)
-            asks = query_mask & ~visual_mask
+            query_mask = visual_mask.flip(1).cumsum(1).flip(1) == 0  # no visual token from here on
+        self.visual_mask = visual_mask
+        self.query_mask = query_mask & ~visual_mask
 
-        self.visual_mask = visual_mask.to(self.decoder.device)  # (B, S)
-        self.asks = asks.to(self.decoder.device)  # (B, S)
-        self.layers = layers_to_prune(layers, counts, L)
-        self.num_layers = L
-        self.lam = lam
-        self.k = H if k is None else k
-        self.fixed = {}  # layer -> (B,): the counts given, one a sample
-        for i, K in (counts or {}).items():
-            self.fixed[i] = counts_of_samples(K, len(visual_mask))
-        self._handles = []
+    def choose(self, layer: int, attention: Tensor, visual: Tensor) -> Tensor:
+        """The rule: which of the visual tokens that are left stay from this layer on.
+
+        Args:
+            layer: 0-indexed, one of `layers`.
+            attention (B, H, N) float32: how much the text attends to each token, in each head; 0
+                outside the visual tokens.
+            visual (B, N) bool: the visual tokens that are left, among the N tokens there.
+        Returns:
+            keep (B, N) bool.
+        """
+        raise NotImplementedError
 
     def average_tokens(self) -> Tensor:
         """(B,) float: visual tokens there in the last prompt, mean over the decoder's layers."""
-        ran = list(getattr(self, "counts", {})) == self.layers
-        require(ran, "average_tokens is known after a prompt ran in the block, and not before")
         counts = list(self.counts.values())
         return average_tokens(self.visual_mask.sum(1), counts, self.layers, self.num_layers)
 
-    def __enter__(self) -> "AdaptivePruner":
-        require(not self._handles, "this AdaptivePruner must not be entered twice at a time")
-        self.kept = {}
-        self.counts = {}
-        self.vav = {}
-        self.attention = {}
-        self._prompt = None
-        self._valid_from = {}  # pruned layer -> valid of the tokens that it and its KV cache hold
-        self._cache = None  # the KV cache that this block fills
-        self._signature = inspect.signature(self.decoder.forward)  # once, not at every token
+    def __enter__(self) -> "TokenPruner":
+        owner = id(self.decoder.config)
+        require(owner not in ACTIVE, "this decoder is in another pruner's block: leave it first")
+        ACTIVE[owner] = self
+        self.kept, self.counts = {}, {}
+        self.cache = None  # the KV cache that this block fills
+        self.heard = None
+        self.past = 0  # tokens that were there before this call
+        self._left = {}  # layer -> the tokens left from it on
         self._handles = [
-            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
+            self.decoder.layers[0].register_forward_pre_hook(self._before_first, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
         ]
-        for i, layer in enumerate(self.decoder.layers):
-            if i >= self.layers[0]:
-                hook = partial(self._before_layer, i)
-                self._handles.append(layer.register_forward_pre_hook(hook, with_kwargs=True))
+        for i in range(self.layers[0], self.num_layers):
+            before = partial(self._before_layer, i)
+            layer = self.decoder.layers[i]
+            self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
         return self
 
     def __exit__(self, kind, *_) -> None:
+        del ACTIVE[id(self.decoder.config)]
         for handle in self._handles:
             handle.remove()
-        self._handles = []
-        self._prompt = None
-        self._valid_from = {}
-        self._cache = None
         if kind is None:
             all_pruned = list(self.kept) == self.layers
-            require(all_pruned, "the decoder did not run, or was compiled before")
+            require(all_pruned, "the decoder did not run in the block, or was compiled before it")
+        if self.cache is not None and self._is_cut():
+            self.cache.update = refuse_short_cache
 
-    # --------------------------------------------------- before the decoder: what is it called with
+    def _is_cut(self) -> bool:
+        """Whether some layer holds less than the whole prompt."""
+        return any(left.ragged or left.place.shape[1] < self.T for left in self._left.values())
 
-    def _before_decoder(self, decoder, args, kwargs) -> None:
-        """Reads the call: a prompt, or what follows it. Refuses what cannot be pruned."""
-        call = read_decoder_call(self._signature, args, kwargs)
-        rows, T = call.x.shape[:2]
-        past = call.cache.get_seq_length() if call.cache is not None else 0
-        self._require_own_cache(call.cache, past)
-        self._require_no_packing(call)
-        self._require_later_layers(call.added)
+    # ------------------------------------------------ before layer 0: does a prompt begin, or go on
 
-        hint = ""
-        if call.cache is None and self.kept and T < self.visual_mask.shape[1]:
-            hint = f"; if this call continues the prompt, its KV cache was not found ({tested()})"
-        padding = read_mask(call.mask, rows, past, T, call.x.device)
-        require(padding is not None, f"attention_mask must be (B, tokens so far){hint}")
+    def _before_first(self, layer, args, kwargs) -> None:
+        """Reads the call. Refuses what would be pruned wrongly."""
+        hidden, cache = args[0], find_cache(kwargs)
+        past = 0 if cache is None else cache.get_seq_length()
+        self.past = past
+        self._first_mask = kwargs["attention_mask"]
+        self._masks = {}  # cut once for all layers that have the same tokens left
+        is_new = cache is None or isinstance(cache, DynamicCache) and past == 0
         require(
-            past + T <= shortest_window(decoder.config),
-            f"the sequence must fit the decoder's sliding_window, but has {past + T} tokens",
+            is_new or cache is self.cache,
+            "the KV cache must be None, or a DynamicCache that is empty or was filled in this "
+            f"block, got a {type(cache).__name__} of {past} tokens",
         )
-        self._past = past
+        window = shortest_window(self.decoder.config)
+        total = past + hidden.shape[1]
+        require(total <= window, f"the sequence must fit the window of {window}, but has {total}")
         if past == 0:
-            self._require_prompt(call.x, hint)
-            require(
-                self._hides_future or not padding.is_plain,
-                "attention_mask must be the model's own, (B, 1, S, S), as this decoder's attention "
-                "is not causal: PaliGemma makes it from token_type_ids",
-            )
-            self._prompt = self._new_prompt(padding, rows, T)
-        prompt_length = self._prompt.visual.shape[1]
-        self._since = padding.valid[:, prompt_length:]  # (rows, tokens since the prompt)
+            self._start(hidden, self._first_mask, cache)
 
-    def _require_own_cache(self, cache, past: int) -> None:
-        is_new = isinstance(cache, DynamicCache) and past == 0
-        require(
-            cache is None or is_new or cache is self._cache,
-            "the KV cache must be None, or a DynamicCache that is empty "
-            "or was filled in this block",
-        )
-
-    def _require_no_packing(self, call: DecoderCall) -> None:
-        """Without a mask the library would take a jump in the positions for a new prompt."""
-        position = packing_positions(call.position_ids)
-        require(
-            call.mask is not None or position is None or (position.diff() == 1).all(),
-            "position_ids must count up by 1 where there is no attention_mask: "
-            "packing is not supported",
-        )
-
-    def _require_later_layers(self, added: list | None) -> None:
-        """Qwen3-VL adds features to visual tokens after its first layers, at their old places."""
-        number = len(added) if added is not None else 0
-        require(
-            self.layers[0] >= number,
-            f"layers must begin at {number} or later, got {self.layers}: this decoder adds visual "
-            f"features after each of its first {number} layers, where no token may be missing",
-        )
-
-    def _require_prompt(self, x: Tensor, hint: str) -> None:
-        """The prompt must be visual_mask's. Without a KV cache it comes again with its answer."""
+    def _start(self, hidden: Tensor, mask: Tensor | None, cache: Cache | None) -> None:
+        """A prompt begins; without a KV cache, it comes again with its answer."""
         B, S = self.visual_mask.shape
-        rows, T = x.shape[:2]
+        rows, T = hidden.shape[:2]
+        self.T = T
+        comes_again = cache is None and len(self.kept) > 0
         require(
-            T == S or T > S and self.kept,
-            f"the prompt must be visual_mask's {S} tokens, got {T}{hint}",
+            T == S or T > S and comes_again,
+            f"the first call must hold the {S} tokens of visual_mask, got {T}: prompts of another "
+            "length, chunked prefill, assisted decoding, guidance_scale and continuous batching "
+            "are not supported",
         )
-        copies = max(1, rows // B)
-        fits = rows == B * copies
-        if fits and copies > 1:
-            prompts = x[:, :S]
-            fits = prompts.equal(prompts[::copies].repeat_interleave(copies, dim=0))
+        implementation = self.decoder.config._attn_implementation
         require(
-            fits,
-            f"the batch must be visual_mask's {B} samples, or copies of each side by side, "
-            f"got {rows}",
+            implementation in ("sdpa", "eager") or "flash" in implementation,
+            f"attn_implementation must be sdpa, eager or a flash one, got {implementation!r}",
         )
-
-    def _new_prompt(self, padding: Padding, rows: int, T: int) -> Prompt:
-        B, S = self.visual_mask.shape
-        copies = max(1, rows // B)
+        self.copies = max(1, rows // B)
+        prompts = hidden[:, :S]
+        require(
+            rows == B * self.copies
+            and (self.copies == 1 or prompts.equal(self._copy(prompts[:: self.copies]))),
+            f"the batch must be the {B} samples of visual_mask, or copies of each side by side",
+        )
         answer = (0, T - S)  # neither visual nor asking
-        visual = torch.nn.functional.pad(self.visual_mask, answer)  # (B, T)
-        asks = torch.nn.functional.pad(self.asks, answer)  # (B, T)
-        prompt = Prompt(
-            visual=visual.repeat_interleave(copies, dim=0),  # (rows, T)
-            asks=asks.repeat_interleave(copies, dim=0),  # (rows, T)
-            copies=copies,
-            is_plain=padding.is_plain,
-            index=torch.arange(T, device=visual.device).expand(rows, T),
-            valid=padding.valid,
-        )
+        device = hidden.device
+        self._visual = self._copy(F.pad(self.visual_mask, answer)).to(device)  # (rows, T)
+        self._asks = self._copy(F.pad(self.query_mask, answer)).to(device)  # (rows, T)
+
+        real = torch.ones_like(self._visual)
+        if mask is not None and mask.dim() == 2:
+            real = mask.bool()
+        elif mask is not None:  # only padding does not see itself
+            real = visible(mask)[:, 0].diagonal(dim1=1, dim2=2).expand(rows, T)
         require(
-            not (prompt.visual & ~prompt.valid).any(),
-            "visual_mask must be False where attention_mask is 0",
-        )
-        require(
-            (prompt.asks & prompt.valid).any(dim=1).all(),
+            (self._asks & real).any(dim=1).all(),
             "visual_mask must be followed by text, or query_mask mark some, in every sample",
         )
-        return prompt
+        place = torch.arange(T, device=device).expand(rows, T)
+        self._left = {0: Left(place, real, ragged=not real.all())}
+        self.cache = cache
 
-    # ----------------------------------------------------------------- before a layer: who goes on
+    def _copy(self, x: Tensor) -> Tensor:
+        """(B, ...) -> (rows, ...): each sample as often as `generate` copies it, for its beams."""
+        return x.repeat_interleave(self.copies, dim=0)
+
+    # ----------------------------------------------------------------- before a layer: what goes on
 
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
-        """A pruned layer selects. It and those up to the next one are called with what is left."""
-        call = read_layer_call(layer, args, kwargs)
-        hidden, rotary = call.hidden, call.rotary
-        reads_prompt = self._past == 0
-        if i in self.layers:
-            if reads_prompt:
-                hidden = self._prune(i, layer, call)
-                self._cache = call.cache  # what the layers really fill; see _after_decoder
-            else:
-                self._require_whole_cache(i, call.cache)
-            # For sliding layers too: the sequence fits their window, see _before_decoder.
-            self._causal_mask = self._causal_mask_of_those_left(i, hidden, call.cache)
-        mask = self._causal_mask
-        if reads_prompt:
-            rotary = self._rotary_of_those_left(rotary)
-            own_mask = self._own_mask_of_those_left(call.mask)
-            mask = self._causal_mask if own_mask is None else own_mask
-        return change_layer_call(kwargs, hidden, mask, rotary)
+        """A pruned layer chooses. It and those up to the next one are called with what is left."""
+        hidden = args[0]
+        if self.past > 0:
+            self._require_whole_cache(i, find_cache(kwargs))
+        elif i in self.layers:
+            self._listen(layer, hidden, self._call_with(self._left_at(i - 1), i, hidden, kwargs))
+            hidden = take(hidden, self._drop(i))
+        return (hidden,), self._call_with(self._left_at(i), i, hidden, kwargs)
 
-    def _require_whole_cache(self, i: int, cache) -> None:
-        """Cutting all to one length, as transformers once did, would miss the short ones."""
-        prompt_length = self._prompt.visual.shape[1]
-        since_prompt = self._past - prompt_length
-        expected = self._valid_from[i].shape[1] + since_prompt
-        require(
-            cache is None or cache.get_seq_length(i) == expected,
-            "the KV cache must be cut back by as many tokens in every layer, or not at all",
-        )
-
-    def _prune(self, i: int, layer, call: LayerCall) -> Tensor:
-        """Drops tokens prior to layer i. Returns the hidden states (rows, N, D) of those left."""
-        prompt = self._prompt
-        own_mask = self._own_mask_of_those_left(call.mask)  # (rows, 1, N, N) or None
-        sees = None if own_mask is None else allowed(own_mask)[:, 0]  # (rows, N, N)
-        rotary = self._rotary_of_those_left(call.rotary)
-        stays = self._choose(i, layer, call.hidden, rotary, sees)
-        idx, real = compact(stays)  # (rows, N'): places among the N tokens that were there
-        prompt.index = prompt.index.gather(1, idx)  # their places in the prompt
-        prompt.valid = real
-        self._valid_from[i] = real
-        return take(call.hidden, idx)
-
-    def _rotary_of_those_left(self, rotary: tuple) -> tuple:
-        """The tables are the whole prompt's, in each layer: kept tokens keep their positions."""
-        return tuple(take(table, self._prompt.index) for table in rotary)
-
-    def _own_mask_of_those_left(self, mask: Tensor | None) -> Tensor | None:
-        """The mask that the model made for a layer, cut; None where it is simply causal."""
-        if self._prompt.is_plain or mask is None:
-            return None
-        return cut_mask(mask, self._prompt.index, self._prompt.valid)
-
-    def _causal_mask_of_those_left(self, i: int, hidden: Tensor, cache) -> Tensor | None:
-        """Of layers i and on: no padding, no filler, no future."""
-        valid = torch.cat([self._valid_from[i], self._since], dim=1)  # (rows, N + those since)
-        return create_causal_mask(self.decoder.config, hidden, valid, cache, layer_idx=i)
+    def _listen(self, layer, hidden: Tensor, kwargs: dict) -> None:
+        """Runs a layer up to its softmax, without a cache, for q and k."""
+        config = self.decoder.config
+        before, config._attn_implementation = config._attn_implementation, "meteor_hear"
+        try:
+            cacheless = {k: None if isinstance(x, Cache) else x for k, x in kwargs.items()}
+            with torch.no_grad():
+                layer.forward(hidden, **cacheless)
+        except ReachedSoftmax:
+            pass
+        finally:
+            config._attn_implementation = before
 
     @torch.no_grad()
-    def _choose(self, i: int, layer, hidden: Tensor, rotary: tuple, sees: Tensor | None) -> Tensor:
-        """Stage 3 itself: which of the tokens that are there stay. Records kept and counts.
-
-        Args:
-            hidden (rows, N, D) float: input of layer i.
-            rotary: cos and sin of these tokens, (rows, N, d) each.
-            sees (rows, N, N) bool: who sees whom; None: each sees itself and who is before.
-        Returns:
-            stays (rows, N) bool.
-        """
-        prompt = self._prompt
-        valid = prompt.valid
-        visual = prompt.visual.gather(1, prompt.index) & valid  # (rows, N)
-        asks = prompt.asks.gather(1, prompt.index) & valid  # (rows, N)
-
-        query_idx, query_valid = compact(asks)  # (rows, T)
-        if sees is not None:
-            sees = take(sees, query_idx)  # (rows, T, N)
-        attn = layer.self_attn
-        q, k = queries_and_keys(attn, layer.input_layernorm(hidden), rotary, query_idx)
-        attention = visual_attention(
-            q, k, attn.scaling, query_idx, query_valid, visual, valid, sees
-        )  # (rows, H, N)
-
-        attention = attention[:: prompt.copies]  # (B, H, N): copies of a sample say the same
-        visual_once = visual[:: prompt.copies]  # (B, N)
-        there = visual_once.sum(dim=1)  # (B,)
-        vav = head_vav(attention)  # (B, H)
+    def _drop(self, i: int) -> Tensor:
+        """Chooses prior to layer i: (rows, N') int64, places of those that stay among N tokens."""
+        heard, self.heard = self.heard, None
         require(
-            vav.isfinite().all(),
-            f"hidden states at layer {i} must be finite, but hold NaN or infinity",
+            heard is not None,
+            f"layer {i} of {type(self.decoder).__name__} must attend through transformers' "
+            "AttentionInterface, which was not called",
+            TypeError,
         )
-        if self.fixed:
-            K = self.fixed[i].to(there).minimum(there)
+        place, real, _ = self._left_at(i - 1)
+        one = slice(None, None, self.copies)  # copies of a sample choose alike
+        visual = self._visual.gather(1, place) & real  # (rows, N)
+        query_idx, asks = compact(self._asks.gather(1, place) & real)  # (rows, T)
+        sees = seen_by(query_idx, heard.mask, heard.is_causal, place.shape[1])  # (rows, T, N)
+        q = heard.q.take_along_dim(query_idx[:, None, :, None], dim=2)  # (rows, H, T, d)
+        attention = visual_attention(
+            q[one], heard.k[one], heard.scale, sees[one], asks[one], heard.softcap
+        )  # (B, H, N)
+        attention = attention.masked_fill(~visual[one][:, None], 0)
+        keep = self.choose(i, attention, visual[one]) & visual[one]  # (B, N)
+
+        kept = torch.zeros_like(self._visual[one]).scatter(1, place[one], keep)  # (B, T)
+        self.kept[i] = kept[:, : self.visual_mask.shape[1]]
+        self.counts[i] = keep.sum(dim=1)
+        text = real & ~visual
+        idx, real = compact(text | self._copy(keep))
+        self._left[i] = Left(place.gather(1, idx), real, ragged=not real.all())
+        return idx
+
+    def _left_at(self, i: int) -> Left:
+        """The tokens that layer i is called with."""
+        return self._left[max(layer for layer in self._left if layer <= i)]
+
+    def _call_with(self, left: Left, i: int, hidden: Tensor, kwargs: dict) -> dict:
+        """Layer i's arguments for the tokens that are left, and in an answer for all since."""
+        rotary = kwargs.get("position_embeddings")
+        require(
+            rotary is not None,
+            f"{type(self.decoder).__name__} must call its layers with position_embeddings",
+            TypeError,
+        )
+        if id(left) not in self._masks:
+            self._masks[id(left)] = self._mask(left, i, hidden, find_cache(kwargs))
+        if self.past == 0:
+            rotary = take_rotary(rotary, left.place)
+        # Without a mask, positions with gaps would be read as those of several packed prompts.
+        return kwargs | {
+            "attention_mask": self._masks[id(left)],
+            "position_embeddings": rotary,
+            "position_ids": None,
+        }
+
+    def _mask(self, left: Left, i: int, hidden: Tensor, cache: Cache | None) -> Tensor | None:
+        """The mask for the tokens that are left: layer 0's, cut.
+
+        The library makes one mask for all layers of a kind, as long as the cache of the first of
+        them. Layer 0's is always whole, and no window is shorter than the sequence.
+        """
+        rows, columns, real = left.place, left.place, left.real
+        if self.past == 0:
+            cache = None
         else:
-            K = adaptive_count(vav, self.lam, self.k, there)
-        keep = select(text_relevance(attention, self.k), K, visual_once)  # (B, N)
+            since = self.past + hidden.shape[1] - self.T
+            rows, columns = None, F.pad(columns, (0, since))
+            columns[:, -since:] = torch.arange(self.T, self.T + since)
+            real = F.pad(real, (0, since), value=True)
+        if self._first_mask is not None:
+            return cut_mask(self._first_mask, rows, columns, real)
+        if left.ragged:
+            return create_causal_mask(self.decoder.config, hidden, real, cache, layer_idx=i)
+        return None
 
-        self._record(i, keep, K, vav, attention)
-        text = valid & ~visual
-        kept_visual = keep.repeat_interleave(prompt.copies, dim=0)
-        return text | kept_visual
-
-    def _record(self, i: int, keep: Tensor, K: Tensor, vav: Tensor, attention: Tensor) -> None:
-        """What layer i decided, and by what, in the numbering of visual_mask."""
-        prompt = self._prompt
-        S = self.visual_mask.shape[1]
-        place = prompt.index[:: prompt.copies]  # (B, N)
-        kept = torch.zeros_like(prompt.visual[:: prompt.copies])  # (B, T)
-        whole = attention.new_zeros(*attention.shape[:2], kept.shape[1])  # (B, H, T)
-        self.kept[i] = kept.scatter(1, place, keep)[:, :S]
-        self.attention[i] = whole.scatter(2, place[:, None].expand_as(attention), attention)[
-            ..., :S
-        ]
-        self.counts[i] = K
-        self.vav[i] = vav
+    def _require_whole_cache(self, i: int, cache: Cache) -> None:
+        """Older releases cut all layers back to one length, which misses those that are short."""
+        left = self._left_at(i).place.shape[1]
+        require(
+            cache.get_seq_length(i) == left + self.past - self.T,
+            "the KV cache must be cut back by as many tokens in every layer: assisted decoding "
+            "does so with newer releases of transformers",
+        )
 
     # ------------------------------------------------------- after the decoder: back to full length
 
     def _after_decoder(self, decoder, args, output) -> None:
-        """The prompt's last hidden state goes back to full length: logits and labels line up."""
-        if self._past > 0:
+        """The prompt's hidden states go back to full length: logits and labels line up."""
+        if self.past > 0 or not self.kept:
             return
-        name = type(decoder).__name__
-        require(not isinstance(output, tuple), "return_dict must be True, or not given")
-        require_names(["last_hidden_state"], dir(output), f"the output of {name}")
-        if self.kept:  # else no layer's hook ran, and __exit__ says so
-            cache = find_cache(output.values())
-            unused = cache is None or cache.get_seq_length() == 0
-            require(
-                unused or cache is self._cache,
-                f"{name} must hand its KV cache to the layers as it is ({tested()})",
-            )
-        prompt = self._prompt
-        hidden = output.last_hidden_state.masked_fill(~prompt.valid[..., None], 0)  # (rows, N, D)
-        whole = hidden.new_zeros(*prompt.visual.shape, hidden.shape[2])  # (rows, T, D)
-        place = prompt.index[..., None].expand_as(hidden)  # (rows, N, D)
-        output.last_hidden_state = whole.scatter(1, place, hidden)
+        last = self._left_at(self.num_layers - 1)
+        output.last_hidden_state = self._at_full_length(output.last_hidden_state, last)
+        states = getattr(output, "hidden_states", None)
+        if states is not None:  # the input of layer 0, then what leaves each layer
+            left = [self._left_at(max(i - 1, 0)) for i in range(len(states))]
+            output.hidden_states = tuple(map(self._at_full_length, states, left))
+
+    def _at_full_length(self, hidden: Tensor, left: Left) -> Tensor:
+        """Hidden states of the tokens left (rows, N, D) -> (rows, T, D), 0 for all others."""
+        if hidden.shape[1] == self.T and not left.ragged:
+            return hidden
+        real, place = (x.to(hidden.device)[..., None] for x in (left.real, left.place))
+        whole = hidden.new_zeros(len(hidden), self.T, hidden.shape[2])
+        return whole.scatter(1, place.expand_as(hidden), hidden.masked_fill(~real, 0))
 
 
-def layers_to_prune(layers: list | None, counts: dict | None, L: int) -> list:
-    """The layers given, or the keys of counts, or L/8, 3L/8, 5L/8."""
-    if counts is not None:
-        require(layers is None, "layers must be None beside counts, whose keys they are")
-        layers = sorted(counts)
-    elif layers is None:
-        require(L >= 8, f"layers must be given for a decoder of {L} layers, fewer than 8")
-        layers = [L // 8, 3 * L // 8, 5 * L // 8]
-    layers = list(layers)
-    ascending = sorted(set(layers) & set(range(1, L)))
-    require(
-        layers and layers == ascending,
-        f"layers must be ascending numbers, 1 to {L - 1} for this decoder, got {layers}",
+class AdaptivePruner(TokenPruner):
+    r"""METEOR's rule: the text's top heads choose, and how much they attend says how many stay.
+
+    Args:
+        lam: \lambda, 0..infinity; infinity keeps all.
+        k: number of heads that decide, 1..H, the paper's 5; None: all.
+        model, visual_mask, layers, query_mask: as in `TokenPruner`, whose results these are, too.
+    After a prompt:
+        vav[layer] (B, H) float32: Visual Attention Values that the layer's tokens were chosen by.
+    Source: [paper]
+    """
+
+    def __init__(
+        self,
+        model,
+        visual_mask: Tensor,
+        lam: float,
+        layers: Iterable[int] | None = None,
+        k: int | None = 5,
+        query_mask: Tensor | None = None,
+    ):
+        super().__init__(model, visual_mask, layers, query_mask)
+        H = self.decoder.config.num_attention_heads
+        require(lam >= 0, f"lam must be 0 to infinity, got {lam}")
+        require(k is None or k in range(1, H + 1), f"k must be 1 to {H}, or None for all, got {k}")
+        self.lam, self.k = lam, H if k is None else k
+        self.vav = {}
+
+    def choose(self, layer: int, attention: Tensor, visual: Tensor) -> Tensor:
+        vav = head_vav(attention)  # (B, H)
+        self.vav[layer] = vav
+        K = adaptive_count(vav, self.lam, self.k, available=visual.sum(dim=1))  # (B,)
+        return select(text_relevance(attention, self.k), K, visual)
+
+
+def take_rotary(tables, place: Tensor):
+    """The rotary tables, (B or 1, S, d) each, of the tokens at place: they keep their positions."""
+    if isinstance(tables, Tensor):
+        return take(tables, place)
+    return tuple(take(table, place) for table in tables)
+
+
+def find_cache(kwargs: dict) -> Cache | None:
+    """The KV cache among a layer's arguments: past_key_values, or cache from transformers 5.24."""
+    return next((x for x in kwargs.values() if isinstance(x, Cache)), None)
+
+
+def refuse_short_cache(*args, **kwargs):
+    """In place of `update`, once the block has ended in which a cache was filled."""
+    raise ValueError(
+        "this KV cache lacks the tokens that were pruned, and only the pruner's own block knows "
+        "which: go on inside the block"
     )
-    return layers
-
-
-def counts_of_samples(K: int | Tensor, B: int) -> Tensor:
-    """(B,) int64: counts given as one number, or one a sample."""
-    K = torch.as_tensor(K)
-    is_count = not K.is_floating_point() and K.dtype != torch.bool and K.shape in ((), (B,))
-    require(
-        is_count and bool((K >= 1).all()),
-        f"counts must be whole numbers of 1 or more, one or {B} of them a layer, got {K.tolist()}",
-    )
-    return K.expand(B)
-
-
-def require_mask(name: str, mask: Tensor, shape: tuple | None = None) -> None:
-    is_tensor = isinstance(mask, Tensor)
-    require(is_tensor, f"{name} must be a bool tensor (B, S), got a {type(mask).__name__}")
-    good = mask.dtype == torch.bool and mask.dim() == 2 and shape in (None, mask.shape)
-    got = mask.dtype, tuple(mask.shape)
-    require(good, f"{name} must be bool of shape (B, S), got {got}")
-
-
-def text_after_image(visual_mask: Tensor) -> Tensor:
-    """(B, S) bool: True after the last visual token of each sample."""
-    from_here_on = visual_mask.flip(1).cumsum(1).flip(1)  # (B, S): visual tokens, itself included
-    return from_here_on == 0
 
 
 def main() -> None:
@@ -1057,9 +735,9 @@ def main() -> None:
     visual_mask = (torch.arange(64) < 48).expand(2, 64)
     for lam in (math.inf, 10, 5):
         with AdaptivePruner(model, visual_mask, lam=lam) as pruner, torch.no_grad():
-            cache = find_cache(model(inputs_embeds=embeds).values())
+            cache = find_cache(model(inputs_embeds=embeds))
+            lengths = [cache.get_seq_length(i) for i in range(8)]
         kept = [K.tolist() for K in pruner.counts.values()]
-        lengths = [cache.get_seq_length(i) for i in range(8)]
         print(f"lambda {lam}: 48 -> {kept} visual tokens; KV cache {lengths}")
 
 

@@ -24,15 +24,12 @@ class Budget:
     stage1: total over the encoders at their output, or (k_0, k_1, k_2) for the pruning points.
     stage2: K in the fused sequence.
     stage3: wanted mean number per LLM layer, averaged over layers and questions.
-    stage1_strategy, stage2_strategy, k, layers (of the LLM; None: L/8, 3L/8, 5L/8): as in the
-    stages.
+    k, layers (of the LLM; None: L/8, 3L/8, 5L/8): as in `stage3_decode.AdaptivePruner`.
     """
 
     stage1: int | tuple[int, ...] | None = None
     stage2: int | None = None
     stage3: float | None = None
-    stage1_strategy: str = "rank"
-    stage2_strategy: str = "collaborative"
     k: int = 5
     layers: tuple[int, ...] | None = None
 
@@ -196,7 +193,7 @@ def measure_lambda(
         row = []
         for lam in lams:
             pruner = stage3_decode.AdaptivePruner(
-                model.decoder, visual_mask, budget.layers, lam=lam, k=budget.k
+                model.decoder, visual_mask, lam, budget.layers, budget.k
             )
             with pruner:
                 model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)

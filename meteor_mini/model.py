@@ -118,22 +118,37 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """What each encoder reads of pictures (B, 3, H, W) float in [0, 1]."""
         return pixels_for(self.encoders, self.views, images, self.device)
 
-    def encode(self, images: Tensor, budget: Budget | None = None) -> Encoded:
-        """Stages 1 and 2. images (B, 3, H, W) float in [0, 1]; budget None: the model's own."""
+    def encode(
+        self,
+        images: Tensor,
+        budget: Budget | None = None,
+        ranks: Tensor | None = None,
+        fusion: Callable = stage2_fuse.fuse,
+    ) -> Encoded:
+        """Stages 1 and 2.
+
+        Args: images (B, 3, H, W) float in [0, 1]; budget, ranks (points, C): the model's own where
+            None; fusion: (tokens, K) -> `Fused`, in place of stage 2.
+        """
         budget = self.budget if budget is None else budget
         features, kept = stage1_encode.encode_all(
             list(self.encoders.values()),
             self.pixels(images),
             budget.stage1,
-            self.ranks,
-            budget.stage1_strategy,
+            self.ranks if ranks is None else ranks,
         )
-        return self.fuse(features, kept, budget)
+        return self.fuse(features, kept, budget, fusion)
 
-    def fuse(self, features: list[Tensor], kept: list[Tensor], budget: Budget) -> Encoded:
+    def fuse(
+        self,
+        features: list[Tensor],
+        kept: list[Tensor],
+        budget: Budget,
+        fusion: Callable = stage2_fuse.fuse,
+    ) -> Encoded:
         """Project each encoder's tokens (B, n_l, D_l) into the LLM's width, and run stage 2."""
         tokens = [project(x) for project, x in zip(self.projectors.values(), features)]
-        return Encoded(stage2_fuse.fuse(tokens, budget.stage2, budget.stage2_strategy), kept)
+        return Encoded(fusion(tokens, budget.stage2), kept)
 
     def tokenize(self, questions: list[str]) -> list[list[int]]:
         """Token ids of all that follows the picture. Raises: see `question_ids`."""
@@ -230,9 +245,7 @@ def stage3_pruner(
     lam = stage3_lambda(model.config, budget, K)
     if lam == float("inf"):
         return None
-    return stage3_decode.AdaptivePruner(
-        model.decoder, visual_mask, budget.layers, lam=lam, k=budget.k
-    )
+    return stage3_decode.AdaptivePruner(model.decoder, visual_mask, lam, budget.layers, budget.k)
 
 
 # -------------------------------------------------------------------------- text around the picture

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as transforms
 
-from stage1_encode import find_encoder, patch_grid
+from stage1_encode import can_prune_inside, find_encoder
 
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 8, 10_000, 20  # pixels, pixels, longer side : shorter side
 MAX_SQUARE = 1024  # larger pictures are scaled down; each encoder resizes to its own input anyway
@@ -237,7 +237,7 @@ def view_of(encoder: nn.Module) -> EncoderView:
     Mean and std: those of open_clip's preprocess_cfg, else of timm's pretrained_cfg, else CLIP's.
     Pix2Struct and DINOv2 take any grid: config.meteor_grid, where it is set.
     """
-    model, family = find_encoder(encoder)
+    model = find_encoder(encoder)
     if hasattr(getattr(model, "config", None), "patch_embed_hidden_size"):
         return pix2struct_view(model)
     if hasattr(model, "config"):
@@ -246,21 +246,24 @@ def view_of(encoder: nn.Module) -> EncoderView:
     open_clip_cfg = getattr(tower, "preprocess_cfg", None)
     timm_cfg = getattr(model, "pretrained_cfg", None)
     statistics = open_clip_cfg or timm_cfg or {}
-    if family.dense:
+    if not can_prune_inside(model):  # ConvNeXt
         size = getattr(tower, "image_size", None) or (timm_cfg or {}).get("input_size")
         if size is None:
             raise ValueError(
                 "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}"
             )
         size, width = size[-2:], model.num_features
+        stride = model.feature_info[-1]["reduction"]
+        grid = size[0] // stride, size[1] // stride
     elif hasattr(model, "patch_embed"):  # timm
-        size, width = model.patch_embed.img_size, model.embed_dim
+        patches = model.patch_embed
+        size, grid, width = patches.img_size, patches.grid_size, model.embed_dim
     else:
-        size, width = model.image_size, model.conv1.out_channels
+        size, grid, width = model.image_size, model.grid_size, model.conv1.out_channels
     size = tuple(size)
     return EncoderView(
         size=size,
-        grid=patch_grid(model, torch.empty(0, 3, *size)),
+        grid=tuple(grid),
         width=width,
         mean=tuple(statistics.get("mean", CLIP_MEAN)),
         std=tuple(statistics.get("std", CLIP_STD)),

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import stage2_fuse
+
 from ..budgets import Budget
 from ..model import Answer, Meteor
 from . import questions, world
@@ -287,10 +289,16 @@ def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[st
 
 
 @torch.no_grad()
-def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96) -> dict:
+def recall(
+    model: Meteor,
+    budget: Budget,
+    fusion: Callable = stage2_fuse.fuse,
+    split: str = "val",
+    samples: int = 96,
+) -> dict:
     """Which percentage of the patches of each group of `PATCHES` survives each stage.
 
-    The one table that explains most accuracy figures.
+    The one table that explains most accuracy figures. fusion: of `Meteor.encode`.
 
     Returns: {stage: {encoder: {group: percent}}}, with encoder "any" for patches that survive in
         one encoder or more; 0 for a group without patches.
@@ -301,7 +309,9 @@ def recall(model: Meteor, budget: Budget, split: str = "val", samples: int = 96)
     for stage in stages:
         alive[stage] = {name: dict.fromkeys(PATCHES, 0) for name in names}
     for examples in batches(split, samples):
-        answers = model.answer(*images_and_questions(examples), budget)
+        images, questions = images_and_questions(examples)
+        encoded = model.encode(images, budget, fusion=fusion)
+        answers = model.answer(encoded, questions, budget)
         for example, answer in zip(examples, answers):
             for group, patches in patch_groups(example.picture).items():
                 total[group] += int(patches.sum())

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 import stage1_encode
 
+from ..baselines import RandomPatches
 from ..pictures import view_of
 from ..weights import build_encoder
 from . import world
@@ -108,25 +109,17 @@ def told_words(words: np.ndarray, name: str) -> np.ndarray:
     return words * TOLD_SLOTS[name][words[..., 0]]
 
 
-class RandomPatches(stage1_encode.EncoderPruner):
-    """Patch dropout: keeps `keep` patches at random after the first block, and tells which."""
-
-    def __init__(self, encoder: nn.Module, keep: int):
-        model, family = stage1_encode.find_encoder(encoder)
-        later_blocks = len(model.get_submodule(family.blocks)) - 1
-        super().__init__(model, [keep, *[None] * later_blocks], ["attention"] * (later_blocks + 1))
-
-    def _attention_score(self, block: nn.Module, x: Tensor, rope: Tensor | None) -> Tensor:
-        return torch.rand(len(x), x.shape[1] - self.prefix, device=x.device)
-
-
 def random_pruner(
     encoder: nn.Module, rng: np.random.Generator, done: float
 ) -> stage1_encode.EncoderPruner:
-    """What is dropped in a step. done: share of the training that lies behind."""
+    """What is dropped in a step: nothing, or random patches after the first block.
+
+    done: share of the training that lies behind.
+    """
     if rng.random() < WHOLE_SHARE or done >= WHOLE_FROM:
         return stage1_encode.EncoderPruner(encoder, [None])
-    return RandomPatches(encoder, DROPPED_TO)
+    later_blocks = len(stage1_encode.EncoderPruner(encoder, [None]).blocks) - 1
+    return RandomPatches(encoder, [DROPPED_TO, *[None] * later_blocks])
 
 
 @contextlib.contextmanager
@@ -197,7 +190,7 @@ def tokens_of(
             pruner.encoder(pixels)
     finally:
         handle.remove()
-    x = pruner.encoder.get_submodule(pruner.family.norm)(outputs[0])
+    x = pruner.norm(outputs[0])
     patches, kept = pruner.tokens, pruner.keep_idx
     if pruner.has_cls:
         return x[:, 0], patches, kept
@@ -307,7 +300,7 @@ def losses_of(
     rows = np.sort(rows)
     images = seen(pool.images[rows], name).to(device)
     words = labels(learned_words(pool.words[rows], name), device)  # (B, 144, slots)
-    dense = stage1_encode.find_encoder(encoder)[1].dense
+    dense = not stage1_encode.can_prune_inside(encoder)
     pruner = None if dense else random_pruner(encoder, rng, done)
     late_block = int(rng.choice(LATE_BLOCKS)) if rng.random() < LATE_SHARE else 0
     blank = words[..., 0] == 0

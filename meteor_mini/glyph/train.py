@@ -34,6 +34,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import stage1_encode
 
+from ..baselines import FUSIONS
 from ..budgets import Budget, measure_lambda, measure_ranks
 from ..finetune import Dialogue, answer_loss, filled_up, pack_dialogue, training_loss
 from ..model import Encoded, Meteor
@@ -438,15 +439,17 @@ def weighted_families(kind: str) -> list[str]:
     return families
 
 
-def random_batch(rng: np.random.Generator, kept_by_stage1: int, full: int) -> tuple[int, Budget]:
-    """(pictures, stage-2 budget): all tokens for few pictures, or few tokens for many."""
+def random_batch(
+    rng: np.random.Generator, kept_by_stage1: int, full: int
+) -> tuple[int, Budget, Callable]:
+    """(pictures, stage-2 budget, fusion): all tokens for few pictures, or few tokens for many."""
     if kept_by_stage1 == full and rng.random() < 0.7:
-        return 6, Budget()
+        return 6, Budget(), FUSIONS["collaborative"]
     if rng.random() < 0.1:
-        return 12, Budget()
+        return 12, Budget(), FUSIONS["collaborative"]
     strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
     K = min(int(rng.integers(*COUNTS)), kept_by_stage1)
-    return BATCH, Budget(stage2=K, stage2_strategy=strategy)
+    return BATCH, Budget(stage2=K), FUSIONS[strategy]
 
 
 def mask_encoders(features: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
@@ -466,10 +469,10 @@ def random_encoded(
     """
     features, kept = load_chunk(model, work / "features", chunk)
     kept_by_stage1 = sum(x.shape[1] for x in features)
-    size, budget = random_batch(rng, kept_by_stage1, model.num_tokens)
+    size, budget, fusion = random_batch(rng, kept_by_stage1, model.num_tokens)
     rows = rng.permutation(CHUNK)[:size]
     features = mask_encoders([x[rows] for x in features], rng)
-    encoded = model.fuse(features, [keep_idx[rows] for keep_idx in kept], budget)
+    encoded = model.fuse(features, [keep_idx[rows] for keep_idx in kept], budget, fusion)
     return encoded, chunk * CHUNK + rows
 
 

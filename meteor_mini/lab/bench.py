@@ -24,13 +24,14 @@ from transformers import PreTrainedModel
 
 import stage1_encode
 import stage2_fuse
-from stage3_decode import AdaptivePruner, average_tokens
+from stage1_encode import EncoderPruner
+from stage3_decode import AdaptivePruner, average_tokens, default_layers
 
+from .. import baselines
 from ..glyph.evaluate import encoding_flops, prefill_flops
 from ..model import Meteor
 from ..pictures import view_of
 from ..weights import build_decoder
-from . import baselines
 from .bench_page import NOTES, as_grid, write
 from .contenders import (
     HEADS,
@@ -45,7 +46,6 @@ from .contenders import (
     build,
     contenders,
     pruned_and_not,
-    pruned_layers,
     run,
     spread,
 )
@@ -258,7 +258,7 @@ def peers(
 
 def peer_pruners(V: int, L: int) -> dict[str, baselines.Pruner | None]:
     """Stage 3 at the paper's counts, and its peers at counts with the same mean over L layers."""
-    layers = pruned_layers(L)
+    layers = default_layers(L)
     counts = {i: round(V * k / PAPER_STAGE2) for i, k in zip(layers, PAPER_STAGE3)}
     average = average_tokens(V, list(counts.values()), layers, L)
     early = fastv_count(V, average, 2, L)
@@ -412,21 +412,21 @@ def growth(
 
 def choose_by_pairs(tokens: list[Tensor], K: int) -> Tensor:
     """The K tokens of all encoders that stage 2 keeps, (B, K), by its formula as it is written."""
-    return stage2_fuse.lowest(torch.cat(pairwise_redundancy(tokens), dim=1), K)
+    return stage2_fuse.lowest(pairwise_redundancy(tokens), K)
 
 
-def pairwise_redundancy(tokens: list[Tensor]) -> list[Tensor]:
+def pairwise_redundancy(tokens: list[Tensor]) -> Tensor:
     """Stage 2's formula as it is written, with all pairs of tokens of different encoders: what
     `mutual_redundancy` avoids.
 
-    Args: tokens: C x (B, n_l, D). Returns: C x (B, n_l).
+    Args: tokens: C x (B, n_l, D). Returns: (B, sum of n_l).
     """
     units = [F.normalize(z.float(), dim=-1) for z in tokens]
     redundancies = []
     for j, own in enumerate(units):
         others = [unit for l, unit in enumerate(units) if l != j]
         redundancies.append(sum((own @ other.mT).sum(dim=-1) for other in others))
-    return redundancies
+    return torch.cat(redundancies, dim=1)
 
 
 @torch.no_grad()
@@ -470,37 +470,18 @@ def shallow_clip(size: dict, n: int) -> nn.Module:
 
 def stage1_overhead(vit: nn.Module, device: str, dtype: torch.dtype) -> tuple[float, float]:
     """Choosing half of the patches by attention and by similarity, each in percent of a block."""
-    model, family = stage1_encode.find_encoder(vit)
-    block = model.get_submodule(family.blocks)[0]
-    prefix, has_cls = family.prefix(model)
+    blocks = EncoderPruner(vit, [None]).blocks
     view = view_of(vit)
-    S = prefix + view.num_tokens
-    x = torch.randn(1, S, view.width, device=device, dtype=dtype)
-
-    def by_attention() -> Tensor:
-        queries = 1 if has_cls else S
-        q, k, scale = family.queries_and_keys(block, x, queries, None)
-        score = stage1_encode.received_attention(q, k, scale)[:, prefix:]
-        return keep_half(x, score, prefix)
-
-    def by_similarity() -> Tensor:
-        score = -stage1_encode.mean_similarity(x[:, prefix:])
-        return keep_half(x, score, prefix)
-
-    of_the_block = median_of(partial(block, x), x.device)
-    attention = median_of(by_attention, x.device)
-    similarity = median_of(by_similarity, x.device)
-    return 100 * attention / of_the_block, 100 * similarity / of_the_block
-
-
-def keep_half(x: Tensor, score: Tensor, prefix: int) -> Tensor:
-    """What stage 1 does with a score: sort, gather.
-
-    Args: x (B, P + N, D); score (B, N). Returns: (B, P + N // 2, D).
-    """
-    stay = stage1_encode.highest(score, score.shape[1] // 2)  # (B, N // 2)
-    patches = x[:, prefix:].take_along_dim(stay[..., None], dim=1)
-    return torch.cat([x[:, :prefix], patches], dim=1)
+    pixels = torch.rand(1, 3, *view.size, device=device, dtype=dtype)
+    N, percents = view.num_tokens, []
+    for rule in (baselines.AttentionPruner, EncoderPruner):  # of one part: similarity
+        samples = []
+        for _ in range(4):
+            with stopwatch(torch.device(device)) as spent:
+                stage1_encode.encode(vit, pixels, [N // 2], rule)
+            samples.append(100 * spent["stage 1"] * len(blocks) / spent["encoders"])
+        percents.append(statistics.median(samples[1:]))  # the first warms up
+    return tuple(percents)
 
 
 def stage3_overhead(decoder: PreTrainedModel, V: int, runs: int = 3) -> float:
@@ -515,7 +496,7 @@ def stage3_overhead(decoder: PreTrainedModel, V: int, runs: int = 3) -> float:
     percents = []
     for _ in range(1 + runs):
         with stopwatch(device) as spent:
-            with AdaptivePruner(decoder, visual_mask, layers, lam=float("inf")):
+            with AdaptivePruner(decoder, visual_mask, float("inf"), layers):
                 spent.clear()  # of making and entering the pruner
                 total = seconds_of(read_prompt, device)
                 choosing = spent["stage 3"]

@@ -12,13 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from stage3_decode import find_cache
+from stage3_decode import default_layers, find_cache
 
+from .. import baselines
 from ..budgets import Budget
 from ..glyph.parts import build_tokenizer
 from ..model import Encoded, Meteor
 from ..weights import build_decoder
-from . import baselines, fusions
+from . import fusions
 from .timing import Clock, synchronize
 
 # The presets "small" and "eagle-x4" with n x n patches in each encoder, whatever their own size.
@@ -200,8 +201,8 @@ def meteor(model: Meteor) -> Contender:
     L, N = model.decoder.config.num_hidden_layers, model.num_tokens
     K = in_proportion(PAPER_STAGE2, N)
     stage1 = in_proportion(PAPER_STAGE1, N)
-    budget = Budget(stage1=stage1, stage2=K, stage1_strategy="average")  # without ranks
-    counts = {i: in_proportion(k, N) for i, k in zip(pruned_layers(L), PAPER_STAGE3)}
+    budget = Budget(stage1=stage1, stage2=K)  # without ranks, encoders share equally
+    counts = {i: in_proportion(k, N) for i, k in zip(default_layers(L), PAPER_STAGE3)}
     encode = partial(encode_by_budget, model, budget)
     return Contender(encode, baselines.fixed(counts, HEADS), spread(K, counts, L))
 
@@ -230,11 +231,6 @@ def encode_by_fusion(model: Meteor, fusion: fusions.Learned, images: Tensor) -> 
 def in_proportion(count: int, N: int) -> int:
     """One of the paper's counts, scaled to a model of N visual tokens."""
     return round(N * count / PAPER_ALL)
-
-
-def pruned_layers(L: int) -> list[int]:
-    """Those of stage 3 in a decoder of L layers."""
-    return [L // 8, 3 * L // 8, 5 * L // 8]
 
 
 def spread(K: int, counts: dict[int, int], L: int) -> list[int]:
@@ -271,6 +267,6 @@ def run(model: Meteor, contender: Contender, images: Tensor, new: int = NEW) -> 
         streamer=clock,
         return_dict_in_generate=True,
     )
-    layers = find_cache(output.values()).layers
+    layers = find_cache(output).layers
     kv = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
     return clock.seconds(start) | {"kv": kv}

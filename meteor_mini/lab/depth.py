@@ -2,6 +2,7 @@
 that questions ask about each of them would keep there (Findings 1 and 2).
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import stage1_encode
-from stage1_encode import ROPE, find_encoder, highest, mean_similarity, received_attention
+from stage1_encode import EncoderPruner, highest, mean_similarity
 
 from ..glyph.evaluate import Example, batches, difference, images_and_questions
 from ..glyph.schooling import TOLD
@@ -37,26 +38,24 @@ def criteria_by_block(encoder: nn.Module, pixels: Tensor) -> dict[str, list[Tens
         their mean after the block, and the attention that they receive in it.
     Source: [paper, Findings 1 and 2]
     """
-    model, family = find_encoder(encoder)
-    blocks = model.get_submodule(family.blocks)
-    prefix, has_cls = family.prefix(model)
-    scores = {"similarity": [], "attention": []}
+    blocks = EncoderPruner(encoder, [None]).blocks
+    N = stage1_encode.count_tokens(encoder, pixels)
+    with CriteriaRecorder(encoder, [N] * len(blocks)) as recorder:
+        recorder.encoder(pixels)
+    return recorder.scores
 
-    def score(block, args, kwargs, output):
-        x_in = args[0]  # (B, P + N, D)
-        x_out = output[0] if isinstance(output, tuple) else output
-        queries = 1 if has_cls else x_in.shape[1]
-        q, k, scale = family.queries_and_keys(block, x_in, queries, kwargs.get(ROPE))
-        scores["similarity"].append(mean_similarity(x_out[:, prefix:]))
-        scores["attention"].append(received_attention(q, k, scale)[:, prefix:])
 
-    handles = [block.register_forward_hook(score, with_kwargs=True) for block in blocks]
-    try:
-        model(pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return scores
+class CriteriaRecorder(EncoderPruner):
+    """Keeps all, and notes what both criteria say after every part."""
+
+    def __init__(self, encoder: nn.Module, keep: list[int]):
+        super().__init__(encoder, keep)
+        self.scores = {"similarity": [], "attention": []}
+
+    def score(self, part: int, tokens: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+        self.scores["similarity"].append(mean_similarity(tokens))
+        self.scores["attention"].append(attention())
+        return self.scores["attention"][-1]
 
 
 def kept_by(criterion: str, score: Tensor, K: int) -> Tensor:

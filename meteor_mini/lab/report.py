@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from stage3_decode import layers_to_prune
+from stage3_decode import default_layers
 
 from ..budgets import Budget
 from ..glyph.evaluate import (
@@ -153,7 +153,7 @@ class Measurements:
         result = self.answers_to_blocks(budget, times)
         tokens = result["tokens"]  # (n,): mean over L layers
         if late:
-            first = layers_to_prune(budget.layers, None, L)[0]
+            first = (budget.layers or default_layers(L))[0]
             tokens = (L * tokens - first * budget.stage2) / (L - first)
         asked = question_groups(result["family"])
         general, ocr = (tokens[asked[group]] for group in GROUPS)

@@ -6,11 +6,12 @@ import itertools
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import stage1_encode
-from stage3_decode import AdaptivePruner
 
+from .. import baselines
 from ..budgets import Budget
 from ..glyph.clips import CLIPS, make_clip
 from ..glyph.evaluate import (
@@ -28,10 +29,7 @@ from ..glyph.evaluate import (
 from ..glyph.questions import FAMILIES, KIND_OF_FAMILY
 from ..glyph.world import make_picture
 from ..model import Answer, Encoded, Meteor
-from . import baselines
 from .tables import GROUPS
-
-STRATEGIES = ("collaborative", "separate", "random", "greedy")  # of stage 2
 
 
 @torch.no_grad()
@@ -48,9 +46,20 @@ def rank_statistics(model: Meteor, pictures: int = 64) -> dict[str, dict[str, fl
         table[name] = {
             "rank": rank.mean().item(),
             "spread": (rank.std() / rank.mean()).item(),
-            "diversity": stage1_encode.nuclear_diversity(x).mean().item(),
+            "diversity": nuclear_diversity(x).mean().item(),
         }
     return table
+
+
+def nuclear_diversity(tokens: Tensor) -> Tensor:
+    r"""||A||_* / N for the row-normalised tokens A: 1 where all differ, low where all are alike.
+
+    Args: tokens (B, N, D) float.
+    Returns: (B,) float64, 0..sqrt(min(N, D) / N).
+    Source: [supplement A]
+    """
+    A = F.normalize(tokens.double(), dim=-1)
+    return torch.linalg.matrix_norm(A, "nuc") / tokens.shape[1]
 
 
 def coverage(model: Meteor) -> dict[str, dict[str, float]]:
@@ -62,9 +71,9 @@ def coverage(model: Meteor) -> dict[str, dict[str, float]]:
     K = model.budget.stage1 // 3
     torch.manual_seed(0)  # of "random"
     table = {}
-    for strategy in STRATEGIES:
-        budget = Budget(stage1=model.budget.stage1, stage2=K, stage2_strategy=strategy)
-        table[f"{strategy}, {K}"] = recall(model, budget)["stage2"]["any"]
+    budget = Budget(stage1=model.budget.stage1, stage2=K)
+    for strategy, fusion in baselines.FUSIONS.items():
+        table[f"{strategy}, {K}"] = recall(model, budget, fusion)["stage2"]["any"]
     return table
 
 
@@ -183,7 +192,7 @@ def last_attention(model: Meteor, encoded: Encoded, questions: list[str]) -> Ten
     """
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
     last = model.decoder.config.num_hidden_layers - 1
-    with AdaptivePruner(model.decoder, visual_mask, layers=[last], lam=float("inf")) as pruner:
+    with baselines.AttentionRecorder(model.decoder, visual_mask, [last]) as pruner:
         model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
     over_heads = pruner.attention[last].mean(dim=1)  # (B, S)
     on_picture = over_heads[visual_mask].view(len(questions), -1)  # (B, K)

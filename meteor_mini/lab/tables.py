@@ -18,14 +18,16 @@ import torch
 from torch import Tensor
 
 import stage1_encode
-from stage3_decode import AdaptivePruner, layers_to_prune, solve_lambda
+from stage2_fuse import fuse
+from stage3_decode import AdaptivePruner, default_layers, solve_lambda
 
+from .. import baselines
 from ..budgets import Budget, budget_for
 from ..glyph.evaluate import Method, batches, images_and_questions
 from ..glyph.questions import FAMILIES
 from ..model import Answer, Encoded, Meteor
 from ..pictures import pixels_for
-from . import baselines, fusions
+from . import fusions
 
 GROUPS = ["General", "OCR & Chart"]
 Encode = Callable[[Meteor, Tensor], object]
@@ -53,6 +55,23 @@ class Row:
 def meteor_row(budget: Budget, label: str, against: str | None = None, **paper) -> Row:
     """METEOR under a budget."""
     return Row(label, budget, stages_1_and_2(budget), against, paper)
+
+
+def control_row(
+    budget: Budget,
+    label: str,
+    against: str | None = None,
+    strategy: str = "rank",
+    fusion: Callable = fuse,
+    **paper,
+) -> Row:
+    """Stages 1 and 2 with other shares of `baselines.SHARES`, or another fusion; no stage 3."""
+
+    def encode(model: Meteor, images: Tensor) -> Encoded:
+        ranks = baselines.reranked(model.ranks, strategy)
+        return model.encode(images, budget, ranks, fusion)
+
+    return encoding_row(encode, None, label, against, **paper)
 
 
 def pruner_row(
@@ -310,10 +329,10 @@ def table1(model: Meteor) -> list[Row]:
         fall = left / n
         totals = (round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), total)
         for strategy, score in paper.items():
-            budget = Budget(stage1=totals, stage1_strategy=strategy)
             against = None if strategy == "rank" else f"rank, {total}"
             printed = {"Avg": score} if total == number["paper_stage1"] else {}
-            rows.append(meteor_row(budget, f"{strategy}, {total}", against, **printed))
+            label = f"{strategy}, {total}"
+            rows.append(control_row(Budget(stage1=totals), label, against, strategy, **printed))
     return rows
 
 
@@ -336,10 +355,11 @@ def table2(model: Meteor) -> list[Row]:
     rows = [meteor_row(Budget(stage1=total), label, **everything)]
     for K in (proportion, total // 3):
         for strategy, scores in paper.items():
-            budget = Budget(stage1=total, stage2=K, stage2_strategy=strategy)
+            budget, fusion = Budget(stage1=total, stage2=K), baselines.FUSIONS[strategy]
             against = None if strategy == "collaborative" else f"collaborative, {K}"
             printed = scores if K == proportion else {}
-            rows.append(meteor_row(budget, f"{strategy}, {K}", against, **printed))
+            label = f"{strategy}, {K}"
+            rows.append(control_row(budget, label, against, fusion=fusion, **printed))
 
     # the others of `fusions.LEARNED` need longer training: see `texts.NOTES`
     learned = {"EAGLE-style": {"POPE": 86.7, "DocVQA": 70.9, "OCR": 493}}
@@ -386,7 +406,7 @@ def average_like(model: Meteor, tokens: float, average: float) -> int:
     from the layers in front of the first pruned one: in the paper 576 tokens in 4 of 32 layers.
     """
     L = model.decoder.config.num_hidden_layers
-    first = layers_to_prune(model.budget.layers, None, L)[0]
+    first = (model.budget.layers or default_layers(L))[0]
     before = model.budget.stage2 * first / L
     paper_before = 576 * 4 / 32
     share = (tokens - paper_before) / (242 - paper_before)
@@ -400,7 +420,7 @@ def fixed_counts(model: Meteor, average: float) -> tuple[dict[int, int], dict[in
     to rounding.
     """
     K, L = model.budget.stage2, model.decoder.config.num_hidden_layers
-    layers = layers_to_prune(model.budget.layers, None, L)
+    layers = model.budget.layers or default_layers(L)
     paper = np.array([390, 172, 78])  # to be scaled to the wanted average
     layers_with_each = np.diff([*layers, L])
     wanted = average * L - K * layers[0]  # tokens in all layers from the first pruned one on

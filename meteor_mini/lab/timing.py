@@ -5,22 +5,16 @@ been asked for is not taken for done.
 """
 
 import contextlib
-import functools
 import os
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch.profiler import ProfilerActivity, profile
-
-import stage1_encode
-import stage2_fuse
-from stage1_encode import EncoderPruner
-from stage3_decode import AdaptivePruner
-
-from ..model import Meteor
 
 PARTS = ("encoders", "stage 1", "projectors", "stage 2", "stage 3", "LLM")  # of a prefill
 
@@ -160,66 +154,51 @@ def silent_stderr() -> Iterator[None]:
 
 # ------------------------------------------------------------------------ of the parts of a prefill
 
+FILES = {"stage1_encode.py": "stage 1", "stage2_fuse.py": "stage 2", "stage3_decode.py": "stage 3"}
+METHODS = {"pixels": "encoders", "fuse": "projectors", "generate": "LLM"}  # of `Meteor`
+LIBRARIES = ("transformers", "timm", "open_clip", "torch/nn/modules/module.py")
+CALLED_BY = {"stage 1": "encoders", "stage 3": "LLM"}  # what a stage file calls of a library
+
 
 @contextlib.contextmanager
 def stopwatch(device: torch.device) -> Iterator[Counter]:
-    """Inside the block, seconds spent in each of `PARTS`.
+    """Inside the block, seconds spent in each of `PARTS`, by which file's code is running.
 
-    Each function of `timed_functions` counts its own time, without that of those it calls. After
-    the block they are as they were, also where it raises.
+    Python tells of every call and return. What a stage file does counts for the stage, but for the
+    library's model that it calls, or whose attention it hands on to.
     """
-    spent, kept = Counter(), []
+    spent, running = Counter(), [None]
+    since = time.perf_counter()
+
+    def switch(frame, event, arg) -> None:
+        nonlocal since
+        if event not in ("call", "return"):
+            return
+        before = running[-1]
+        if event == "call":
+            running.append(part_of(frame, before))
+        elif len(running) > 1:
+            running.pop()
+        if running[-1] != before:
+            synchronize(device)
+            now = time.perf_counter()
+            if before is not None:
+                spent[before] += now - since
+            since = now
+
+    sys.setprofile(switch)
     try:
-        for owner, name, part in timed_functions():
-            function = vars(owner)[name]
-            kept.append((owner, name, function))
-            setattr(owner, name, timed(function, part, spent, device))
         yield spent
     finally:
-        for owner, name, function in kept:
-            setattr(owner, name, function)
+        sys.setprofile(None)
 
 
-def timed_functions() -> list[tuple[object, str, str]]:
-    """Where the stopwatch looks: owner (a module or class), name of its function, part.
-
-    Stage 1 inside a ViT is what its pruner does around the blocks, but for the final norm; behind a
-    ConvNeXt it is the two functions that choose. What is left of `encode` is the library's forward.
-    """
-    return [
-        (Meteor, "pixels", "encoders"),
-        (stage1_encode, "encode", "encoders"),
-        (EncoderPruner, "_final_norm", "encoders"),
-        (stage1_encode, "encode_all", "stage 1"),
-        (stage1_encode, "mean_similarity", "stage 1"),
-        (stage1_encode, "highest", "stage 1"),
-        *((EncoderPruner, name, "stage 1") for name in pruner_methods(EncoderPruner)),
-        (Meteor, "fuse", "projectors"),
-        (stage2_fuse, "fuse", "stage 2"),
-        *((AdaptivePruner, name, "stage 3") for name in pruner_methods(AdaptivePruner)),
-        (Meteor, "generate", "LLM"),
-    ]
-
-
-def pruner_methods(pruner: type) -> list[str]:
-    """What a pruner runs by itself: when it is made and entered, and its hooks."""
-    hooks = [name for name in vars(pruner) if name.startswith(("_before", "_after"))]
-    return ["__init__", "__enter__", *hooks]
-
-
-def timed(function: Callable, part: str, spent: Counter, device: torch.device) -> Callable:
-    """The same function; each call adds its own seconds to spent[part]."""
-
-    @functools.wraps(function)
-    def call(*args, **kwargs):
-        synchronize(device)
-        start, counted_before = time.perf_counter(), sum(spent.values())
-        try:
-            return function(*args, **kwargs)
-        finally:
-            synchronize(device)
-            elapsed = time.perf_counter() - start
-            of_those_it_called = sum(spent.values()) - counted_before
-            spent[part] += elapsed - of_those_it_called
-
-    return call
+def part_of(frame, part: str | None) -> str | None:
+    """The part of a prefill to which a function that is called belongs; part: its caller's."""
+    path = Path(frame.f_code.co_filename)
+    if path.name in FILES:
+        return FILES[path.name]
+    if path.match("meteor_mini/model.py"):
+        return METHODS.get(frame.f_code.co_name, part)
+    of_library = any(f"/{library}" in path.as_posix() for library in LIBRARIES)
+    return CALLED_BY.get(part, part) if of_library else part
