@@ -106,6 +106,13 @@ def add_ask(commands) -> None:
     amount.add_argument(
         "--tokens", type=number, metavar="N", help="wanted mean visual tokens per LLM layer"
     )
+    amount.add_argument(
+        "--lam",
+        type=float,
+        metavar="X",
+        help="lambda of a vision-language model, as an earlier answer printed it: finding it for "
+        "one question takes longer than no pruning",
+    )
     amount.add_argument("--keep-all", action="store_true", help="no pruning")
     command.add_argument(
         "--plot", type=Path, metavar="FILE", help="write a PNG: patches that survive each stage"
@@ -292,6 +299,8 @@ def run_ask(args: Namespace) -> None:
     images = load_picture(args.image)
     if is_vlm(args.model):
         return ask_vlm(args, images)
+    if args.lam is not None:
+        raise ValueError("--lam is for a vision-language model; a Meteor is calibrated: --tokens")
     model = load_model(args.model)
     model.tokenize([args.question])  # an unknown word is better found before the encoders run
     budget = model.budget
@@ -336,14 +345,17 @@ def ask_vlm(args: Namespace, images: torch.Tensor) -> None:
         raise ValueError("--plot draws the encoders of a Meteor model; stage 3 alone has none")
     model, processor = vlm.load_vlm(args.model)
     image = Image.fromarray((255 * images[0].permute(1, 2, 0)).round().byte().numpy())
-    result = vlm.ask(model, processor, image, args.question, args.tokens, args.keep_all)
+    keep_all, lam = args.keep_all, args.lam
+    result = vlm.ask(model, processor, image, args.question, args.tokens, keep_all, lam)
     if args.json:
         print(json.dumps({"question": args.question} | result))
         return
     print(result["answer"] or "(nothing)")
     average = demo.short(result["average_tokens"])
+    lam = "" if result["lam"] is None else f"; --lam {result['lam']:.4g} asks again faster"
     print(
         f"  tokens {result['visual_tokens']} -> {average} (visual tokens in -> mean per LLM layer)"
+        f"{lam}"
     )
 
 

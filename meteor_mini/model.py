@@ -5,6 +5,7 @@ through the three stage files in order, and says which patch of which encoder is
 """
 
 import contextlib
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ import stage3_decode
 from . import weights
 from .budgets import Budget, stage3_lambda
 from .pictures import pixels_for, view_of
+
+# Pruners hook into the models themselves, so threads that share a model take turns.
+RUNNING = threading.RLock()
 
 
 @dataclass
@@ -131,12 +135,10 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
             None; fusion: (tokens, K) -> `Fused`, in place of stage 2.
         """
         budget = self.budget if budget is None else budget
-        features, kept = stage1_encode.encode_all(
-            list(self.encoders.values()),
-            self.pixels(images),
-            budget.stage1,
-            self.ranks if ranks is None else ranks,
-        )
+        ranks = self.ranks if ranks is None else ranks
+        encoders, pixels = list(self.encoders.values()), self.pixels(images)
+        with RUNNING:
+            features, kept = stage1_encode.encode_all(encoders, pixels, budget.stage1, ranks)
         return self.fuse(features, kept, budget, fusion)
 
     def fuse(
@@ -184,8 +186,9 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
     ) -> tuple:
         """Hugging Face `generate` under stage 3's pruner; options go on to it.
 
-        Args: pruner: (decoder, visual_mask) -> `AdaptivePruner`, in place of the budget's stage 3.
-        Returns: new token ids (B, T) int64, and the pruner, None where stage 3 keeps all.
+        Args: pruner: (decoder, visual_mask) -> `TokenPruner`, in place of the budget's stage 3.
+        Returns: what `generate` returns, new token ids (B, T) int64 unless options say otherwise;
+            and the pruner, None where stage 3 keeps all.
         """
         budget = self.budget if budget is None else budget
         embeds, attention_mask, visual_mask = self.prompt(encoded, questions)
@@ -194,7 +197,7 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         else:
             stage3 = pruner(self.decoder, visual_mask)
         options = {"max_new_tokens": 24, "do_sample": False} | options
-        with stage3 or contextlib.nullcontext():
+        with RUNNING, stage3 or contextlib.nullcontext():
             ids = self.decoder.generate(
                 inputs_embeds=embeds, attention_mask=attention_mask, **options
             )
@@ -216,14 +219,17 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """Answer one question for each picture, with what happened to the visual tokens on the way.
 
         Args: images (B, 3, H, W) float in [0, 1], or an `Encoded` batch to reuse; questions: B
-            texts;
-            budget: the model's own where None; pruner, options: of `generate`.
+            texts; budget: the model's own where None; pruner, options: of `generate`.
+        Returns: B answers; with num_return_sequences=n, n to each question, side by side.
         """
         if self.config.get("trained") is False:
             untrained = "the projectors of this model are not trained yet: its answers mean nothing"
             warnings.warn(untrained, stacklevel=3)
+        if isinstance(images, Tensor) and len(images) == len(questions) == 0:
+            return []
         encoded = images if isinstance(images, Encoded) else self.encode(images, budget)
-        ids, stage3 = self.generate(encoded, questions, budget, pruner, **options)
+        output, stage3 = self.generate(encoded, questions, budget, pruner, **options)
+        ids = output if isinstance(output, Tensor) else output.sequences
         return account(self, encoded, self.decode(ids), stage3)
 
     @classmethod
@@ -325,7 +331,7 @@ def check_words(tokenizer: PreTrainedTokenizerBase, question: str) -> None:
 
 
 def account(model: Meteor, encoded: Encoded, texts: list[str], pruner) -> list[Answer]:
-    """Counts and maps of patches after each stage, for every sample of a batch."""
+    """Counts and maps of patches after each stage, for every answer: one or more to a sample."""
     B, K, _ = encoded.fused.tokens.shape
     L = model.decoder.config.num_hidden_layers
     layers = torch.full((B, L), K)  # visual tokens in each LLM layer
@@ -337,7 +343,8 @@ def account(model: Meteor, encoded: Encoded, texts: list[str], pruner) -> list[A
         in_last_layer = torch.stack([row[seen] for row, seen in zip(last, pruner.visual_mask)])
     everything = torch.ones(K, dtype=torch.bool)
     answers = []
-    for b, text in enumerate(texts):
+    for number, text in enumerate(texts):
+        b = number // (len(texts) // B)
         kept = {
             "stage1": stage1_maps(model, encoded, b),
             "stage2": fused_maps(model, encoded, b, everything),

@@ -83,15 +83,18 @@ def ask(
     question: str,
     tokens: float | None = None,
     keep_all: bool = False,
+    lam: float | None = None,
     **options,
 ) -> dict:
     """Answer a question about a picture.
 
     Args:
-        tokens: wanted visual tokens per layer; None: `SHARE` of them.
+        tokens: wanted visual tokens per layer; None: `SHARE` of them. To find the lambda that gives
+            them takes up to 42 prefills, so give lam where you have it.
+        lam: lambda, in place of tokens.
         options: of `generate`.
     Returns: {"answer", "visual_tokens": what came in, "average_tokens": mean per layer,
-        "counts": {layer: tokens from there on}}.
+        "counts": {layer: tokens from there on}, "lam": lambda, None where all are kept}.
     Raises: ValueError for tokens out of reach.
     """
     inputs = inputs_of(model, processor, image, question)
@@ -99,7 +102,7 @@ def ask(
     visual = int(visual_mask.sum())
     if keep_all:
         lam = math.inf
-    else:
+    elif lam is None:
         wanted = SHARE * visual if tokens is None else tokens
         lam = lambda_for(model, inputs, visual_mask, wanted)
     options = {"max_new_tokens": 64, "do_sample": False} | options
@@ -112,6 +115,7 @@ def ask(
         "visual_tokens": visual,
         "average_tokens": pruner.average_tokens().item(),
         "counts": {i: int(n) for i, n in pruner.counts.items()},
+        "lam": None if math.isinf(lam) else lam,
     }
 
 
