@@ -595,8 +595,7 @@ def encode_dense(convnet: nn.Module, pixels: Tensor, keep: int | None) -> tuple[
     Returns: tokens (B, K, D); keep_idx (B, K) int64, ascending.
     Source: [our choice]
     """
-    grid = convnet.forward_features(pixels)  # (B, D, h, w)
-    tokens = grid.flatten(2).mT  # (B, N, D), N = h w
+    tokens = dense_tokens(convnet, pixels)  # (B, N, D)
     N = tokens.shape[1]
     require(
         keep is None or 1 <= keep <= N,
@@ -605,6 +604,12 @@ def encode_dense(convnet: nn.Module, pixels: Tensor, keep: int | None) -> tuple[
     with torch.no_grad():
         keep_idx = highest(-mean_similarity(tokens), N if keep is None else keep)  # (B, K)
     return tokens.take_along_dim(keep_idx[..., None], dim=1), keep_idx
+
+
+def dense_tokens(convnet: nn.Module, pixels: Tensor) -> Tensor:
+    """What a timm ConvNeXt makes of pixels: (B, h w, D), in raster order."""
+    grid = convnet.forward_features(pixels)  # (B, D, h, w)
+    return grid.flatten(2).mT
 
 
 def encode_all(
@@ -658,7 +663,7 @@ def expected_ranks(
 def features_at_points(encoder: nn.Module, pixels: Tensor, points: int = POINTS) -> list[Tensor]:
     """The patches (B, N, D) after the last block of each part, nothing pruned, before any norm."""
     if not can_prune_inside(encoder):
-        return [encode(encoder, pixels)[0]] * points
+        return [dense_tokens(find_encoder(encoder), pixels)] * points
     pruner = EncoderPruner(encoder, [None] * points)
     features = []
 
@@ -687,7 +692,7 @@ def count_tokens(encoder: nn.Module, pixels: Tensor) -> int:
     Args: pixels: as in `encode`.
     """
     if not can_prune_inside(encoder):
-        return encode(encoder, pixels[:0])[0].shape[1]
+        return dense_tokens(find_encoder(encoder), pixels[:0]).shape[1]
     pruner = EncoderPruner(encoder, [None])
 
     def count(block, args):

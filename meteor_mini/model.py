@@ -136,6 +136,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """
         budget = self.budget if budget is None else budget
         ranks = self.ranks if ranks is None else ranks
+        if ranks is None and budget.stage1 is not None:
+            raise ValueError("stage1 needs ranks: call meteor_mini.calibrate(model, ...) first")
         encoders, pixels = list(self.encoders.values()), self.pixels(images)
         with RUNNING:
             features, kept = stage1_encode.encode_all(encoders, pixels, budget.stage1, ranks)

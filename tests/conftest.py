@@ -1,4 +1,4 @@
-"""Tests run offline, from a checkout without installing; the libraries' names come first."""
+"""Tests run offline, from a checkout without installing."""
 
 import os
 import sys
@@ -10,25 +10,6 @@ import pytest
 os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-NAMES = "test_library_names.py"
-renamed = []  # tests of NAMES that failed
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name != NAMES)  # stable: the others keep their order
-
-
-def pytest_runtest_logreport(report):
-    if report.failed and NAMES in report.nodeid:
-        renamed.append(report.nodeid)
-
-
-def pytest_runtest_setup(item):
-    """One failure that names the cause says more than a hundred that follow from it."""
-    if renamed and item.path.name != NAMES:
-        pytest.skip(f"the libraries lack a name that we need: {renamed[0]}")
-
-
 LAMBDA_TABLE = {
     "K": [8, 80, 576],
     "lam": [0, 5, 20, 200],  # about what `calibrate` measures on such a model
@@ -39,7 +20,7 @@ LAMBDA_TABLE = {
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """A directory with an untrained model of the embedded one's parts."""
-    import torch  # here, so that test_library_names.py can say what a release renamed
+    import torch
 
     from meteor_mini import Meteor
     from meteor_mini.glyph import questions

@@ -19,11 +19,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import meteor_mini
-import stage3_decode
 from meteor_mini import CHECKPOINTS, Budget, budget_for, cli
 from meteor_mini.glyph import evaluate, questions, world
 from meteor_mini.glyph.parts import ENCODERS
-from meteor_mini.lab import demo, report
+from meteor_mini.lab import demo
 
 FAMILIES = list(questions.FAMILIES)
 QUESTION = "Is there a red circle?"
@@ -118,24 +117,6 @@ def test_eval_writes_both_rows(folder, untrained, tmp_path, capsys):
     assert result["rows"][0]["average_tokens"] == 576 > result["rows"][1]["average_tokens"]
     for name in [*FAMILIES, "accuracy", "average tokens"]:
         assert re.search(rf"^{name} +[\d.]+ +[\d.]+$", printed, re.M)
-
-
-@pytest.mark.parametrize("options", [[], ["--table", "1"]], ids=["rows", "table"])
-def test_eval_refuses_what_stage_3_cannot_serve_before_it_asks_anything(
-    options, folder, tmp_path, capsys, monkeypatch
-):
-    counted = []
-    monkeypatch.setattr(evaluate, "accuracy", lambda *args: counted.append(args))
-    monkeypatch.setattr(report, "report", lambda *args: counted.append(args))
-    monkeypatch.setattr(
-        stage3_decode, "LAYER_ARGUMENTS", ("hidden_states", "attention_mask", "rotary_tables")
-    )
-    refused(
-        ["eval", "--model", str(folder), *options],
-        capsys,
-        "has no 'rotary_tables', which stage 3 needs",
-    )
-    assert not counted
 
 
 def test_eval_prints_a_table(folder, tmp_path, capsys):

@@ -201,7 +201,7 @@ def meteor(model: Meteor) -> Contender:
     L, N = model.decoder.config.num_hidden_layers, model.num_tokens
     K = in_proportion(PAPER_STAGE2, N)
     stage1 = in_proportion(PAPER_STAGE1, N)
-    budget = Budget(stage1=stage1, stage2=K)  # without ranks, encoders share equally
+    budget = Budget(stage1=stage1, stage2=K)
     counts = {i: in_proportion(k, N) for i, k in zip(default_layers(L), PAPER_STAGE3)}
     encode = partial(encode_by_budget, model, budget)
     return Contender(encode, baselines.fixed(counts, HEADS), spread(K, counts, L))
@@ -219,8 +219,8 @@ def eagle_style(model: Meteor) -> Contender:
 
 @torch.no_grad()
 def encode_by_budget(model: Meteor, budget: Budget, images: Tensor) -> Encoded:
-    """Stages 1 and 2."""
-    return model.encode(images, budget)
+    """Stages 1 and 2; encoders share equally, as no ranks were measured."""
+    return model.encode(images, budget, ranks=torch.ones(3, len(model.encoders)))
 
 
 def encode_by_fusion(model: Meteor, fusion: fusions.Learned, images: Tensor) -> Encoded:

@@ -81,14 +81,14 @@ ORDERS = [
     Order(
         "three pruned layers above one, at equal averages",
         "3",
-        "fixed, 3 layers, {k} head(s)",
+        "fixed, {pruned} layers, {k} head(s)",
         "fixed, layer 1, {k} head(s)",
     ),
     Order(
         "adaptive counts above fixed ones",
         "3",
         "adaptive, {tight}",
-        "fixed, 3 layers, {k} head(s)",
+        "fixed, {pruned} layers, {k} head(s)",
         OCR,
         times=2,
     ),

@@ -188,14 +188,19 @@ def masked(features: list[Tensor], names: list[str], subset: frozenset[str]) -> 
 
 def last_attention(model: Meteor, encoded: Encoded, questions: list[str]) -> Tensor:
     """The last layer's attention from the text onto the K visual tokens, mean over heads, summing
-    to 1: (B, K).
+    to 1: (B, K). The library's eager attention returns it.
     """
     embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
-    last = model.decoder.config.num_hidden_layers - 1
-    with baselines.AttentionRecorder(model.decoder, visual_mask, [last]) as pruner:
-        model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
-    over_heads = pruner.attention[last].mean(dim=1)  # (B, S)
-    on_picture = over_heads[visual_mask].view(len(questions), -1)  # (B, K)
+    model.decoder.set_attn_implementation("eager")
+    weights = model.decoder(
+        inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
+    ).attentions[-1]  # (B, H, S, S)
+    model.decoder.set_attn_implementation("sdpa")
+    asks = visual_mask.flip(1).cumsum(1).flip(1) == 0  # (B, S): text after the picture
+    asks = asks & attention_mask.bool()
+    rows = weights.mean(dim=1) * asks[..., None]  # (B, S, S)
+    onto = rows.sum(dim=1) / asks.sum(dim=1, keepdim=True)  # (B, S)
+    on_picture = onto[visual_mask].view(len(questions), -1)  # (B, K)
     return on_picture / on_picture.sum(dim=1, keepdim=True)
 
 

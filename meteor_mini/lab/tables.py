@@ -173,14 +173,17 @@ def grid_cells(model: Meteor) -> int:
 
 def label_numbers(model: Meteor) -> dict[str, int]:
     """The numbers of tokens and heads in the labels of rows; `orders.py` finds rows by them."""
-    own, cells = model.budget, grid_cells(model)
+    own, cells, L = model.budget, grid_cells(model), model.decoder.config.num_hidden_layers
+    layers = own.layers or default_layers(L)
+    before = own.stage2 * layers[0] / L  # in front of the first pruned layer nothing is dropped
     few = round(0.27 * cells)  # about the paper's 29 % of the LLM's FLOPs in Table 6
     return {
         "stage1": own.stage1,
         "paper_stage1": round(model.num_tokens * 1193 / 4096),  # of four encoders with 1024 each
         "stage2": own.stage2,
         "average": own.stage3,
-        "tight": round(0.76 * own.stage3),  # where counts decide, on validation
+        "tight": round((before + own.stage3) / 2),  # where counts decide
+        "pruned": len(layers),
         "k": own.k,
         "cells": cells,
         "proportion": round(own.stage1 * 576 / 1193),  # after stage 2, as in the paper
@@ -373,9 +376,10 @@ def table3(model: Meteor) -> list[Row]:
     """Fixed and adaptive counts, from what the model's own stages 1 and 2 leave to an average that
     is tighter than its own, at which no row lost much on validation questions.
     """
-    budget, k, average = model.budget, model.budget.k, label_numbers(model)["tight"]
+    budget, k, number = model.budget, model.budget.k, label_numbers(model)
+    average, pruned = number["tight"], number["pruned"]
     one, three = fixed_counts(model, average)
-    at_one, at_three = f"fixed, layer 1, {k} head(s)", f"fixed, 3 layers, {k} head(s)"
+    at_one, at_three = f"fixed, layer 1, {k} head(s)", f"fixed, {pruned} layers, {k} head(s)"
     all_heads = "fixed, layer 1, all heads"
     by_all, by_some = baselines.fixed(one, None), baselines.fixed(one, k)
     early = replace(budget, layers=[1])
@@ -414,14 +418,14 @@ def average_like(model: Meteor, tokens: float, average: float) -> int:
 
 
 def fixed_counts(model: Meteor, average: float) -> tuple[dict[int, int], dict[int, int]]:
-    """Tokens left at layer 1 alone, and at the model's three layers, that both make an average.
+    """Tokens left at layer 1 alone, and at the model's own layers, that both make an average.
 
-    Returns: {layer: tokens} of each. The three are to each other as the paper's 390, 172 and 78, up
-    to rounding.
+    Returns: {layer: tokens} of each. The latter are to each other as the paper's 390, 172 and 78,
+    up to rounding.
     """
     K, L = model.budget.stage2, model.decoder.config.num_hidden_layers
     layers = model.budget.layers or default_layers(L)
-    paper = np.array([390, 172, 78])  # to be scaled to the wanted average
+    paper = np.array([390, 172, 78])[: len(layers)]  # to be scaled to the wanted average
     layers_with_each = np.diff([*layers, L])
     wanted = average * L - K * layers[0]  # tokens in all layers from the first pruned one on
     exact = paper * wanted / (paper @ layers_with_each)

@@ -94,9 +94,15 @@ def test_looks_are_the_patch_in_four_by_four_pixels():
     torch.testing.assert_close(got, (expected - 0.5) / 0.25)
 
 
+def random_patches(encoder, K):
+    """A pruner that keeps K patches at random after the first block."""
+    blocks = stage1_encode.EncoderPruner(encoder, [None]).blocks
+    return schooling.RandomPatches(encoder, [K, *[None] * (len(blocks) - 1)])
+
+
 def test_patch_dropout_keeps_patches_at_random():
     encoder, pixels = pixels_of("clip", batch=8)
-    with schooling.RandomPatches(encoder, 10) as pruner, torch.no_grad():
+    with random_patches(encoder, 10) as pruner, torch.no_grad():
         torch.manual_seed(0)
         encoder(pixels)
     assert pruner.keep_idx.shape == (8, 10)
@@ -106,7 +112,7 @@ def test_patch_dropout_keeps_patches_at_random():
 @pytest.mark.parametrize("name", ENCODERS)
 def test_tokens_are_the_librarys_own_where_nothing_is_dropped(name):
     encoder, pixels = pixels_of(name)
-    dense = stage1_encode.find_encoder(encoder)[1].dense
+    dense = not stage1_encode.can_prune_inside(encoder)
     pruner = None if dense else stage1_encode.EncoderPruner(encoder, [None])
     blank = torch.ones(2, world.GRID**2, dtype=torch.bool)
     with torch.no_grad():
@@ -121,7 +127,7 @@ def test_tokens_are_the_librarys_own_where_nothing_is_dropped(name):
 @pytest.mark.parametrize("name", [name for name in ENCODERS if name != "convnext"])
 def test_gradients_reach_the_blocks_and_no_hook_stays(name):
     encoder, pixels = pixels_of(name)
-    pruner = schooling.RandomPatches(encoder.train(), 40)
+    pruner = random_patches(encoder.train(), 40)
     blank = torch.ones(2, world.GRID**2, dtype=torch.bool)
     whole, patches, _ = schooling.tokens_of(encoder, pixels, pruner, 4, blank)
     (whole.sum() + (patches**2).sum()).backward()

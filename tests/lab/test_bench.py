@@ -4,6 +4,7 @@ No test asserts a speed.
 """
 
 import json
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -12,10 +13,9 @@ import torch
 
 import stage1_encode
 import stage2_fuse
-from meteor_mini import Budget, Meteor, cli
+from meteor_mini import Budget, cli
 from meteor_mini.lab import bench, bench_page, contenders, timing
-from stage1_encode import EncoderPruner
-from stage3_decode import AdaptivePruner, average_tokens
+from stage3_decode import average_tokens
 
 TINY = {
     "clip": {"patch": 4, "width": 32, "layers": 3, "heads": 4},
@@ -121,65 +121,17 @@ def test_peak_memory_counts_what_is_held_at_a_time():
     assert timing.peak(CPU, work) == pytest.approx(4_096_000, rel=0.01)
 
 
-def replaced_by_the_stopwatch() -> list[tuple[object, str]]:
-    """Places that it must put back: some by name, and all that it says itself."""
-    by_name = [
-        (Meteor, "generate"),
-        (stage1_encode, "encode"),
-        (stage1_encode, "encode_all"),
-        (stage1_encode, "highest"),
-        (stage2_fuse, "fuse"),
-        (EncoderPruner, "__init__"),
-        (EncoderPruner, "_before_block"),
-        (EncoderPruner, "_after_part"),
-        (AdaptivePruner, "__init__"),
-        (AdaptivePruner, "__enter__"),
-    ]
-    said = [(owner, name) for owner, name, _ in timing.timed_functions()]
-    assert set(by_name) <= set(said)
-    assert len(said) == len(set(said))  # nothing is wrapped, and counted, twice
-    return said
-
-
 @torch.no_grad()
-def test_the_stopwatch_charges_each_part_once_and_leaves_nothing_behind(model):
-    places = replaced_by_the_stopwatch()
-    before = [vars(owner)[name] for owner, name in places]
+def test_the_stopwatch_charges_each_part_once(model):
     c, images = contenders.contenders(model)["METEOR"], torch.rand(1, 3, 40, 40)
     with timing.stopwatch(CPU) as spent:
-        assert all(vars(owner)[name] is not f for (owner, name), f in zip(places, before))
         wall = timing.seconds_of(partial(contenders.run, model, c, images, new=1), CPU)
     assert set(spent) == set(timing.PARTS) and min(spent.values()) > 0
     # A part inside another is not counted twice: no assertion of a speed.
     assert sum(spent.values()) <= wall
-    assert before == [vars(owner)[name] for owner, name in places]
     with pytest.raises(RuntimeError, match="inside"), timing.stopwatch(CPU):
         raise RuntimeError("inside")
-    assert before == [vars(owner)[name] for owner, name in places]
-
-
-def test_a_function_is_charged_for_its_own_time_alone(monkeypatch):
-    now = [0.0]
-    spent = timing.Counter()
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
-
-    def inner():
-        now[0] += 3.0
-
-    def outer():
-        now[0] += 1.0
-        inner()
-        inner()
-
-    def fails():
-        now[0] += 5.0
-        raise RuntimeError
-
-    inner = timing.timed(inner, "inner", spent, CPU)
-    timing.timed(outer, "outer", spent, CPU)()
-    with pytest.raises(RuntimeError):
-        timing.timed(fails, "fails", spent, CPU)()
-    assert spent == {"inner": 6.0, "outer": 1.0, "fails": 5.0}
+    assert sys.getprofile() is None
 
 
 @torch.no_grad()
@@ -238,12 +190,6 @@ def test_the_pairwise_formula_is_stage_2s():
     by_pairs, by_sums = bench.pairwise_redundancy(tokens), stage2_fuse.mutual_redundancy(tokens)
     for pairs, sums in zip(by_pairs, by_sums):
         torch.testing.assert_close(pairs, sums)
-
-
-def test_half_of_the_patches_stay_behind_the_prefix():
-    x = torch.arange(5.0).view(1, 5, 1)  # one token in front, four patches
-    score = torch.tensor([[0.1, 0.4, 0.2, 0.3]])
-    assert bench.keep_half(x, score, prefix=1).flatten().tolist() == [0, 2, 4]
 
 
 def test_peers_keep_the_same_mean_of_tokens_and_the_model_stays_on_sdpa():

@@ -7,16 +7,24 @@ import pytest
 import torch
 
 from meteor_mini import load
+from meteor_mini.baselines import AttentionPruner
 from meteor_mini.glyph.evaluate import Example, batches, images_and_questions
 from meteor_mini.glyph.world import SIZE, SLOTS, Picture
 from meteor_mini.lab import depth, markdown
 from meteor_mini.lab.depth import criteria_by_block
-from stage1_encode import EncoderPruner, highest
+from stage1_encode import EncoderPruner, highest, mean_similarity
 
 
 @pytest.fixture(scope="module")
 def model():
     return load("glyph")
+
+
+class SimilarityPruner(EncoderPruner):
+    """Similarity to the mean alone decides, in every part."""
+
+    def score(self, part, tokens, attention):
+        return -mean_similarity(tokens)
 
 
 @pytest.mark.parametrize("name", ["clip", "eva", "pix2struct"])
@@ -27,11 +35,12 @@ def test_stage_1_keeps_what_the_criterion_says_in_the_block_where_it_prunes(mode
     encoder = model.encoders[name]
     scores = criteria_by_block(encoder, pixels)
     assert len(scores["similarity"]) == len(scores["attention"]) == 6
-    for criterion, sign in (("similarity", -1), ("attention", 1)):
+    rules = {"similarity": (SimilarityPruner, -1), "attention": (AttentionPruner, 1)}
+    for criterion, (rule, sign) in rules.items():
         for b, block in enumerate((1, 3, 5)):
             keep = [None, None, None]
             keep[b] = 40
-            with EncoderPruner(encoder, keep, (criterion,) * 3) as pruner:
+            with rule(encoder, keep) as pruner:
                 encoder(pixels)
             assert torch.equal(pruner.keep_idx, highest(sign * scores[criterion][block], 40))
     assert not any(module._forward_hooks for module in encoder.modules())

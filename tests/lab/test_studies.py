@@ -60,7 +60,7 @@ def test_drops_asks_every_question_after_each_layer(monkeypatch):
 
         def answer(self, encoded, questions, budget, pruner=None):
             assert encoded == "encoded" and budget == Budget.none()
-            layers = 12 if pruner is None else pruner.keywords["layer"]
+            layers = 12 if pruner is None else pruner.keywords["layers"][0]
             answers = []
             for example in self.examples:
                 knows = families.index(example.family) <= layers

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import stage1_encode
-from meteor_mini import Answer, Budget, load
+from meteor_mini import Answer, Budget, baselines, load
 from meteor_mini.glyph import evaluate
 from meteor_mini.glyph.questions import FAMILIES
 from meteor_mini.glyph.world import SIZE
@@ -115,18 +115,24 @@ def test_rows_are_unique_and_compare_with_a_row_above(rows):
             seen.append(row.label)
 
 
-def test_labels_name_the_strategy_and_count_of_their_budget(rows):
+@torch.no_grad()
+def test_rows_of_controls_keep_what_their_label_says(model, rows):
+    images, _ = evaluate.images_and_questions(next(evaluate.batches("val", 2)))
     for row in rows["1"]:
         strategy, count = row.label.split(", ")
-        assert strategy == row.method.stage1_strategy
-        assert int(count) == row.method.stage1[-1]
+        encoded = row.encode(model, images)
+        assert encoded.fused.tokens.shape[1] == int(count)
+        ranks = baselines.reranked(model.ranks, strategy)[-1].tolist()
+        sizes = [144] * 4
+        own = [kept.shape[1] for kept in encoded.stage1_idx]
+        if strategy == "average":
+            assert max(own) - min(own) <= 1
+        else:
+            assert own == stage1_encode.allocate_budget(int(count), ranks, sizes)
     for row in rows["2"][1:]:
-        if isinstance(row.method, Budget):
-            strategy, count = row.label.split(", ")
-            assert strategy == row.method.stage2_strategy
-            assert int(count) == row.method.stage2
-    totals = {row.method.stage1 for row in rows["1"]}
-    assert len(totals) == len({total[-1] for total in totals})  # the same for all strategies
+        strategy, count = row.label.split(", ")
+        if strategy in baselines.FUSIONS:
+            assert row.encode(model, images).fused.tokens.shape[1] == int(count)
 
 
 @pytest.mark.parametrize("average", [24, 26, 27, 30, 34])
@@ -408,10 +414,12 @@ def test_the_report_is_written_and_gives_the_same_numbers_again(model, tmp_path,
 
 
 def test_coverage_is_of_stage_2_in_any_encoder_by_strategy(model, monkeypatch):
-    def said(model, budget):
+    name_of = {fusion: name for name, fusion in baselines.FUSIONS.items()}
+
+    def said(model, budget, fusion):
         return {
             "stage1": {"any": "early"},
-            "stage2": {"any": budget.stage2_strategy, "clip": "one"},
+            "stage2": {"any": name_of[fusion], "clip": "one"},
             "stage3": {"any": "late"},
         }
 

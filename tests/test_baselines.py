@@ -6,11 +6,11 @@ import torch
 import torch.nn.functional as F
 
 import stage1_encode
-from meteor_mini import Budget, load
+from meteor_mini import Budget, baselines, load
 from meteor_mini.glyph.evaluate import images_and_questions, make_example
 from meteor_mini.glyph.questions import FAMILIES
 from meteor_mini.glyph.world import SIZE
-from meteor_mini.lab import baselines, tables
+from meteor_mini.lab import tables
 
 
 @pytest.fixture(scope="module")
@@ -23,106 +23,176 @@ def batch():
     return images_and_questions([make_example(5, "val", family) for family in FAMILIES])
 
 
-def dense_attention(layer, hidden, position_embeddings, mask, t):
-    """Attention of token t of one sample in every head, by loops.
+@torch.no_grad()
+def attention_weights(model, embeds, attention_mask, layer):
+    """(B, H, S, S) of a layer, as the library's eager attention returns them; nothing pruned."""
+    decoder = model.decoder
+    decoder.set_attn_implementation("eager")
+    output = decoder(inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True)
+    decoder.set_attn_implementation("sdpa")
+    return output.attentions[layer]
 
-    hidden (S, D); mask (S,) bool. -> (H, S)
-    """
-    from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-    attn, S = layer.self_attn, len(hidden)
-    x = layer.input_layernorm(hidden)
-    q = attn.q_proj(x).view(S, -1, attn.head_dim).transpose(0, 1)[None]
-    k = attn.k_proj(x).view(S, -1, attn.head_dim).transpose(0, 1)[None]
-    q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
-    rows = []
-    for h in range(q.shape[1]):
-        scores = torch.full((S,), -torch.inf)
-        for s in range(t + 1):
-            if mask[s]:
-                scores[s] = (q[0, h, t] @ k[0, h, s]) * attn.scaling
-        rows.append(scores.softmax(0))
-    return torch.stack(rows)
+def prompt_of_24(model, batch, pictures):
+    """embeddings, attention mask and visual mask of prompts with 24 visual tokens each."""
+    images, questions = batch[0][:pictures], batch[1][:pictures]
+    encoded = model.encode(images, Budget(stage1=60, stage2=24))
+    return model.prompt(encoded, questions)
 
 
 @pytest.mark.parametrize(
     "pruner, layer, k, last_only",
     [
         (baselines.fastv(7, layer=2), 2, 8, True),
+        (baselines.fastv(7, layer=3, eager=True), 3, 8, True),
         (baselines.pyramid_drop([7, 5, 3], 8), 2, 8, True),
         (baselines.fixed({1: 7, 3: 4}, k=2), 1, 2, False),
         (baselines.fixed({1: 7}, k=None), 1, 8, False),
     ],
-    ids=["FastV", "PyramidDrop", "fixed, 2 heads", "fixed, all heads"],
+    ids=["FastV", "FastV, eager", "PyramidDrop", "fixed, 2 heads", "fixed, all heads"],
 )
 @torch.no_grad()
 def test_who_is_kept_at_the_first_layer_by_loops(model, batch, pruner, layer, k, last_only):
-    images, questions = batch
-    encoded = model.encode(images[:3], Budget(stage1=60, stage2=24))
-    embeds, attention_mask, visual_mask = model.prompt(encoded, questions[:3])
+    embeds, attention_mask, visual_mask = prompt_of_24(model, batch, 3)
     with pruner(model.decoder, visual_mask) as pruner:
         model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
-    states = model.decoder(
-        inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True
-    ).hidden_states
+    weights = attention_weights(model, embeds, attention_mask, layer - 1)
     for b in range(3):
-        real, places = attention_mask[b].bool(), visual_mask[b].nonzero()[:, 0].tolist()
-        position = (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None]
-        rotary = model.decoder.model.rotary_emb(states[layer], position)
-        asks = [len(real) - 1] if last_only else range(places[-1] + 1, len(real))
-        rows = [
-            dense_attention(model.decoder.model.layers[layer], states[layer][b], rotary, real, t)
-            for t in asks
-        ]
-        attention = torch.stack(rows).mean(0)[:, places]  # (H, 24)
+        places = visual_mask[b].nonzero()[:, 0].tolist()
+        S = len(visual_mask[b])
+        asks = [S - 1] if last_only else range(places[-1] + 1, S)
+        rows = [weights[b, :, t, places] for t in asks]
+        attention = torch.stack(rows).mean(0)  # (H, 24)
         heads = sorted(range(8), key=lambda h: -attention[h].sum().item())[:k]
         score = attention[heads].sum(0)
         expected = sorted(sorted(range(24), key=lambda i: (-score[i].item(), i))[:7])
         assert [places.index(s) for s in pruner.kept[layer][b].nonzero()[:, 0].tolist()] == expected
 
 
-@torch.no_grad()
-def test_eager_fastv_ranks_by_the_layer_before_by_loops_and_leaves_the_model_on_sdpa(model, batch):
-    images, questions = batch
-    encoded = model.encode(images[:3], Budget(stage1=60, stage2=24))
-    embeds, attention_mask, visual_mask = model.prompt(encoded, questions[:3])
-    with baselines.fastv(7, layer=3, eager=True)(model.decoder, visual_mask) as pruner:
+def test_eager_fastv_is_on_eager_attention_in_its_block_only(model, batch):
+    embeds, attention_mask, visual_mask = prompt_of_24(model, batch, 3)
+    with baselines.fastv(7, 2, eager=True)(model.decoder, visual_mask):
         assert model.decoder.config._attn_implementation == "eager"
         model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
     assert model.decoder.config._attn_implementation == "sdpa"
-    assert pruner.counts[3].tolist() == [7, 7, 7]
-    states = model.decoder(
-        inputs_embeds=embeds, attention_mask=attention_mask, output_hidden_states=True
-    ).hidden_states
-    for b in range(3):
-        real, places = attention_mask[b].bool(), visual_mask[b].nonzero()[:, 0].tolist()
-        rotary = model.decoder.model.rotary_emb(
-            states[2], (torch.arange(len(real)) - (~real).sum()).clamp(min=0)[None]
-        )
-        row = dense_attention(
-            model.decoder.model.layers[2], states[2][b], rotary, real, len(real) - 1
-        ).mean(0)[places]
-        expected = sorted(sorted(range(24), key=lambda i: (-row[i].item(), i))[:7])
-        assert [places.index(s) for s in pruner.kept[3][b].nonzero()[:, 0].tolist()] == expected
+    with pytest.raises(ValueError, match="did not run"):
+        with baselines.fastv(7, 2, eager=True)(model.decoder, visual_mask):
+            pass
+    assert model.decoder.config._attn_implementation == "sdpa"
+
+
+def test_fastv_gives_as_many_tokens_on_eager_attention(model, batch):
+    encoded = model.encode(batch[0], Budget(stage1=60, stage2=24))
+    for eager in (False, True):
+        pruner = baselines.fastv(7, 2, eager)
+        answers = model.answer(encoded, batch[1], Budget.none(), pruner)
+        assert [answer.layers for answer in answers] == [[24, 24] + [7] * 6] * 12
 
 
 @torch.no_grad()
-def test_eager_fastv_keeps_as_many_and_leaves_nothing_behind_when_misused(model, batch):
-    images, questions = batch
-    encoded = model.encode(images, Budget(stage1=60, stage2=24))
-    sdpa, eager = (
-        model.answer(encoded, questions, Budget.none(), baselines.fastv(7, 2, e))
-        for e in (False, True)
-    )
-    assert [a.layers for a in sdpa] == [a.layers for a in eager] == [[24, 24] + [7] * 6] * 12
-    with pytest.raises(ValueError, match="without beams"):
-        model.generate(encoded, questions, Budget.none(), baselines.fastv(7, 2, True), num_beams=2)
-    assert model.decoder.config._attn_implementation == "sdpa"
-    with baselines.fastv(7, 2, True)(model.decoder, torch.ones(1, 9).bool()) as pruner:
-        with pytest.raises(ValueError, match="entered twice"):
-            pruner.__enter__()
-        pruner.kept = {2: None}  # no prompt ran, which is not what is tested
-    assert model.decoder.config._attn_implementation == "sdpa"
+def test_random_pruning_keeps_the_count_and_follows_its_seed(model, batch):
+    embeds, attention_mask, visual_mask = prompt_of_24(model, batch, 3)
+    kept = []
+    for seed in (0, 0, 1):
+        with baselines.RandomPruner(model.decoder, visual_mask, {2: 7}, seed) as pruner:
+            model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
+        assert pruner.counts[2].tolist() == [7, 7, 7]
+        kept.append(pruner.kept[2])
+    assert torch.equal(kept[0], kept[1]) and not torch.equal(kept[0], kept[2])
+
+
+@torch.no_grad()
+def test_a_recorder_keeps_all_and_notes_the_attention_of_the_layer_before(model, batch):
+    embeds, attention_mask, visual_mask = prompt_of_24(model, batch, 3)
+    with baselines.AttentionRecorder(model.decoder, visual_mask, [2, 5]) as recorder:
+        model.decoder(inputs_embeds=embeds, attention_mask=attention_mask)
+    assert all(torch.equal(kept, visual_mask) for kept in recorder.kept.values())
+    for layer in (2, 5):
+        weights = attention_weights(model, embeds, attention_mask, layer - 1)
+        for b in range(3):
+            text = visual_mask[b].nonzero()[-1, 0] + 1
+            noted = recorder.attention[layer][b][:, -len(visual_mask[b]) :]
+            expected = weights[b, :, text:].mean(dim=1) * visual_mask[b]
+            real = noted.shape[1]  # padding may be gone
+            torch.testing.assert_close(noted, expected[:, -real:], atol=1e-5, rtol=1e-4)
+
+
+# ------------------------------------------------------------------ in place of stage 2
+
+
+def three_encoders(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(2, n, 5, generator=generator) for n in (4, 7, 3)]
+
+
+@pytest.mark.parametrize("name", ["separate", "greedy", "random"])
+def test_other_fusions_keep_the_budget_in_order_and_say_which_tokens(name):
+    tokens = three_encoders()
+    together = torch.cat(tokens, dim=1)
+    owner = [0] * 4 + [1] * 7 + [2] * 3
+    for budget in (3, 8, 13):
+        fused = baselines.FUSIONS[name](tokens, budget)
+        assert fused.keep_idx.shape == (2, budget) and (fused.keep_idx.diff(dim=1) > 0).all()
+        for b in range(2):
+            for j, place in enumerate(fused.keep_idx[b].tolist()):
+                assert torch.equal(fused.tokens[b, j], together[b, place])
+                assert fused.encoder_id[b, j] == owner[place]
+
+
+def cosine(a, b):
+    return float(a @ b / (a.norm() * b.norm()))
+
+
+def test_separate_drops_what_is_alike_within_each_encoder_by_loops():
+    tokens = three_encoders()
+    fused = baselines.separate(tokens, 7)  # 4, 7 and 3 of 14: two, three or four, one or two
+    for b in range(2):
+        kept = fused.keep_idx[b].tolist()
+        start = 0
+        for z in tokens:
+            mine = [place - start for place in kept if start <= place < start + z.shape[1]]
+            R = [sum(cosine(x, y) for y in z[b]) for x in z[b]]
+            assert sorted(mine) == sorted(sorted(range(len(R)), key=R.__getitem__)[: len(mine)])
+            assert len(mine) >= 1
+            start += z.shape[1]
+
+
+def test_greedy_drops_one_at_a_time_by_loops():
+    tokens = three_encoders()
+    fused = baselines.greedy(tokens, 5)
+    owner = [0] * 4 + [1] * 7 + [2] * 3
+    for b in range(2):
+        z = torch.cat(tokens, dim=1)[b]
+        left = list(range(14))
+        while len(left) > 5:
+            R = {i: sum(cosine(z[i], z[m]) for m in left if owner[m] != owner[i]) for i in left}
+            left.remove(max(left, key=R.__getitem__))
+        assert fused.keep_idx[b].tolist() == left
+
+
+def test_greedy_keeps_one_copy_of_what_two_encoders_share():
+    e = torch.eye(3)
+    A = torch.stack([e[0], e[1]])[None]
+    B = torch.stack([e[0], 0.8 * e[1] + 0.6 * e[2]])[None]
+    assert baselines.greedy([A, B], 2).keep_idx.tolist() == [[2, 3]]
+
+
+def test_reverse_ranks_share_in_proportion_to_one_over_rank():
+    ranks = torch.tensor([[40.0, 30.0, 20.0, 10.0]])
+    shares = {
+        strategy: stage1_encode.allocate_budget(
+            25, baselines.reranked(ranks, strategy)[0].tolist(), [144] * 4
+        )
+        for strategy in baselines.SHARES
+    }
+    assert shares == {
+        "rank": [10, 8, 5, 2],
+        "average": [7, 6, 6, 6],
+        "rank_reverse": [3, 4, 6, 12],
+    }
+
+
+# ------------------------------------------------------------------ dropping all
 
 
 def without_picture(model, images, questions, budget, layer):
