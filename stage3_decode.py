@@ -1,7 +1,8 @@
 r"""METEOR stage 3: drop visual tokens inside an unmodified Hugging Face decoder.
 
 Paper: METEOR (ICCV 2025, https://arxiv.org/abs/2507.20842), instance-adaptive text-guided token
-pruning; supplement B.1, Tables 3, 7, 8. Training-free. Prior to layers 4, 12 and 20 of 32:
+pruning; supplement B.1, Tables 3, 7, 8. Training-free. Prior to layers 4, 12 and 20 of 32, by the
+attention of the layer before:
 
     a_i^h   = mean_{t in text after the image} softmax(q_t^h . k^h / sqrt(d))_i
                                               how much the text attends to token i in head h
@@ -13,8 +14,8 @@ pruning; supplement B.1, Tables 3, 7, 8. Training-free. Prior to layers 4, 12 an
 Text always stays. Kept tokens keep their order and their rotary positions. Later layers, and their
 KV caches, are shorter.
 
-The layer itself makes q and k: its attention runs once more up to the softmax, and we listen, so
-norms, adapters, quantised weights and rotary kinds are its own.
+The layer before makes q and k: we listen to its attention while it runs, so nothing is computed
+twice, and norms, adapters, quantised weights and rotary kinds are its own.
 
 In:   a decoder of transformers, alone or inside a vision-language model; visual_mask (B, S) bool.
 Out:  inside the block, `generate` and `forward` as ever, with fewer tokens; afterwards
@@ -24,17 +25,21 @@ Out:  inside the block, `generate` and `forward` as ever, with fewer tokens; aft
         ids = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=20)
 
 Served: decoders whose layers are called with rotary tables (`position_embeddings`) and attend
-through transformers' `AttentionInterface`, on sdpa, eager or flash attention: docs/models.md.
+through transformers' `AttentionInterface`, on sdpa, eager or flash attention; docs/models.md lists
+them. Tested with transformers 5.18 to 5.24.
 
 Change here: `TokenPruner.choose` is the one method that a rule of your own overrides;
 `AdaptivePruner` is METEOR's, by `text_relevance` (which tokens stay) and `adaptive_count` (how
 many).
-Not from the paper: layers L/8, 3L/8, 5L/8 at other depths; halves round up; ties go to the lower
-index; \lambda is solved from a wanted average; hidden states of dropped tokens return as zeros.
+Not from the paper: it says "prior to the input" of a layer, which we read as the attention of the
+layer before, as FastV does; layers L/8, 3L/8, 5L/8 at other depths; halves round up; ties go to the
+lower index; \lambda is solved from a wanted average; hidden states of dropped tokens return as
+zeros.
 `python stage3_decode.py` is a tiny demo.
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import NamedTuple
@@ -329,25 +334,39 @@ class Heard(NamedTuple):
     is_causal: bool
 
 
-class ReachedSoftmax(Exception):
-    """Leaves a layer whose attention was heard, in place of its softmax."""
-
-
-def hear(module, query, key, value, attention_mask=None, scaling=None, **kwargs):
-    """Registered with transformers as an attention function: hands what it hears to the pruner."""
-    pruner = ACTIVE[id(module.config)]
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    is_causal = getattr(module, "is_causal", True)
+def hear(module, query, key, value, attention_mask, **kwargs):
+    """Registered with transformers as an attention function: notes what it is called with, and
+    hands on to the one that was there.
+    """
     require(
         kwargs.get("s_aux") is None,
         f"stage 3 does not know attention sinks, which {type(module).__name__} has",
         TypeError,
     )
-    pruner.heard = Heard(query, key, attention_mask, scale, kwargs.get("softcap"), is_causal)
-    raise ReachedSoftmax
+    pruner = ACTIVE[id(module.config)]
+    scale = kwargs.get("scaling")
+    pruner.heard = Heard(
+        q=query,
+        k=key,
+        mask=attention_mask,
+        scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=kwargs.get("softcap"),
+        is_causal=getattr(module, "is_causal", True),
+    )
+    attend = attention_function(module, pruner.implementation)
+    return attend(module, query, key, value, attention_mask, **kwargs)
 
 
-AttentionInterface.register("meteor_hear", hear)
+def attention_function(module, implementation: str) -> Callable:
+    """What an attention module of transformers would call by itself."""
+    for cls in type(module).__mro__:
+        file = sys.modules[cls.__module__]
+        if hasattr(file, "eager_attention_forward"):
+            functions = file.ALL_ATTENTION_FUNCTIONS
+            return functions.get_interface(implementation, file.eager_attention_forward)
+    raise TypeError(f"the file of {type(module).__name__} has no eager_attention_forward")
+
+
 ACTIVE = {}  # id of a decoder's config -> the pruner in whose block it is
 
 # --------------------------------------------------------------------------------- inside a decoder
@@ -355,10 +374,10 @@ ACTIVE = {}  # id of a decoder's config -> the pruner in whose block it is
 
 # How it works. `generate` calls the decoder once with the whole prompt, and then with one token at
 # a time and the KV cache.
-#   Prompt: hooks run before every layer from the first pruned one on. A pruned layer's input is cut
-#     before it writes its keys and values; so its part of the KV cache, and those of all later
-#     layers, are short from the start. These layers get the masks and rotary tables of the tokens
-#     that are left.
+#   Prompt: hooks run before every layer from the first pruned one on. While the layer before a
+#     pruned one runs, its attention is heard. A pruned layer's input is cut before it writes its
+#     keys and values; so its part of the KV cache, and those of all later layers, are short from
+#     the start. These layers get the masks and rotary tables of the tokens that are left.
 #   Afterwards: nothing is chosen. A layer's cache is already short; only its mask has to be, too:
 #     the tokens that were left at that layer, and all that came since.
 #   Batches: samples keep different numbers of tokens, so short ones have fillers in front, which
@@ -407,6 +426,11 @@ class TokenPruner:
         query_mask: Tensor | None = None,
     ):
         self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        require(
+            hasattr(self.decoder, "layers"),
+            f"decoder must keep its layers in .layers, as Llama's does, got {type(model).__name__}",
+            TypeError,
+        )
         L = self.num_layers = self.decoder.config.num_hidden_layers
         self.layers = default_layers(L) if layers is None else list(layers)
         ascending = sorted(set(self.layers) & set(range(1, L)))
@@ -440,15 +464,18 @@ class TokenPruner:
     def average_tokens(self) -> Tensor:
         """(B,) float: visual tokens there in the last prompt, mean over the decoder's layers."""
         counts = list(self.counts.values())
-        return average_tokens(self.visual_mask.sum(1), counts, self.layers, self.num_layers)
+        tokens_in = self.visual_mask.sum(dim=1).to(counts[0].device)
+        return average_tokens(tokens_in, counts, self.layers, self.num_layers)
 
     def __enter__(self) -> "TokenPruner":
         owner = id(self.decoder.config)
         require(owner not in ACTIVE, "this decoder is in another pruner's block: leave it first")
         ACTIVE[owner] = self
+        AttentionInterface.register("meteor_hear", hear)
         self.kept, self.counts = {}, {}
         self.cache = None  # the KV cache that this block fills
-        self.heard = None
+        self.implementation = self.decoder.config._attn_implementation
+        self.heard = None  # of the layer that ran last
         self.past = 0  # tokens that were there before this call
         self._left = {}  # layer -> the tokens left from it on
         self._handles = [
@@ -459,6 +486,12 @@ class TokenPruner:
             before = partial(self._before_layer, i)
             layer = self.decoder.layers[i]
             self._handles.append(layer.register_forward_pre_hook(before, with_kwargs=True))
+        for i in self.layers:
+            layer = self.decoder.layers[i - 1]
+            self._handles += [
+                layer.register_forward_pre_hook(self._start_listening),
+                layer.register_forward_hook(self._stop_listening, always_call=True),
+            ]
         return self
 
     def __exit__(self, kind, *_) -> None:
@@ -470,6 +503,8 @@ class TokenPruner:
             require(all_pruned, "the decoder did not run in the block, or was compiled before it")
         if self.cache is not None and self._is_cut():
             self.cache.update = refuse_short_cache
+        self.cache = self.heard = self._first_mask = None
+        self._left, self._masks = {}, {}
 
     def _is_cut(self) -> bool:
         """Whether some layer holds less than the whole prompt."""
@@ -508,10 +543,9 @@ class TokenPruner:
             "length, chunked prefill, assisted decoding, guidance_scale and continuous batching "
             "are not supported",
         )
-        implementation = self.decoder.config._attn_implementation
         require(
-            implementation in ("sdpa", "eager") or "flash" in implementation,
-            f"attn_implementation must be sdpa, eager or a flash one, got {implementation!r}",
+            self.implementation in ("sdpa", "eager") or "flash" in self.implementation,
+            f"attn_implementation must be sdpa, eager or flash, got {self.implementation!r}",
         )
         self.copies = max(1, rows // B)
         prompts = hidden[:, :S]
@@ -542,6 +576,15 @@ class TokenPruner:
         """(B, ...) -> (rows, ...): each sample as often as `generate` copies it, for its beams."""
         return x.repeat_interleave(self.copies, dim=0)
 
+    # -------------------------------------------------- around the layer before: what it attends to
+
+    def _start_listening(self, layer, args) -> None:
+        if self.past == 0:
+            self.decoder.config._attn_implementation = "meteor_hear"
+
+    def _stop_listening(self, layer, args, output) -> None:
+        self.decoder.config._attn_implementation = self.implementation
+
     # ----------------------------------------------------------------- before a layer: what goes on
 
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
@@ -550,22 +593,8 @@ class TokenPruner:
         if self.past > 0:
             self._require_whole_cache(i, find_cache(kwargs))
         elif i in self.layers:
-            self._listen(layer, hidden, self._call_with(self._left_at(i - 1), i, hidden, kwargs))
             hidden = take(hidden, self._drop(i))
         return (hidden,), self._call_with(self._left_at(i), i, hidden, kwargs)
-
-    def _listen(self, layer, hidden: Tensor, kwargs: dict) -> None:
-        """Runs a layer up to its softmax, without a cache, for q and k."""
-        config = self.decoder.config
-        before, config._attn_implementation = config._attn_implementation, "meteor_hear"
-        try:
-            cacheless = {k: None if isinstance(x, Cache) else x for k, x in kwargs.items()}
-            with torch.no_grad():
-                layer.forward(hidden, **cacheless)
-        except ReachedSoftmax:
-            pass
-        finally:
-            config._attn_implementation = before
 
     @torch.no_grad()
     def _drop(self, i: int) -> Tensor:
@@ -573,8 +602,8 @@ class TokenPruner:
         heard, self.heard = self.heard, None
         require(
             heard is not None,
-            f"layer {i} of {type(self.decoder).__name__} must attend through transformers' "
-            "AttentionInterface, which was not called",
+            f"layer {i - 1} of {type(self.decoder).__name__} must attend through transformers' "
+            "AttentionInterface, which it did not call",
             TypeError,
         )
         place, real, _ = self._left_at(i - 1)
@@ -613,12 +642,10 @@ class TokenPruner:
             self._masks[id(left)] = self._mask(left, i, hidden, find_cache(kwargs))
         if self.past == 0:
             rotary = take_rotary(rotary, left.place)
-        # Without a mask, positions with gaps would be read as those of several packed prompts.
-        return kwargs | {
-            "attention_mask": self._masks[id(left)],
-            "position_embeddings": rotary,
-            "position_ids": None,
-        }
+        changed = {"attention_mask": self._masks[id(left)], "position_embeddings": rotary}
+        if "position_ids" in kwargs:  # with gaps, flash attention takes them for packed prompts
+            changed["position_ids"] = None
+        return kwargs | changed
 
     def _mask(self, left: Left, i: int, hidden: Tensor, cache: Cache | None) -> Tensor | None:
         """The mask for the tokens that are left: layer 0's, cut.

@@ -74,15 +74,14 @@ class EagerFastV(LastTokenPruner):
     """In the block all layers are on eager attention, and write their weights (B, H, S, S) out."""
 
     def __enter__(self) -> "EagerFastV":
-        self.usual = self.decoder.config._attn_implementation
+        super().__enter__()
+        self.usual, self.implementation = self.implementation, "eager"
         self.decoder.set_attn_implementation("eager")
-        return super().__enter__()
+        return self
 
     def __exit__(self, *error) -> None:
-        try:
-            super().__exit__(*error)
-        finally:
-            self.decoder.set_attn_implementation(self.usual)
+        self.decoder.set_attn_implementation(self.usual)
+        super().__exit__(*error)
 
 
 def pyramid_drop(keep: list[int], num_layers: int) -> Pruner:

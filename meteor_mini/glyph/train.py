@@ -73,7 +73,8 @@ ROUNDS = (3200, 800, 800)
 POOL = 16_000  # training pictures
 CHUNK = 32  # pictures a batch, and a file of cached features
 
-BUDGET = {"stage1": 320, "stage2": 145, "stage3": 34, "k": 6, "layers": [1, 5, 7]}
+BUDGET = {"stage1": 320, "stage2": 145, "stage3": 48, "k": 6, "layers": [2, 6]}
+TAUGHT_LAYERS = [1, 5, 7]  # in which the Llama learns where to look: `aside_loss`
 FIRST_LAYERS = 4  # of the Llama that learns words
 BATCH = 24  # pictures a step of the Llama
 # How often each family is asked, beside one: those that are learned last.
@@ -621,7 +622,7 @@ def asking_tokens(model: Meteor, dialogues: list[Dialogue]) -> Tensor:
 
 
 def aside_loss(attention: list[Tensor], about: About, asking: Tensor) -> Tensor:
-    r"""Looking aside costs, in front of the layers where stage 3 prunes.
+    r"""Looking aside costs, in `TAUGHT_LAYERS`: stage 3 goes by the attention of two of them.
 
     -log p, p the share of a question's attention on the picture that is on a thing it asks about;
     mean over all things and these layers; 0 where nothing is asked about.
@@ -633,7 +634,7 @@ def aside_loss(attention: list[Tensor], about: About, asking: Tensor) -> Tensor:
         return asking.new_zeros((), dtype=torch.float32)
     is_of_question = asking[about.picture] == about.question[:, None]  # (R, T)
     losses = []
-    for layer in BUDGET["layers"]:
+    for layer in TAUGHT_LAYERS:
         looks = attention[layer].sum(dim=1)  # (B, T, K): all heads
         of_question = (looks[about.picture] * is_of_question[..., None]).sum(dim=1)  # (R, K)
         on_thing = (of_question * about.tokens).sum(dim=1)  # (R,)
