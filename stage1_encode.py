@@ -443,7 +443,7 @@ class EncoderPruner:
         encoder = id(self.encoder)
         require(encoder not in ACTIVE, "this encoder is in another pruner's block: leave it first")
         ACTIVE.add(encoder)
-        self.tokens, self.keep_idx = None, None
+        self.tokens, self.keep_idx, self._spy = None, None, None
         self._handles = []
         for i, block in enumerate(self.blocks):
             before = partial(self._before_block, i)
@@ -459,6 +459,7 @@ class EncoderPruner:
         ACTIVE.remove(id(self.encoder))
         for handle in self._handles:
             handle.remove()
+        self._stop_listening()  # Ctrl-C in a block skips the hooks after it
         ran = kind is not None or self.tokens is not None
         require(ran, "the encoder did not run inside the block, or was compiled before it")
 
@@ -477,7 +478,8 @@ class EncoderPruner:
                 table = rope[(None,) * (4 - rope.dim())]  # (1, 1 or H, N, 2 d)
                 kept_rows = self.keep_idx[:, None, :, None]  # (B, 1, K, 1)
                 kwargs["rope"] = table.take_along_dim(kept_rows, dim=2)  # (B, 1 or H, K, 2 d)
-        if i in self.points and self.keep[self.points.index(i)] is not None:
+        K = self.keep[self.points.index(i)] if i in self.points else None
+        if K is not None and K < self.keep_idx.shape[1]:
             self._spy = Spy()
             self._spy.__enter__()
         return args, kwargs
@@ -494,12 +496,11 @@ class EncoderPruner:
         )
         self.N = x.shape[1] - self.prefix
         self.keep_idx = torch.arange(self.N, device=x.device).expand(len(x), self.N)  # (B, N)
-        self.tokens, self._spy = None, None
+        self.tokens = None
 
     def _after_part(self, b: int, block: nn.Module, args: tuple, output):
         """Stage 1 itself: score the patches that leave this block, and keep the best."""
-        if self._spy is not None:
-            self._spy.__exit__(None, None, None)
+        heard = self._stop_listening()
         if output is None:  # the block has raised
             return None
         x = output[0] if isinstance(output, tuple) else output  # (B, P + N, D)
@@ -507,21 +508,27 @@ class EncoderPruner:
         require(
             K is None or 1 <= K <= N, f"keep[{b}] must be None or an int, 1 to {N} here, got {K}"
         )
-        if K is not None:
+        if K is not None and K < N:
             with torch.no_grad():
-                score = self.score(b, x[:, P:], self._attention)  # (B, N)
+                score = self.score(b, x[:, P:], partial(self._attention, heard))  # (B, N)
                 stay = highest(score, K)  # (B, K)
             patches = x[:, P:].take_along_dim(stay[..., None], dim=1)  # (B, K, D)
             x = torch.cat([x[:, :P], patches], dim=1)  # (B, P + K, D)
             self.keep_idx = self.keep_idx.gather(1, stay)
-        self._spy = None
         if b == len(self.keep) - 1:
             self.tokens = x[:, P:]  # (B, K, D)
         return (x, *output[1:]) if isinstance(output, tuple) else x
 
-    def _attention(self) -> Tensor:
+    def _stop_listening(self) -> list[Callable[[int], Tensor]]:
+        """Close the spy, where one is open; what it has heard."""
+        spy, self._spy = self._spy, None
+        if spy is None:
+            return []
+        spy.__exit__(None, None, None)
+        return spy.heard
+
+    def _attention(self, heard: list[Callable[[int], Tensor]]) -> Tensor:
         """(B, N): the attention that each patch received in the block that has just run."""
-        heard = self._spy.heard
         require(
             len(heard) > 0,
             f"no attention was heard in a block of {type(self.encoder).__name__}: it must call "
@@ -535,7 +542,10 @@ class EncoderPruner:
 
     def _after_norm(self, norm: nn.Module, args: tuple, output: Tensor) -> None:
         """Where the library norms all tokens at the end, these are what the encoder returns."""
-        if self.tokens is not None and output.shape[1:-1] == (self.prefix + len(self.tokens[0]),):
+        if self.tokens is None:
+            return
+        B, K, D = self.tokens.shape
+        if output.shape == (B, self.prefix + K, D):  # and not what the library has pooled
             self.tokens = output[:, self.prefix :]
 
 
@@ -549,16 +559,18 @@ def pruning_points(blocks: int, parts: int) -> list[int]:
 
 
 def hides_tokens(mask: Tensor) -> bool:
-    """Whether an attention mask hides a token: a bool mask by False, an additive one by below 0."""
-    hidden = ~mask if mask.dtype == torch.bool else mask < 0
+    """Whether a mask hides a token: an additive one by below 0, one of bools or ints by 0."""
+    hidden = mask < 0 if mask.is_floating_point() else mask == 0
     return bool(hidden.any())
 
 
 def reruns_blocks(encoder: nn.Module) -> bool:
     """Whether gradient checkpointing is on, in open_clip, timm or transformers."""
-    names = ("grad_checkpointing", "gradient_checkpointing")
-    return torch.is_grad_enabled() and any(
-        module.training and any(getattr(module, name, False) is True for name in names)
+    if not torch.is_grad_enabled():
+        return False
+    return any(
+        getattr(module, "grad_checkpointing", False) is True  # open_clip, timm: in eval mode too
+        or (module.training and getattr(module, "gradient_checkpointing", False) is True)
         for module in encoder.modules()
     )
 

@@ -120,9 +120,8 @@ def gather(tokens: Sequence[Tensor], keep_idx: Tensor) -> Fused:
     """The tokens at the places keep_idx (B, K) of the concatenation of all encoders."""
     together = torch.cat(list(tokens), dim=1)  # (B, N, D)
     kept = together.take_along_dim(keep_idx[..., None], dim=1)  # (B, K, D)
-    sizes = torch.tensor([z.shape[1] for z in tokens], device=keep_idx.device)
-    ends = sizes.cumsum(0)  # encoder l has the places ends[l - 1] to ends[l] - 1
-    encoder_id = torch.bucketize(keep_idx.contiguous(), ends, right=True)  # (B, K)
+    owner = [keep_idx.new_full((z.shape[1],), l) for l, z in enumerate(tokens)]
+    encoder_id = torch.cat(owner)[keep_idx]  # (B, K)
     return Fused(kept, encoder_id, keep_idx)
 
 

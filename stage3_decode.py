@@ -307,17 +307,23 @@ def seen_by(query_idx: Tensor, mask: Tensor | None, is_causal: bool, N: int) -> 
     return sees if mask is None else sees & mask.bool()[:, None]
 
 
+# Of a config's layer_types, those that the masks tell of fillers; recurrent layers would read them.
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
+
+
 def shortest_window(config) -> float:
     """Tokens that a decoder's layers look back on, at least; infinity where all see everything."""
     kinds = getattr(config, "layer_types", None)
-    window, chunk = (
-        getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")
+    # Doge counts its keys from keep_window_size on, Llama 4 its places from floor_scale on.
+    window, chunk, doge, llama4 = (
+        getattr(config, name, None)
+        for name in ("sliding_window", "attention_chunk_size", "keep_window_size", "floor_scale")
     )
     if kinds is not None and "sliding_attention" not in kinds:
         window = None
     if kinds is None or "chunked_attention" not in kinds:
         chunk = None
-    return min(window or math.inf, chunk or math.inf)
+    return min(size or math.inf for size in (window, chunk, doge, llama4))
 
 
 # ---------------------------------------------------------------------- listening to the attention
@@ -426,12 +432,22 @@ class TokenPruner:
         query_mask: Tensor | None = None,
     ):
         self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+        config, kind = getattr(self.decoder, "config", None), type(self.decoder).__name__
         require(
-            hasattr(self.decoder, "layers"),
-            f"decoder must keep its layers in .layers, as Llama's does, got {type(model).__name__}",
+            hasattr(self.decoder, "layers") and hasattr(config, "num_attention_heads"),
+            f"model must hold a decoder of transformers with layers of attention, got {kind}",
             TypeError,
         )
-        L = self.num_layers = self.decoder.config.num_hidden_layers
+        others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+        require(
+            not others, f"stage 3 cannot drop tokens in layers of {kind} of {others}", TypeError
+        )
+        L = self.num_layers = config.num_hidden_layers
+        require(
+            len(self.decoder.layers) == L and not getattr(config, "num_kv_shared_layers", 0),
+            f"each layer of the decoder must have one attention with keys of its own, got {kind}",
+            TypeError,
+        )
         self.layers = default_layers(L) if layers is None else list(layers)
         ascending = sorted(set(self.layers) & set(range(1, L)))
         require(
@@ -469,12 +485,20 @@ class TokenPruner:
 
     def __enter__(self) -> "TokenPruner":
         owner = id(self.decoder.config)
-        require(owner not in ACTIVE, "this decoder is in another pruner's block: leave it first")
+        require(
+            owner not in ACTIVE,
+            "this decoder, or one made from the same config, is in another pruner's block: leave "
+            "it first",
+        )
+        self.implementation = self.decoder.config._attn_implementation
+        require(
+            self.implementation in ("sdpa", "eager") or "flash" in self.implementation,
+            f"attn_implementation must be sdpa, eager or flash, got {self.implementation!r}",
+        )
         ACTIVE[owner] = self
         AttentionInterface.register("meteor_hear", hear)
         self.kept, self.counts = {}, {}
         self.cache = None  # the KV cache that this block fills
-        self.implementation = self.decoder.config._attn_implementation
         self.heard = None  # of the layer that ran last
         self.past = 0  # tokens that were there before this call
         self._left = {}  # layer -> the tokens left from it on
@@ -496,6 +520,7 @@ class TokenPruner:
 
     def __exit__(self, kind, *_) -> None:
         del ACTIVE[id(self.decoder.config)]
+        self.decoder.config._attn_implementation = self.implementation
         for handle in self._handles:
             handle.remove()
         if kind is None:
@@ -514,6 +539,16 @@ class TokenPruner:
 
     def _before_first(self, layer, args, kwargs) -> None:
         """Reads the call. Refuses what would be pruned wrongly."""
+        require(
+            len(args) == 1,
+            f"{type(self.decoder).__name__} must name all but the first argument of its layers",
+            TypeError,
+        )
+        require(
+            kwargs.get("position_embeddings") is not None and "attention_mask" in kwargs,
+            f"{type(self.decoder).__name__} must call its layers with position_embeddings",
+            TypeError,
+        )
         hidden, cache = args[0], find_cache(kwargs)
         past = 0 if cache is None else cache.get_seq_length()
         self.past = past
@@ -542,10 +577,6 @@ class TokenPruner:
             f"the first call must hold the {S} tokens of visual_mask, got {T}: prompts of another "
             "length, chunked prefill, assisted decoding, guidance_scale and continuous batching "
             "are not supported",
-        )
-        require(
-            self.implementation in ("sdpa", "eager") or "flash" in self.implementation,
-            f"attn_implementation must be sdpa, eager or flash, got {self.implementation!r}",
         )
         self.copies = max(1, rows // B)
         prompts = hidden[:, :S]
@@ -632,20 +663,26 @@ class TokenPruner:
 
     def _call_with(self, left: Left, i: int, hidden: Tensor, kwargs: dict) -> dict:
         """Layer i's arguments for the tokens that are left, and in an answer for all since."""
-        rotary = kwargs.get("position_embeddings")
-        require(
-            rotary is not None,
-            f"{type(self.decoder).__name__} must call its layers with position_embeddings",
-            TypeError,
-        )
+        rotary = kwargs["position_embeddings"]
         if id(left) not in self._masks:
             self._masks[id(left)] = self._mask(left, i, hidden, find_cache(kwargs))
         if self.past == 0:
             rotary = take_rotary(rotary, left.place)
         changed = {"attention_mask": self._masks[id(left)], "position_embeddings": rotary}
-        if "position_ids" in kwargs:  # with gaps, flash attention takes them for packed prompts
-            changed["position_ids"] = None
+        if "position_ids" in kwargs:
+            changed["position_ids"] = self._positions(left, kwargs["position_ids"])
         return kwargs | changed
+
+    def _positions(self, left: Left, positions: Tensor | None) -> Tensor | None:
+        """Position ids of the tokens left, by which Ministral 3 scales its queries.
+
+        Flash attention would take their gaps for those between several packed prompts.
+        """
+        if positions is None or "flash" in self.implementation:
+            return None
+        if self.past > 0:
+            return positions
+        return positions.expand(len(left.place), -1).take_along_dim(left.place, dim=-1)
 
     def _mask(self, left: Left, i: int, hidden: Tensor, cache: Cache | None) -> Tensor | None:
         """The mask for the tokens that are left: layer 0's, cut.

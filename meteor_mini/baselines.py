@@ -80,6 +80,7 @@ class EagerFastV(LastTokenPruner):
         return self
 
     def __exit__(self, *error) -> None:
+        self.implementation = self.usual
         self.decoder.set_attn_implementation(self.usual)
         super().__exit__(*error)
 

@@ -1,9 +1,7 @@
 """Stage 3 around vision-language models of transformers as they come, and their own `generate`.
 
-Tiny random ones of the real classes. One case a family; every property for every family.
-
-A prompt is a list of token ids in which IMAGE stands for one whole picture; its visual tokens are
-put there as the family's processor does.
+Tiny random ones of the real classes (tiny_models.py). One case a family; every property for every
+family.
 """
 
 import json
@@ -15,25 +13,14 @@ import pytest
 import torch
 import transformers as T
 from PIL import Image
+from tiny_models import EYES, IMAGE, TEXT, VLMS
+from tiny_models import vlm as tiny_vlm
 
 from meteor_mini import cli, vlm
 from meteor_mini.glyph.parts import build_tokenizer
 from meteor_mini.pictures import CLIP_MEAN, CLIP_STD
 from stage3_decode import AdaptivePruner, find_cache
 
-IMAGE = 3  # the placeholder token's id
-TEXT = dict(
-    vocab_size=96,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=8,
-    num_attention_heads=8,
-    max_position_embeddings=1024,
-    initializer_range=0.1,
-)  # the default, 0.02, makes attention all but flat
-EYES = dict(
-    hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, patch_size=8
-)
 OPTIONS = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
 PROMPTS = {
     "one picture": [[1, 5, IMAGE, 7, 8, 9, 10]],
@@ -53,241 +40,9 @@ PROMPTS = {
 }
 
 
-def pictures(n, *size, first=0):
-    """Pictures number first, first + 1, …, each the same whoever asks for it."""
-    every = torch.randn(9, 3, *size, generator=torch.Generator().manual_seed(0))
-    return every[first : first + n]
-
-
-def pixels_of_size(*size):
-    """Of a family that takes all pictures of a batch in a row, all of one size."""
-
-    def pixels(per_row, first, ids):
-        return dict(pixel_values=pictures(sum(per_row), *size, first=first))
-
-    return pixels
-
-
-# A family: the model, how many tokens each picture has, and a function that makes the rest of the
-# inputs from the number of pictures per row, the number of the first one, and input_ids.
-
-
-def llava():
-    config = T.LlavaConfig(
-        text_config=T.LlamaConfig(**TEXT),
-        vision_config=T.CLIPVisionConfig(**EYES, image_size=32),
-        image_token_index=IMAGE,
-    )
-    return T.LlavaForConditionalGeneration(config), [16] * 9, pixels_of_size(32, 32)
-
-
-SIZES = [(64, 64), (64, 32), (32, 64)] * 3  # of different shapes, so of different numbers of tokens
-TILES = dict(image_token_index=IMAGE, image_grid_pinpoints=[[32, 64], [64, 32], [64, 64]])
-
-
-def tiled(model):
-    """LLaVA-NeXT and LLaVA-OneVision: the whole; then each row of the tiles, and its end."""
-    tokens = [16 + h // 8 * (w // 8 + 1) for h, w in SIZES]
-
-    def pixels(per_row, first, ids):
-        n = sum(per_row)
-        tiles = torch.stack([pictures(5, 32, 32, first=i % 5) for i in range(first, first + n)])
-        inputs = dict(pixel_values=tiles, image_sizes=torch.tensor(SIZES[first : first + n]))
-        if isinstance(model, T.LlavaOnevisionForConditionalGeneration):
-            inputs["batch_num_images"] = torch.ones(n, dtype=torch.long)  # so that all are tiled
-        return inputs
-
-    return model, tokens, pixels
-
-
-def llava_next():
-    vision = T.CLIPVisionConfig(**EYES, image_size=32)
-    config = T.LlavaNextConfig(text_config=T.LlamaConfig(**TEXT), vision_config=vision, **TILES)
-    return tiled(T.LlavaNextForConditionalGeneration(config))
-
-
-def llava_onevision():
-    vision = T.SiglipVisionConfig(**EYES, image_size=32, vision_use_head=False)
-    config = T.LlavaOnevisionConfig(
-        text_config=T.Qwen2Config(**TEXT, num_key_value_heads=4), vision_config=vision, **TILES
-    )
-    return tiled(T.LlavaOnevisionForConditionalGeneration(config))
-
-
-def internvl():
-    config = T.InternVLConfig(
-        text_config=T.Qwen2Config(**TEXT, num_key_value_heads=4),
-        vision_config=T.InternVLVisionConfig(**EYES | dict(patch_size=[8, 8]), image_size=[64, 64]),
-        image_token_id=IMAGE,
-    )
-    return T.InternVLForConditionalGeneration(config), [16] * 9, pixels_of_size(64, 64)
-
-
-def idefics(config, vision, model):
-    """Idefics3 and SmolVLM: pictures of each prompt in a row of their own, then black ones."""
-    built = config(
-        text_config=T.LlamaConfig(**TEXT),
-        vision_config=vision(**EYES, image_size=64),
-        image_token_id=IMAGE,
-        scale_factor=2,
-    )
-
-    def pixels(per_row, first, ids):
-        values = torch.zeros(len(per_row), max(per_row), 3, 64, 64)
-        for b, n in enumerate(per_row):
-            values[b, :n] = pictures(n, 64, 64, first=first)
-            first += n
-        return dict(pixel_values=values)
-
-    return model(built), [16] * 9, pixels
-
-
-def deepseek():
-    """Two encoders, SigLIP and SAM, joined by channels."""
-    high = T.SamVisionConfig(
-        hidden_size=32,
-        output_channels=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        image_size=64,
-        patch_size=8,
-        mlp_dim=32,
-        global_attn_indexes=[1],
-        window_size=4,
-        initializer_range=0.02,
-    )
-    config = T.DeepseekVLHybridConfig(
-        text_config=T.LlamaConfig(**TEXT),
-        high_res_vision_config=high,
-        image_token_id=IMAGE,
-        vision_config=T.SiglipVisionConfig(**EYES, image_size=32),
-    )
-
-    def pixels(per_row, first, ids):
-        n = sum(per_row)
-        return dict(
-            pixel_values=pictures(n, 32, 32, first=first),
-            high_res_pixel_values=pictures(n, 64, 64, first=first),
-        )
-
-    return T.DeepseekVLHybridForConditionalGeneration(config), [16] * 9, pixels
-
-
-def paligemma():
-    """The prompt sees all of itself: token_type_ids of 0, as its processor gives them."""
-    text = T.GemmaConfig(**TEXT, num_key_value_heads=4, head_dim=16)
-    vision = T.SiglipVisionConfig(**EYES, image_size=32, vision_use_head=False)
-    config = T.PaliGemmaConfig(
-        text_config=text, vision_config=vision, image_token_index=IMAGE, projection_dim=64
-    )
-
-    def pixels(per_row, first, ids):
-        inputs = dict(token_type_ids=torch.zeros_like(ids))
-        if sum(per_row):
-            inputs["pixel_values"] = pictures(sum(per_row), 32, 32, first=first)
-        return inputs
-
-    return T.PaliGemmaForConditionalGeneration(config), [16] * 9, pixels
-
-
-def gemma3():
-    """Each picture sees itself; layer 5 looks at all, the others through a window."""
-    text = T.Gemma3TextConfig(
-        **TEXT, num_key_value_heads=4, head_dim=16, query_pre_attn_scalar=24, sliding_window=128
-    )
-    vision = T.SiglipVisionConfig(**EYES, image_size=64, vision_use_head=False)
-    config = T.Gemma3Config(
-        text_config=text, vision_config=vision, image_token_index=IMAGE, mm_tokens_per_image=16
-    )
-    model = T.Gemma3ForConditionalGeneration(config)
-    projection = model.model.multi_modal_projector.mm_input_projection_weight
-    torch.nn.init.normal_(projection, std=0.2)  # it starts at 0
-
-    def pixels(per_row, first, ids):
-        inputs = dict(token_type_ids=(ids == IMAGE).long())
-        if sum(per_row):
-            inputs["pixel_values"] = pictures(sum(per_row), 64, 64, first=first)
-        return inputs
-
-    return model, [16] * 9, pixels
-
-
-GRIDS = [(1, 4, 16), (1, 8, 8), (1, 6, 4)] * 3  # patches of each picture: time, rows, columns
-THREE_PARTS = dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])
-
-
-def qwen_vl(name, text=None, **vision):
-    """A token has three positions, and of a picture they run along its rows and columns."""
-    vision = dict(
-        depth=2,
-        hidden_size=32,
-        intermediate_size=32,
-        num_heads=2,
-        patch_size=8,
-        out_hidden_size=64,
-        **vision,
-    )
-    text = TEXT | dict(num_key_value_heads=4, rope_parameters=THREE_PARTS) | (text or {})
-    config = getattr(T, name + "Config")(
-        text_config=text, vision_config=vision, image_token_id=IMAGE, vision_start_token_id=90
-    )
-    tokens = [rows * columns // 4 for _, rows, columns in GRIDS]  # 2 x 2 patches make a token
-
-    def pixels(per_row, first, ids):
-        inputs = dict(mm_token_type_ids=(ids == IMAGE).int())
-        grids = GRIDS[first : first + sum(per_row)]
-        if grids:
-            patches = [
-                torch.randn(
-                    h * w, 3 * 2 * 8 * 8, generator=torch.Generator().manual_seed(first + i)
-                )
-                for i, (_, h, w) in enumerate(grids)
-            ]
-            inputs |= dict(pixel_values=torch.cat(patches), image_grid_thw=torch.tensor(grids))
-        return inputs
-
-    return getattr(T, name + "ForConditionalGeneration")(config), tokens, pixels
-
-
-def qwen2_5_vl():
-    return qwen_vl("Qwen2_5_VL", window_size=32, fullatt_block_indexes=[1])
-
-
-def qwen3_vl():
-    """After its first layer it adds visual features once more."""
-    return qwen_vl(
-        "Qwen3VL",
-        text=dict(head_dim=8),
-        deepstack_visual_indexes=[0],
-        num_position_embeddings=64,
-    )
-
-
-FAMILIES = {
-    "llava": llava,
-    "llava-next": llava_next,
-    "llava-onevision": llava_onevision,
-    "internvl": internvl,
-    "deepseek-vl-hybrid": deepseek,
-    "idefics3": lambda: idefics(
-        T.Idefics3Config, T.Idefics3VisionConfig, T.Idefics3ForConditionalGeneration
-    ),
-    "smolvlm": lambda: idefics(
-        T.SmolVLMConfig, T.SmolVLMVisionConfig, T.SmolVLMForConditionalGeneration
-    ),
-    "paligemma": paligemma,
-    "gemma3": gemma3,
-    "qwen2.5-vl": qwen2_5_vl,
-    "qwen3-vl": qwen3_vl,
-}
-NEED_ALWAYS = {"paligemma", "gemma3", "qwen2.5-vl", "qwen3-vl"}  # inputs for text alone, too
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=VLMS)
 def family(request):
-    torch.manual_seed(0)
-    model, tokens, pixels = FAMILIES[request.param]()
-    return model.eval(), tokens, pixels, request.param in NEED_ALWAYS
+    return tiny_vlm(request.param)
 
 
 def batch(family, prompts, first=0):
@@ -327,7 +82,7 @@ def test_pruned_caches_hold_the_text_and_the_tokens_kept(family, prompts):
     if had.any():
         assert pruner.counts[5].sum() < had.sum()
     text = inputs["attention_mask"].sum(dim=1) - had
-    for layer, cached in enumerate(find_cache(out.values()).layers):
+    for layer, cached in enumerate(find_cache(out).layers):
         left = next((pruner.counts[i] for i in (5, 3, 1) if i <= layer), None)
         longest = visual_mask.shape[1] if left is None else int((text + left).max())
         assert cached.keys.shape[2] == longest + 4  # of 5 new tokens the last is not read
@@ -352,7 +107,7 @@ def test_in_several_turns_the_text_after_the_last_picture_asks(family):
     for name, query_mask in {"own": None, **masks}.items():
         with AdaptivePruner(family[0], visual_mask, lam=2, query_mask=query_mask) as pruner:
             ids = family[0].generate(**inputs, **OPTIONS)
-        runs[name] = [ids, *pruner.attention.values()], pruner
+        runs[name] = [ids, *pruner.vav.values()], pruner
     same = {
         name: all(torch.equal(a, b) for a, b in zip(runs["own"][0], runs[name][0]))
         for name in masks
@@ -439,7 +194,7 @@ def test_the_model_is_as_before_also_after_an_error(family):
 
     there = hooks()
     with (
-        pytest.raises(ValueError, match="visual_mask's"),
+        pytest.raises(ValueError, match="tokens of visual_mask, got 3"),
         AdaptivePruner(model, visual_mask, lam=2),
     ):
         model.generate(**batch(family, [[1, 50, 51]])[0], **OPTIONS)
@@ -594,7 +349,7 @@ def test_a_processor_without_a_chat_template_gets_the_question_alone(folder):
 
 
 def test_every_family_of_these_tests_is_loaded_by_its_name():
-    names = {FAMILIES[name]()[0].config.model_type for name in FAMILIES}
+    names = {tiny_vlm(name)[0].config.model_type for name in VLMS}
     assert names | {"deepseek_vl"} == set(vlm.FAMILIES)
 
 

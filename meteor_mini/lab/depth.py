@@ -2,7 +2,6 @@
 that questions ask about each of them would keep there (Findings 1 and 2).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import stage1_encode
-from stage1_encode import EncoderPruner, highest, mean_similarity
+from stage1_encode import EncoderPruner, Spy, highest, mean_similarity
 
 from ..glyph.evaluate import Example, batches, difference, images_and_questions
 from ..glyph.schooling import TOLD
@@ -38,24 +37,31 @@ def criteria_by_block(encoder: nn.Module, pixels: Tensor) -> dict[str, list[Tens
         their mean after the block, and the attention that they receive in it.
     Source: [paper, Findings 1 and 2]
     """
-    blocks = EncoderPruner(encoder, [None]).blocks
-    N = stage1_encode.count_tokens(encoder, pixels)
-    with CriteriaRecorder(encoder, [N] * len(blocks)) as recorder:
-        recorder.encoder(pixels)
-    return recorder.scores
+    pruner = EncoderPruner(encoder, [None])  # knows its blocks and its prefix; it does not run
+    P, spy = pruner.prefix, None
+    scores = {"similarity": [], "attention": []}
 
+    def listen(block, args):
+        nonlocal spy
+        spy = Spy()
+        spy.__enter__()
 
-class CriteriaRecorder(EncoderPruner):
-    """Keeps all, and notes what both criteria say after every part."""
+    def score(block, args, output):
+        spy.__exit__(None, None, None)
+        x = output[0] if isinstance(output, tuple) else output  # (B, P + N, D)
+        queries = 1 if pruner.has_cls else x.shape[1]
+        (attention,) = spy.heard
+        scores["similarity"].append(mean_similarity(x[:, P:]))
+        scores["attention"].append(attention(queries)[:, P:])
 
-    def __init__(self, encoder: nn.Module, keep: list[int]):
-        super().__init__(encoder, keep)
-        self.scores = {"similarity": [], "attention": []}
-
-    def score(self, part: int, tokens: Tensor, attention: Callable[[], Tensor]) -> Tensor:
-        self.scores["similarity"].append(mean_similarity(tokens))
-        self.scores["attention"].append(attention())
-        return self.scores["attention"][-1]
+    handles = [block.register_forward_pre_hook(listen) for block in pruner.blocks]
+    handles += [block.register_forward_hook(score) for block in pruner.blocks]
+    try:
+        pruner.encoder(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return scores
 
 
 def kept_by(criterion: str, score: Tensor, K: int) -> Tensor:
