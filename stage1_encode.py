@@ -7,17 +7,17 @@ be. Tokens are pruned after the last block of each part b = 0, 1, 2.
 Which tokens stay:
 
     R_i   = cos(x_i, 1/N \sum_j x_j)
-        redundancy, in the shallow part: tokens that are like the mean token go
+        redundancy, in the shallow part: tokens similar to the mean token are dropped
     s_i   = 1/H \sum_h softmax(q_cls^h . k^h / sqrt(d))_i
-        score, in the deeper parts: tokens that CLS attends to stay
+        score, in the deeper parts: tokens that CLS attends to are kept
 
 How many, for a total of k_b tokens over all encoders:
 
     k_b^l = k_b r_b^l / \sum_m r_b^m
         encoder l keeps a part of them in proportion to r_b^l, the expected rank of its features
 
-The block itself makes q and k: we listen to its attention while it runs, so norms, adapters,
-quantised weights and rotary tables are its own.
+q and k are those of the block, heard while it calls its own attention. So its norms, adapters,
+quantised weights and rotary embedding are already applied.
 
 In:   encoders of open_clip, timm and transformers, unmodified; for each the pixels that its own
       preprocessing makes; how many tokens to keep.
@@ -165,11 +165,11 @@ def allocate_budget(total: int, ranks: Sequence[float], available: Sequence[int]
         wanted = {l: left * weights[l] / weight_sum for l in waiting}
         bounded = {l: min(max(wanted[l], 1), available[l]) for l in waiting}
         too_much = sum(bounded.values()) - left
-        if too_much > 0:  # all shares must fall: who was raised to one token stays there
+        if too_much > 0:  # the next round shares less: those raised to 1 would stay at 1
             settled = {l for l in waiting if bounded[l] > wanted[l]}
-        elif too_much < 0:  # all shares can rise: who was cut to all it has stays there
+        elif too_much < 0:  # the next round shares more: those cut to all they have would stay so
             settled = {l for l in waiting if bounded[l] < wanted[l]}
-        else:  # the bounds give and take the same
+        else:  # no share was out of bounds, or those above and below make up for each other
             settled = set(waiting)
         for l in settled:
             shares[l] = bounded[l]
@@ -210,11 +210,12 @@ def plan_budgets(
     Source: [paper]; totals that fall geometrically [our choice]
     """
     C = len(available)
-    points = len(totals) if isinstance(totals, (list, tuple)) else POINTS
+    one_for_each_point = isinstance(totals, (list, tuple))
     if ranks is None:
-        ranks = [[1.0] * C] * points
-    elif isinstance(totals, (list, tuple)):
-        require(len(ranks) == points, f"ranks must have {points} rows, one for each of {totals}")
+        ranks = [[1.0] * C] * (len(totals) if one_for_each_point else POINTS)
+    elif one_for_each_point:
+        rows = len(totals)
+        require(len(ranks) == rows, f"ranks must have {rows} rows, one for each of {totals}")
     points = len(ranks)
     if totals is None:
         return [(n,) * points for n in available]
@@ -243,7 +244,9 @@ def geometric_totals(
     prunable: Sequence[int],
     points: int,
 ) -> list[int]:
-    """Totals of all points but the last, each the same fraction of the one before; then `total`."""
+    """One total for each point: of the prunable encoders at all points but the last, where they
+    fall by the same factor each time; of all encoders, `total`, at the last.
+    """
     start = sum(available[l] for l in prunable)
     end = sum(last[l] for l in prunable)
     fall = end / max(start, 1)
@@ -302,7 +305,7 @@ CONVNETS = ("timm.ConvNeXt",)  # need their dense grid, and are pruned at their 
 
 
 def find_class(model: nn.Module, names: Iterable[str]) -> tuple[nn.Module, str] | None:
-    """The first module of a class that is named, the model itself or one inside; and its name."""
+    """Find the first module, the model included, whose class is in `names`; and that name."""
     for module in model.modules():
         for cls in type(module).__mro__:
             name = f"{cls.__module__.split('.')[0]}.{cls.__name__}"
@@ -340,8 +343,9 @@ SOFTMAX = (F.softmax, torch.softmax, Tensor.softmax)
 class Spy(TorchFunctionMode):
     """Hears the attention that runs inside, as all libraries make it with functions of torch.
 
-    heard: for each attention, a function: Q -> what every token receives from the first Q tokens,
-        mean over heads, (B, P + N) float32. It computes when it is called.
+    heard: for each attention that ran, a function Q -> (B, P + N) float32: what every token
+        received from the first Q tokens, mean over heads. Nothing is computed until it is called,
+        as a rule may not want it.
     """
 
     def __init__(self):
@@ -391,9 +395,9 @@ class EncoderPruner:
     Args:
         encoder: a model of `FAMILIES`, or one that holds such a model, as a LLaVA does.
         keep: tokens left after each part, never rising; None keeps all that are there.
-        depth: number of blocks whose output is wanted, without the final norm, as LLaVA reads the
-            last block but one (later blocks run all the same); None: all, and the norm that the
-            library applies to patches.
+        depth: stop after this many blocks, and return their output without the final norm: LLaVA
+            reads the last block but one. (Later blocks still run.) None: all blocks, and the final
+            norm where the library applies it to patches.
     After a forward:
         tokens (B, K, D): the patches that are left, as the encoder returns them; with gradient.
         keep_idx (B, K) int64: their numbers among all patches, ascending; ties to the lower index.
@@ -471,7 +475,7 @@ class EncoderPruner:
             masks = [m for m in (*args[1:], *kwargs.values()) if isinstance(m, Tensor)]
             self._start(x, [m for m in masks if m is not rope])
         if self.keep_idx.shape[1] < self.N:
-            # The masks hide nothing (see _start), but they are as long as the whole sequence was.
+            # The masks hide nothing (see _start), and no longer fit the shorter sequence.
             args = (x, *(None if isinstance(m, Tensor) else m for m in args[1:]))
             kwargs = {name: None if isinstance(m, Tensor) else m for name, m in kwargs.items()}
             if rope is not None:
@@ -720,7 +724,7 @@ def count_tokens(encoder: nn.Module, pixels: Tensor) -> int:
 
 
 def main() -> None:
-    """What the libraries' own models, with random weights, keep of 300 tokens."""
+    """Prune five randomly initialised models of the libraries to 300 tokens in total."""
     import timm
     from open_clip.transformer import VisionTransformer
     from transformers import CLIPVisionConfig, CLIPVisionModel
@@ -742,7 +746,8 @@ def main() -> None:
     tokens, _ = encode_all(encoders, pixels, 300, ranks)
     for l, encoder in enumerate(encoders):
         N, K = count_tokens(encoder, pixels[l]), tokens[l].shape[1]
-        print(f"{type(encoder).__name__:>17}: ranks {ranks[:, l].tolist()}, {N} -> {K} tokens")
+        name = f"{type(encoder).__module__.split('.')[0]}.{type(encoder).__name__}"
+        print(f"{name:>28}: ranks {ranks[:, l].tolist()}, {N} -> {K} tokens")
 
 
 if __name__ == "__main__":

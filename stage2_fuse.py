@@ -6,7 +6,7 @@ collaborative pruning.
     z^l   = P_l(x^l)
         each encoder's tokens in the LLM's width, by a two-layer MLP of its own (`Projector`)
     R_i^j = \sum_{l \neq j} \sum_m cos(z_i^j, z_m^l)
-        redundancy of token i of encoder j: how much all tokens of all OTHER encoders are like it
+        redundancy of token i of encoder j: summed similarity to all tokens of the OTHER encoders
 
 Keep the K tokens with the lowest R over all encoders together, in their order: encoder by encoder,
 each in raster order. How many tokens each encoder keeps is an outcome, not an input.
@@ -82,9 +82,9 @@ class Fused(NamedTuple):
 
     tokens (B, K, D) float: the kept tokens, tokens[b, j] == torch.cat(input, 1)[b, keep_idx[b, j]].
     encoder_id (B, K) int64: which encoder each came from, 0..C-1.
-    keep_idx (B, K) int64: ascending places in the concatenation of all encoders. A place minus the
-        tokens of the encoders before is a place in its own encoder's list: which of the tokens
-        that stage 1 kept.
+    keep_idx (B, K) int64: ascending places in the concatenation of all encoders. Subtract the
+        token counts of the encoders before to index that encoder's own list, the tokens that
+        stage 1 kept.
     """
 
     tokens: Tensor
@@ -110,7 +110,7 @@ def fuse(tokens: Sequence[Tensor], budget: int | None) -> Fused:
     if not 1 <= budget < N:
         raise ValueError(f"budget must be 1 to {N}, the tokens there are, got {budget}")
     if len(tokens) < 2:
-        raise ValueError("tokens must hold at least 2 encoders to prune: one has none to repeat")
+        raise ValueError("tokens must hold at least 2 encoders to prune: one has no others")
     with torch.no_grad():
         keep_idx = lowest(mutual_redundancy(tokens), budget)  # (B, K)
     return gather(tokens, keep_idx)

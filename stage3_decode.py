@@ -14,17 +14,17 @@ attention of the layer before:
 Text always stays. Kept tokens keep their order and their rotary positions. Later layers, and their
 KV caches, are shorter.
 
-The layer before makes q and k: we listen to its attention while it runs, so nothing is computed
-twice, and norms, adapters, quantised weights and rotary kinds are its own.
+q and k are those of the layer before, heard while it calls its own attention. So nothing is
+computed twice, and its norms, adapters, quantised weights and rotary embedding are already applied.
 
 In:   a decoder of transformers, alone or inside a vision-language model; visual_mask (B, S) bool.
-Out:  inside the block, `generate` and `forward` as ever, with fewer tokens; afterwards
+Out:  inside the block, `generate` and `forward` as usual, with fewer tokens; afterwards
       pruner.kept[layer] (B, S) bool and pruner.average_tokens():
 
     with AdaptivePruner(model, visual_mask, lam=50) as pruner:
         ids = model.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=20)
 
-Served: decoders whose layers are called with rotary tables (`position_embeddings`) and attend
+Supported: decoders whose layers are called with rotary tables (`position_embeddings`) and attend
 through transformers' `AttentionInterface`, on sdpa, eager or flash attention; docs/models.md lists
 them. Tested with transformers 5.18 to 5.24.
 
@@ -81,17 +81,18 @@ def visual_attention(
     B, H, T, _ = q.shape
     H_kv, N = k.shape[1:3]
     keys = k.float().mT[:, :, None]  # (B, H_kv, 1, d, N)
+    lowest = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing would be NaN
     total = torch.zeros(B, H, N, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, T, chunk):
-            rows = slice(start, start + chunk)
-            queries = q[:, :, rows].float().unflatten(1, (H_kv, -1))  # (B, H_kv, H / H_kv, T, d)
-            scores = (scale * queries @ keys).flatten(1, 2)  # (B, H, T, N)
+            some = slice(start, start + chunk)
+            queries = q[:, :, some].float()  # (B, H, chunk, d)
+            queries = queries.unflatten(1, (H_kv, -1))  # (B, H_kv, H / H_kv, chunk, d)
+            scores = (scale * queries @ keys).flatten(1, 2)  # (B, H, chunk, N)
             if softcap is not None:
                 scores = softcap * (scores / softcap).tanh()
-            lowest = torch.finfo(torch.float32).min
-            weights = scores.masked_fill(~sees[:, None, rows], lowest).softmax(dim=-1)
-            is_filler = ~asks[:, None, rows, None]  # (B, 1, T, 1)
+            weights = scores.masked_fill(~sees[:, None, some], lowest).softmax(dim=-1)
+            is_filler = ~asks[:, None, some, None]  # (B, 1, chunk, 1)
             total += weights.masked_fill(is_filler, 0).sum(dim=2)
     return total / asks.sum(dim=1)[:, None, None]
 
@@ -155,8 +156,8 @@ def select(score: Tensor, count: Tensor, visual: Tensor) -> Tensor:
     """
     score = score.masked_fill(~visual, -torch.inf)
     order = score.argsort(dim=1, descending=True, stable=True)  # (B, N): the best token first
-    place = order.argsort(dim=1)  # (B, N): the place of each token in that order
-    return (place < count[:, None]) & visual
+    first = torch.arange(score.shape[1], device=score.device) < count[:, None]  # (B, N)
+    return torch.zeros_like(visual).scatter(1, order, first) & visual
 
 
 def default_layers(L: int) -> list[int]:
@@ -189,14 +190,14 @@ def average_tokens(
 def solve_lambda(
     target_average: float, measure: Callable[[float], float], tolerance: float = 0.5
 ) -> float:
-    r"""The \lambda that keeps as many tokens as wanted, on average over layers and prompts.
+    r"""The \lambda that reaches a target token count, on average over layers and prompts.
 
     By bisection of x in \lambda = x / (1 - x), which reaches from 0 to infinity as x goes from 0
     to 1.
 
     Args:
         target_average: wanted mean of `average_tokens`.
-        measure: \lambda -> mean `average_tokens` over a calibration set; must never fall.
+        measure: \lambda -> mean `average_tokens` over a calibration set; must be non-decreasing.
         tolerance: in tokens.
     Returns:
         lam: a float.
@@ -232,8 +233,9 @@ def compact(stays: Tensor) -> tuple[Tensor, Tensor]:
 
     Right-aligned, so that an answer's tokens follow without a gap, and the last column is the last
     token of every row. A row with fewer tokens than the longest is filled up in front; the masks
-    hide its fillers. They are places of tokens that do not stay, none of them twice. Of five
-    tokens, True for 1 and 4: idx [1, 4]; beside a row that keeps three, [3, 1, 4].
+    hide its fillers. They are places of tokens that do not stay, none of them twice, so that they
+    can be scattered back without overwriting a kept one. Of five tokens, True for 1 and 4: idx
+    [1, 4]; beside a row that keeps three, [3, 1, 4].
 
     Args:
         stays (B, S) bool.
@@ -267,66 +269,93 @@ def visible(mask: Tensor) -> Tensor:
     return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
 
 
-def cut_mask(mask: Tensor, rows: Tensor | None, columns: Tensor, real: Tensor) -> Tensor:
+def cut_mask(mask: Tensor, queries: Tensor | None, keys: Tensor, real: Tensor) -> Tensor:
     """Of a layer's mask the tokens that are left. No query sees a filler.
 
     Args:
-        mask (B or 1, keys) bool, or (B or 1, 1, queries, keys) bool or float.
-        rows (B, Q) int64: the queries that are left; None: all.
-        columns (B, N) int64: the keys that are left.
+        mask (B or 1, all keys) bool, or (B or 1, 1, all queries, all keys) bool or float.
+        queries (B, Q) int64: the queries that are left; None: all.
+        keys (B, N) int64: the keys that are left.
         real (B, N) bool: False for padding and fillers.
     Returns:
         mask (B, N) or (B, 1, Q, N): of the same type.
     """
     if mask.dim() == 2:
-        return mask.bool().take_along_dim(columns, dim=1) & real
-    if rows is not None:
-        mask = mask.take_along_dim(rows[:, None, :, None], dim=2)  # (B, 1, Q, keys)
-    mask = mask.take_along_dim(columns[:, None, None, :], dim=3)  # (B, 1, Q, N)
+        return mask.bool().take_along_dim(keys, dim=1) & real
+    if queries is not None:
+        mask = mask.take_along_dim(queries[:, None, :, None], dim=2)  # (B, 1, Q, all keys)
+    mask = mask.take_along_dim(keys[:, None, None, :], dim=3)  # (B, 1, Q, N)
     unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return mask.masked_fill(~real[:, None, None], unseen)
 
 
 def seen_by(query_idx: Tensor, mask: Tensor | None, is_causal: bool, N: int) -> Tensor:
-    """Which of the N tokens that a layer attends to are seen by some of its queries.
+    """For some queries of a layer, which of its N tokens each of them sees.
 
     Args:
-        query_idx (B, T) int64: places in N of these queries.
+        query_idx (B, T) int64: places of the queries among the N tokens.
         mask: the layer's own.
-        is_causal: whether the layer hides the future where its mask does not say it.
+        is_causal: whether the layer hides the future where it is given no finished mask.
     Returns:
         sees (B, T, N) bool.
     """
     if mask is not None and mask.dim() == 4:
-        rows = visible(mask)[:, 0].take_along_dim(query_idx[..., None], dim=1)  # (B, T, N)
-        return rows
-    place = torch.arange(N, device=query_idx.device)
-    sees = place <= query_idx[..., None]  # (B, T, N)
-    if not is_causal:
-        sees = torch.ones_like(sees)
-    return sees if mask is None else sees & mask.bool()[:, None]
+        return visible(mask)[:, 0].take_along_dim(query_idx[..., None], dim=1)
+    sees = torch.ones(*query_idx.shape, N, dtype=torch.bool, device=query_idx.device)
+    if is_causal:
+        sees = torch.arange(N, device=sees.device) <= query_idx[..., None]
+    if mask is not None:
+        sees = sees & mask.bool()[:, None]
+    return sees
 
 
-# Of a config's layer_types, those that the masks tell of fillers; recurrent layers would read them.
+# The layer types of a config that respect the attention mask. Recurrent layers ignore it and would
+# read the fillers.
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention"}
 
 
 def shortest_window(config) -> float:
-    """Tokens that a decoder's layers look back on, at least; infinity where all see everything."""
+    """The smallest attention window of any layer; infinity if every layer sees the whole sequence.
+
+    A longer sequence would be cut at other tokens once some are gone. Doge attends to the
+    keep_window_size best keys only, fillers among them; Llama 4 scales a query by its place in the
+    cut sequence, from floor_scale on.
+    """
     kinds = getattr(config, "layer_types", None)
-    # Doge counts its keys from keep_window_size on, Llama 4 its places from floor_scale on.
-    window, chunk, doge, llama4 = (
-        getattr(config, name, None)
-        for name in ("sliding_window", "attention_chunk_size", "keep_window_size", "floor_scale")
+    sizes = [getattr(config, "keep_window_size", None), getattr(config, "floor_scale", None)]
+    if kinds is None or "sliding_attention" in kinds:
+        sizes.append(getattr(config, "sliding_window", None))
+    if kinds is not None and "chunked_attention" in kinds:
+        sizes.append(getattr(config, "attention_chunk_size", None))
+    return min((size for size in sizes if size), default=math.inf)
+
+
+def require_supported(decoder) -> None:
+    """TypeError for a decoder in whose layers tokens cannot be dropped."""
+    config, kind = getattr(decoder, "config", None), type(decoder).__name__
+    require(
+        hasattr(decoder, "layers") and hasattr(config, "num_attention_heads"),
+        f"model must hold a decoder of transformers with layers of attention, got {kind}",
+        TypeError,
     )
-    if kinds is not None and "sliding_attention" not in kinds:
-        window = None
-    if kinds is None or "chunked_attention" not in kinds:
-        chunk = None
-    return min(size or math.inf for size in (window, chunk, doge, llama4))
+    others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
+    require(not others, f"tokens cannot be dropped in {kind}'s layers of {others}", TypeError)
+    one_each = len(decoder.layers) == config.num_hidden_layers
+    require(
+        one_each and not getattr(config, "num_kv_shared_layers", 0),
+        f"each layer of the decoder must have one attention with keys of its own, got {kind}",
+        TypeError,
+    )
+
+
+def is_mask(mask) -> bool:
+    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2
 
 
 # ---------------------------------------------------------------------- listening to the attention
+
+
+ACTIVE = {}  # id of a decoder's config -> the pruner in whose block it is
 
 
 class Heard(NamedTuple):
@@ -366,14 +395,12 @@ def hear(module, query, key, value, attention_mask, **kwargs):
 def attention_function(module, implementation: str) -> Callable:
     """What an attention module of transformers would call by itself."""
     for cls in type(module).__mro__:
-        file = sys.modules[cls.__module__]
-        if hasattr(file, "eager_attention_forward"):
-            functions = file.ALL_ATTENTION_FUNCTIONS
-            return functions.get_interface(implementation, file.eager_attention_forward)
-    raise TypeError(f"the file of {type(module).__name__} has no eager_attention_forward")
+        library = sys.modules[cls.__module__]
+        if hasattr(library, "eager_attention_forward"):
+            functions = library.ALL_ATTENTION_FUNCTIONS
+            return functions.get_interface(implementation, library.eager_attention_forward)
+    raise TypeError(f"{type(module).__name__} has no eager_attention_forward beside it")
 
-
-ACTIVE = {}  # id of a decoder's config -> the pruner in whose block it is
 
 # --------------------------------------------------------------------------------- inside a decoder
 
@@ -404,12 +431,12 @@ class Left(NamedTuple):
 class TokenPruner:
     """Drops visual tokens inside a `with` block, by hooks. A subclass says which stay: `choose`.
 
-    Nothing of it is left on the model afterwards. A KV cache that was filled in the block, and is
-    shorter than the prompt in some layers, can be used in the block only.
+    Nothing of it is left on the model afterwards.
 
     Modifications: from the first pruned layer on, layers get the tokens left, right-aligned, with
-    their masks and rotary positions; last_hidden_state and hidden_states go back to full length,
-    with zeros where a token was dropped.
+    their masks and rotary positions. last_hidden_state and hidden_states go back to full length,
+    with zeros where a token was dropped; attentions do not. A KV cache that was filled in the
+    block, and lacks tokens, refuses more of them once the block has ended.
 
     Args:
         model: a decoder on sdpa, eager or flash attention, or a model that holds one.
@@ -432,35 +459,21 @@ class TokenPruner:
         query_mask: Tensor | None = None,
     ):
         self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-        config, kind = getattr(self.decoder, "config", None), type(self.decoder).__name__
-        require(
-            hasattr(self.decoder, "layers") and hasattr(config, "num_attention_heads"),
-            f"model must hold a decoder of transformers with layers of attention, got {kind}",
-            TypeError,
-        )
-        others = set(getattr(config, "layer_types", None) or ()) - ATTENTION_LAYERS
-        require(
-            not others, f"stage 3 cannot drop tokens in layers of {kind} of {others}", TypeError
-        )
-        L = self.num_layers = config.num_hidden_layers
-        require(
-            len(self.decoder.layers) == L and not getattr(config, "num_kv_shared_layers", 0),
-            f"each layer of the decoder must have one attention with keys of its own, got {kind}",
-            TypeError,
-        )
+        require_supported(self.decoder)
+        L = self.num_layers = self.decoder.config.num_hidden_layers
         self.layers = default_layers(L) if layers is None else list(layers)
         ascending = sorted(set(self.layers) & set(range(1, L)))
         require(
             self.layers and self.layers == ascending,
             f"layers must be ascending numbers, 1 to {L - 1} for this decoder, got {self.layers}",
         )
-        for name, mask in (("visual_mask", visual_mask), ("query_mask", query_mask)):
-            is_mask = isinstance(mask, Tensor) and mask.dtype == torch.bool
-            good = is_mask and mask.shape == visual_mask.shape and mask.dim() == 2
-            optional = mask is None and name == "query_mask"
-            require(good or optional, f"{name} must be a bool tensor of shape (B, S)")
+        require(is_mask(visual_mask), "visual_mask must be a bool tensor of shape (B, S)")
         if query_mask is None:
             query_mask = visual_mask.flip(1).cumsum(1).flip(1) == 0  # no visual token from here on
+        require(
+            is_mask(query_mask) and query_mask.shape == visual_mask.shape,
+            "query_mask must be a bool tensor of shape (B, S), as visual_mask",
+        )
         self.visual_mask = visual_mask
         self.query_mask = query_mask & ~visual_mask
 
@@ -533,7 +546,7 @@ class TokenPruner:
 
     def _is_cut(self) -> bool:
         """Whether some layer holds less than the whole prompt."""
-        return any(left.ragged or left.place.shape[1] < self.T for left in self._left.values())
+        return any(left.ragged or left.place.shape[1] < self.S for left in self._left.values())
 
     # ------------------------------------------------ before layer 0: does a prompt begin, or go on
 
@@ -565,47 +578,54 @@ class TokenPruner:
         require(total <= window, f"the sequence must fit the window of {window}, but has {total}")
         if past == 0:
             self._start(hidden, self._first_mask, cache)
+        require(past == 0 or past >= self.S, "the KV cache must not be cut back into the prompt")
 
     def _start(self, hidden: Tensor, mask: Tensor | None, cache: Cache | None) -> None:
         """A prompt begins; without a KV cache, it comes again with its answer."""
-        B, S = self.visual_mask.shape
-        rows, T = hidden.shape[:2]
-        self.T = T
-        comes_again = cache is None and len(self.kept) > 0
+        B, given = self.visual_mask.shape
+        rows, S = hidden.shape[:2]
+        has_answer = S > given and cache is None and len(self.kept) > 0
         require(
-            T == S or T > S and comes_again,
-            f"the first call must hold the {S} tokens of visual_mask, got {T}: prompts of another "
-            "length, chunked prefill, assisted decoding, guidance_scale and continuous batching "
-            "are not supported",
+            S == given or has_answer,
+            f"the first call must hold the {given} tokens of visual_mask, got {S}: prompts of "
+            "another length, chunked prefill, assisted decoding, guidance_scale and continuous "
+            "batching are not supported",
         )
+        self.S = S
         self.copies = max(1, rows // B)
-        prompts = hidden[:, :S]
+        prompts = hidden[:, :given]
+        are_copies = rows == B * self.copies
+        if are_copies and self.copies > 1:
+            are_copies = prompts.equal(self._copy(self._one_copy(prompts)))
         require(
-            rows == B * self.copies
-            and (self.copies == 1 or prompts.equal(self._copy(prompts[:: self.copies]))),
+            are_copies,
             f"the batch must be the {B} samples of visual_mask, or copies of each side by side",
         )
-        answer = (0, T - S)  # neither visual nor asking
+        answer = (0, S - given)  # neither visual nor asking
         device = hidden.device
-        self._visual = self._copy(F.pad(self.visual_mask, answer)).to(device)  # (rows, T)
-        self._asks = self._copy(F.pad(self.query_mask, answer)).to(device)  # (rows, T)
+        self._visual = self._copy(F.pad(self.visual_mask, answer)).to(device)  # (rows, S)
+        self._asks = self._copy(F.pad(self.query_mask, answer)).to(device)  # (rows, S)
 
         real = torch.ones_like(self._visual)
         if mask is not None and mask.dim() == 2:
             real = mask.bool()
         elif mask is not None:  # only padding does not see itself
-            real = visible(mask)[:, 0].diagonal(dim1=1, dim2=2).expand(rows, T)
+            real = visible(mask)[:, 0].diagonal(dim1=1, dim2=2).expand(rows, S)
         require(
             (self._asks & real).any(dim=1).all(),
             "visual_mask must be followed by text, or query_mask mark some, in every sample",
         )
-        place = torch.arange(T, device=device).expand(rows, T)
+        place = torch.arange(S, device=device).expand(rows, S)
         self._left = {0: Left(place, real, ragged=not real.all())}
         self.cache = cache
 
     def _copy(self, x: Tensor) -> Tensor:
         """(B, ...) -> (rows, ...): each sample as often as `generate` copies it, for its beams."""
         return x.repeat_interleave(self.copies, dim=0)
+
+    def _one_copy(self, x: Tensor) -> Tensor:
+        """(rows, ...) -> (B, ...): the first of the copies of each sample."""
+        return x[:: self.copies]
 
     # -------------------------------------------------- around the layer before: what it attends to
 
@@ -619,7 +639,7 @@ class TokenPruner:
     # ----------------------------------------------------------------- before a layer: what goes on
 
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
-        """A pruned layer chooses. It and those up to the next one are called with what is left."""
+        """At a pruned layer, choose; call it and all later ones with the tokens that are left."""
         hidden = args[0]
         if self.past > 0:
             self._require_whole_cache(i, find_cache(kwargs))
@@ -638,24 +658,29 @@ class TokenPruner:
             TypeError,
         )
         place, real, _ = self._left_at(i - 1)
-        one = slice(None, None, self.copies)  # copies of a sample choose alike
         visual = self._visual.gather(1, place) & real  # (rows, N)
-        query_idx, asks = compact(self._asks.gather(1, place) & real)  # (rows, T)
-        sees = seen_by(query_idx, heard.mask, heard.is_causal, place.shape[1])  # (rows, T, N)
-        q = heard.q.take_along_dim(query_idx[:, None, :, None], dim=2)  # (rows, H, T, d)
-        attention = visual_attention(
-            q[one], heard.k[one], heard.scale, sees[one], asks[one], heard.softcap
-        )  # (B, H, N)
-        attention = attention.masked_fill(~visual[one][:, None], 0)
-        keep = self.choose(i, attention, visual[one]) & visual[one]  # (B, N)
+        asks = self._asks.gather(1, place) & real  # (rows, N)
+        attention = self._text_attention(heard, asks)  # (B, H, N)
+        visual_once = self._one_copy(visual)  # (B, N): copies of a sample choose alike
+        attention = attention.masked_fill(~visual_once[:, None], 0)
+        keep = self.choose(i, attention, visual_once) & visual_once  # (B, N)
 
-        kept = torch.zeros_like(self._visual[one]).scatter(1, place[one], keep)  # (B, T)
-        self.kept[i] = kept[:, : self.visual_mask.shape[1]]
+        in_prompt = torch.zeros_like(self._one_copy(self._visual))  # (B, S)
+        in_prompt = in_prompt.scatter(1, self._one_copy(place), keep)
+        self.kept[i] = in_prompt[:, : self.visual_mask.shape[1]]
         self.counts[i] = keep.sum(dim=1)
         text = real & ~visual
-        idx, real = compact(text | self._copy(keep))
-        self._left[i] = Left(place.gather(1, idx), real, ragged=not real.all())
+        idx, still_real = compact(text | self._copy(keep))  # (rows, N')
+        self._left[i] = Left(place.gather(1, idx), still_real, ragged=not still_real.all())
         return idx
+
+    def _text_attention(self, heard: Heard, asks: Tensor) -> Tensor:
+        """(B, H, N): how much the tokens that ask, (rows, N) bool, attend to each token."""
+        query_idx, is_query = compact(asks)  # (rows, T)
+        sees = seen_by(query_idx, heard.mask, heard.is_causal, asks.shape[1])  # (rows, T, N)
+        q = heard.q.take_along_dim(query_idx[:, None, :, None], dim=2)  # (rows, H, T, d)
+        q, k, sees, is_query = map(self._one_copy, (q, heard.k, sees, is_query))
+        return visual_attention(q, k, heard.scale, sees, is_query, heard.softcap)
 
     def _left_at(self, i: int) -> Left:
         """The tokens that layer i is called with."""
@@ -687,30 +712,33 @@ class TokenPruner:
     def _mask(self, left: Left, i: int, hidden: Tensor, cache: Cache | None) -> Tensor | None:
         """The mask for the tokens that are left: layer 0's, cut.
 
-        The library makes one mask for all layers of a kind, as long as the cache of the first of
-        them. Layer 0's is always whole, and no window is shorter than the sequence.
+        Layer i's own will not do: in an answer, the library makes the mask of a kind of layers as
+        long as the cache of the first of them, which may be a pruned one. Layer 0's is always
+        whole, and serves all layers, as no window is shorter than the sequence.
         """
-        rows, columns, real = left.place, left.place, left.real
+        queries, keys, real = left.place, left.place, left.real
         if self.past == 0:
             cache = None
-        else:
-            since = self.past + hidden.shape[1] - self.T
-            rows, columns = None, F.pad(columns, (0, since))
-            columns[:, -since:] = torch.arange(self.T, self.T + since)
-            real = F.pad(real, (0, since), value=True)
+        else:  # an answer: all its queries, and its keys after those of the prompt that are left
+            end = self.past + hidden.shape[1]
+            since = torch.arange(self.S, end, device=keys.device).expand(len(keys), -1)
+            queries, keys = None, torch.cat([keys, since], dim=1)
+            real = F.pad(real, (0, end - self.S), value=True)
         if self._first_mask is not None:
-            return cut_mask(self._first_mask, rows, columns, real)
+            return cut_mask(self._first_mask, queries, keys, real)
         if left.ragged:
             return create_causal_mask(self.decoder.config, hidden, real, cache, layer_idx=i)
         return None
 
     def _require_whole_cache(self, i: int, cache: Cache) -> None:
-        """Older releases cut all layers back to one length, which misses those that are short."""
+        """Assisted decoding takes rejected tokens out of the cache. Older releases crop all layers
+        to one length, so that those which are shorter keep the rejected tokens.
+        """
         left = self._left_at(i).place.shape[1]
         require(
-            cache.get_seq_length(i) == left + self.past - self.T,
-            "the KV cache must be cut back by as many tokens in every layer: assisted decoding "
-            "does so with newer releases of transformers",
+            cache.get_seq_length(i) == left + self.past - self.S,
+            "the KV cache must be cropped by as many tokens in every layer, which assisted "
+            "decoding of this release of transformers does not do",
         )
 
     # ------------------------------------------------------- after the decoder: back to full length
@@ -727,12 +755,13 @@ class TokenPruner:
             output.hidden_states = tuple(map(self._at_full_length, states, left))
 
     def _at_full_length(self, hidden: Tensor, left: Left) -> Tensor:
-        """Hidden states of the tokens left (rows, N, D) -> (rows, T, D), 0 for all others."""
-        if hidden.shape[1] == self.T and not left.ragged:
+        """Hidden states of the tokens left (rows, N, D) -> (rows, S, D), 0 for all others."""
+        if hidden.shape[1] == self.S and not left.ragged:
             return hidden
-        real, place = (x.to(hidden.device)[..., None] for x in (left.real, left.place))
-        whole = hidden.new_zeros(len(hidden), self.T, hidden.shape[2])
-        return whole.scatter(1, place.expand_as(hidden), hidden.masked_fill(~real, 0))
+        real = left.real.to(hidden.device)[..., None]
+        place = left.place.to(hidden.device)[..., None].expand_as(hidden)
+        whole = hidden.new_zeros(len(hidden), self.S, hidden.shape[2])
+        return whole.scatter(1, place, hidden.masked_fill(~real, 0))
 
 
 class AdaptivePruner(TokenPruner):
@@ -783,7 +812,7 @@ def find_cache(kwargs: dict) -> Cache | None:
 
 
 def refuse_short_cache(*args, **kwargs):
-    """In place of `update`, once the block has ended in which a cache was filled."""
+    """Replaces `update` after the block, so that a pruned cache cannot be reused by mistake."""
     raise ValueError(
         "this KV cache lacks the tokens that were pruned, and only the pruner's own block knows "
         "which: go on inside the block"

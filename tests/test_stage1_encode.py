@@ -1215,11 +1215,11 @@ def test_the_file_runs_alone(tmp_path, monkeypatch, capsys):
     runpy.run_path("stage1_encode.py", run_name="__main__")
     lines = capsys.readouterr().out.splitlines()
     assert [line.split(":")[0].split()[-1] for line in lines] == [
-        "VisionTransformer",
-        "CLIPVisionModel",
-        "Eva",
-        "VisionTransformer",
-        "ConvNeXt",
+        "open_clip.VisionTransformer",
+        "transformers.CLIPVisionModel",
+        "timm.Eva",
+        "timm.VisionTransformer",
+        "timm.ConvNeXt",
     ]
     assert all("144 -> " in line for line in lines)
     assert sum(int(line.split("-> ")[1].split()[0]) for line in lines) == 300

@@ -1198,7 +1198,7 @@ def test_a_cache_that_was_cut_back_in_some_layers_only_is_refused():
         for layer in cache.layers:
             if layer.keys.shape[2] > embeds.shape[1]:
                 layer.keys, layer.values = layer.keys[:, :, :-1], layer.values[:, :, :-1]
-        with pytest.raises(ValueError, match="must be cut back by as many tokens in every layer"):
+        with pytest.raises(ValueError, match="must be cropped by as many tokens in every layer"):
             forward(model, embeds[:, -1:], longer, **{CACHE: cache})
 
 

@@ -196,6 +196,8 @@ def stopwatch(device: torch.device) -> Iterator[Counter]:
 def part_of(frame, part: str | None) -> str | None:
     """The part of a prefill to which a function that is called belongs; part: its caller's."""
     path = Path(frame.f_code.co_filename)
+    if frame.f_code.co_name == "__torch_function__":
+        return part  # stage 1's spy, through which the library's own calls go
     if path.name in FILES:
         return FILES[path.name]
     if path.match("meteor_mini/model.py"):
