@@ -382,7 +382,14 @@ def packed_attention(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None,
 
 # -------------------------------------------------------------------------------- inside an encoder
 
-ACTIVE = set()  # ids of the encoders that are in a pruner's block
+ACTIVE = set()  # ids of the encoders that are in a pruner's block, or hooked for a count
+
+
+def claim(encoder: nn.Module) -> None:
+    """One at a time, as hooks of two would mix. Release it by ACTIVE.remove."""
+    free = id(encoder) not in ACTIVE
+    require(free, "this encoder is in another pruner's block, or another thread's: leave it first")
+    ACTIVE.add(id(encoder))
 
 
 class EncoderPruner:
@@ -444,9 +451,7 @@ class EncoderPruner:
         return attention()
 
     def __enter__(self) -> "EncoderPruner":
-        encoder = id(self.encoder)
-        require(encoder not in ACTIVE, "this encoder is in another pruner's block: leave it first")
-        ACTIVE.add(encoder)
+        claim(self.encoder)
         self.tokens, self.keep_idx, self._spy = None, None, None
         self._handles = []
         for i, block in enumerate(self.blocks):
@@ -687,10 +692,12 @@ def features_at_points(encoder: nn.Module, pixels: Tensor, points: int = POINTS)
         x = output[0] if isinstance(output, tuple) else output
         features.append(x[:, pruner.prefix :])
 
+    claim(pruner.encoder)
     handles = [pruner.blocks[i].register_forward_hook(note) for i in pruner.points]
     try:
         pruner.encoder(pixels)
     finally:
+        ACTIVE.remove(id(pruner.encoder))
         for handle in handles:
             handle.remove()
     return features
@@ -714,12 +721,14 @@ def count_tokens(encoder: nn.Module, pixels: Tensor) -> int:
     def count(block, args):
         raise Counted(args[0].shape[1] - pruner.prefix)
 
+    claim(pruner.encoder)
     handle = pruner.blocks[0].register_forward_pre_hook(count)
     try:
         pruner.encoder(pixels[:1])
     except Counted as counted:
         return counted.args[0]
     finally:
+        ACTIVE.remove(id(pruner.encoder))
         handle.remove()
 
 

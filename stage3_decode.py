@@ -265,8 +265,10 @@ def require(condition, message: str, error: type[Exception] = ValueError) -> Non
 
 
 def visible(mask: Tensor) -> Tensor:
-    """A finished mask as bools: True where a query sees a key."""
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+    """A finished mask as bools: True where a query sees a key. A float one hides by a large
+    negative number, mostly the lowest of its type; smaller ones are biases.
+    """
+    return mask if mask.dtype == torch.bool else mask > -1e4
 
 
 def cut_mask(mask: Tensor, queries: Tensor | None, keys: Tensor, real: Tensor) -> Tensor:
@@ -280,9 +282,11 @@ def cut_mask(mask: Tensor, queries: Tensor | None, keys: Tensor, real: Tensor) -
     Returns:
         mask (B, N) or (B, 1, Q, N): of the same type.
     """
+    keys, real = keys.to(mask.device), real.to(mask.device)
     if mask.dim() == 2:
         return mask.bool().take_along_dim(keys, dim=1) & real
     if queries is not None:
+        queries = queries.to(mask.device)
         mask = mask.take_along_dim(queries[:, None, :, None], dim=2)  # (B, 1, Q, all keys)
     mask = mask.take_along_dim(keys[:, None, None, :], dim=3)  # (B, 1, Q, N)
     unseen = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
@@ -349,7 +353,8 @@ def require_supported(decoder) -> None:
 
 
 def is_mask(mask) -> bool:
-    return isinstance(mask, Tensor) and mask.dtype == torch.bool and mask.dim() == 2
+    is_bool = isinstance(mask, Tensor) and mask.dtype == torch.bool
+    return is_bool and mask.dim() == 2 and len(mask) > 0
 
 
 # ---------------------------------------------------------------------- listening to the attention
@@ -379,14 +384,14 @@ def hear(module, query, key, value, attention_mask, **kwargs):
         TypeError,
     )
     pruner = ACTIVE[id(module.config)]
-    scale = kwargs.get("scaling")
+    scale, is_causal = kwargs.get("scaling"), kwargs.get("is_causal")
     pruner.heard = Heard(
         q=query,
         k=key,
         mask=attention_mask,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
         softcap=kwargs.get("softcap"),
-        is_causal=getattr(module, "is_causal", True),
+        is_causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
     )
     attend = attention_function(module, pruner.implementation)
     return attend(module, query, key, value, attention_mask, **kwargs)
@@ -476,6 +481,7 @@ class TokenPruner:
         )
         self.visual_mask = visual_mask
         self.query_mask = query_mask & ~visual_mask
+        self.kept, self.counts = {}, {}
 
     def choose(self, layer: int, attention: Tensor, visual: Tensor) -> Tensor:
         """The rule: which of the visual tokens that are left stay from this layer on.
@@ -536,17 +542,20 @@ class TokenPruner:
         self.decoder.config._attn_implementation = self.implementation
         for handle in self._handles:
             handle.remove()
-        if kind is None:
-            all_pruned = list(self.kept) == self.layers
-            require(all_pruned, "the decoder did not run in the block, or was compiled before it")
-        if self.cache is not None and self._is_cut():
-            self.cache.update = refuse_short_cache
+        self._close_cache()
         self.cache = self.heard = self._first_mask = None
         self._left, self._masks = {}, {}
+        require(
+            kind is not None or list(self.kept) == self.layers,
+            "the decoder did not run in the block, was compiled before it, or ran in "
+            "generate_batch, which is not supported",
+        )
 
-    def _is_cut(self) -> bool:
-        """Whether some layer holds less than the whole prompt."""
-        return any(left.ragged or left.place.shape[1] < self.S for left in self._left.values())
+    def _close_cache(self) -> None:
+        """The last prompt's cache takes no more tokens, where a layer lacks some of the prompt."""
+        is_cut = any(left.ragged or left.place.shape[1] < self.S for left in self._left.values())
+        if self.cache is not None and is_cut:
+            self.cache.update = refuse_short_cache
 
     # ------------------------------------------------ before layer 0: does a prompt begin, or go on
 
@@ -562,16 +571,23 @@ class TokenPruner:
             f"{type(self.decoder).__name__} must call its layers with position_embeddings",
             TypeError,
         )
+        now = self.decoder.config._attn_implementation
+        require(
+            now == self.implementation,
+            f"attn_implementation must stay {self.implementation!r} in the block, is {now!r}: "
+            "generate_batch, which changes it, is not supported",
+        )
         hidden, cache = args[0], find_cache(kwargs)
-        past = 0 if cache is None else cache.get_seq_length()
+        past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         self.past = past
         self._first_mask = kwargs["attention_mask"]
         self._masks = {}  # cut once for all layers that have the same tokens left
         is_new = cache is None or isinstance(cache, DynamicCache) and past == 0
         require(
             is_new or cache is self.cache,
-            "the KV cache must be None, or a DynamicCache that is empty or was filled in this "
-            f"block, got a {type(cache).__name__} of {past} tokens",
+            "the KV cache must be None, or a DynamicCache that is empty or was filled by the last "
+            f"prompt of this block, got a {type(cache).__name__} of {past} tokens: guidance_scale, "
+            "which fills two, is not supported",
         )
         window = shortest_window(self.decoder.config)
         total = past + hidden.shape[1]
@@ -591,6 +607,8 @@ class TokenPruner:
             "another length, chunked prefill, assisted decoding, guidance_scale and continuous "
             "batching are not supported",
         )
+        if cache is not self.cache:
+            self._close_cache()  # that of the prompt before
         self.S = S
         self.copies = max(1, rows // B)
         prompts = hidden[:, :given]
@@ -657,15 +675,16 @@ class TokenPruner:
             "AttentionInterface, which it did not call",
             TypeError,
         )
-        place, real, _ = self._left_at(i - 1)
-        visual = self._visual.gather(1, place) & real  # (rows, N)
-        asks = self._asks.gather(1, place) & real  # (rows, N)
+        device = heard.q.device  # of layer i - 1, where a model lies on several
+        place, real = (x.to(device) for x in self._left_at(i - 1)[:2])
+        visual = self._visual.to(device).gather(1, place) & real  # (rows, N)
+        asks = self._asks.to(device).gather(1, place) & real  # (rows, N)
         attention = self._text_attention(heard, asks)  # (B, H, N)
         visual_once = self._one_copy(visual)  # (B, N): copies of a sample choose alike
         attention = attention.masked_fill(~visual_once[:, None], 0)
         keep = self.choose(i, attention, visual_once) & visual_once  # (B, N)
 
-        in_prompt = torch.zeros_like(self._one_copy(self._visual))  # (B, S)
+        in_prompt = torch.zeros_like(self._one_copy(self._visual), device=device)  # (B, S)
         in_prompt = in_prompt.scatter(1, self._one_copy(place), keep)
         self.kept[i] = in_prompt[:, : self.visual_mask.shape[1]]
         self.counts[i] = keep.sum(dim=1)
@@ -747,6 +766,7 @@ class TokenPruner:
         """The prompt's hidden states go back to full length: logits and labels line up."""
         if self.past > 0 or not self.kept:
             return
+        require(hasattr(output, "last_hidden_state"), "return_dict must be True, or not given")
         last = self._left_at(self.num_layers - 1)
         output.last_hidden_state = self._at_full_length(output.last_hidden_state, last)
         states = getattr(output, "hidden_states", None)
@@ -807,8 +827,13 @@ def take_rotary(tables, place: Tensor):
 
 
 def find_cache(kwargs: dict) -> Cache | None:
-    """The KV cache among a layer's arguments: past_key_values, or cache from transformers 5.24."""
-    return next((x for x in kwargs.values() if isinstance(x, Cache)), None)
+    """The KV cache among a layer's arguments, by its type, as releases and models name it apart.
+
+    That of continuous batching is of another type: it is found by its name, to be refused.
+    """
+    caches = [x for x in kwargs.values() if isinstance(x, Cache)]
+    caches += [kwargs.get("past_key_values"), kwargs.get("cache")]
+    return next((cache for cache in caches if cache is not None), None)
 
 
 def refuse_short_cache(*args, **kwargs):

@@ -227,7 +227,10 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         if self.config.get("trained") is False:
             untrained = "the projectors of this model are not trained yet: its answers mean nothing"
             warnings.warn(untrained, stacklevel=3)
-        if isinstance(images, Tensor) and len(images) == len(questions) == 0:
+        pictures = images.fused.tokens if isinstance(images, Encoded) else images
+        if isinstance(pictures, Tensor) and len(pictures) == 0:
+            if len(questions) > 0:
+                raise ValueError("images must hold a picture for each question, got none")
             return []
         encoded = images if isinstance(images, Encoded) else self.encode(images, budget)
         output, stage3 = self.generate(encoded, questions, budget, pruner, **options)

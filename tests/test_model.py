@@ -265,7 +265,11 @@ def test_answers_are_the_same_where_generate_returns_a_dictionary(model, batch):
 
 
 def test_no_question_has_no_answer(model, batch):
-    assert model.answer(batch[0][:0], []) == []
+    images, questions, _ = batch
+    assert model.answer(images[:0], []) == []
+    assert model.answer(model.encode(images).rows([]), []) == []
+    with pytest.raises(ValueError, match="images must hold a picture for each question"):
+        model.answer(images[:0], questions)
 
 
 def test_threads_that_share_a_model_get_the_answers_that_they_get_alone(model, batch):

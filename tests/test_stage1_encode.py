@@ -836,10 +836,21 @@ def test_a_pruner_serves_many_forwards_one_after_another(models):
             assert equal(encode(model, pixels("eva02", 2, seed), KEEP), mine)
 
 
+def test_counting_and_ranks_inside_a_pruners_block_are_refused(models):
+    model, x = models["siglip"], pixels("siglip")
+    with pytest.raises(ValueError, match="this encoder is in another pruner's block"):
+        with EncoderPruner(model, (40, 20, 9)):
+            count_tokens(model, x)
+    with pytest.raises(ValueError, match="this encoder is in another pruner's block"):
+        with EncoderPruner(model, (40, 20, 9)):
+            expected_ranks([model], [[x]])
+    assert count_tokens(model, x) == 64
+
+
 def test_a_second_pruner_on_the_same_encoder_is_refused(models):
     model, x = models["clip"], pixels("clip", 2)
     want = encode(model, x, KEEP)
-    with pytest.raises(ValueError, match="this encoder is in another pruner's block: leave it"):
+    with pytest.raises(ValueError, match="this encoder is in another pruner's block"):
         with EncoderPruner(model, (50, 40, 30)), EncoderPruner(model, KEEP):
             pass
     pruner = EncoderPruner(model, KEEP)

@@ -1165,7 +1165,7 @@ def test_a_cache_that_outlives_its_block_is_refused_there_or_holds_everything():
     with pytest.raises(ValueError, match="lacks the tokens that were pruned"):
         forward(model, embeds[:, :1], F.pad(longer, (0, 1), value=1), **{CACHE: cache})
     refuses(
-        "the KV cache must be None, or a DynamicCache that is empty or was filled in this block",
+        "the KV cache must be None, or a DynamicCache that is empty or was filled by the last",
         lambda: forward(model, embeds[:, :1], longer, **{CACHE: cache}),
         model,
         visual_mask,
@@ -1319,9 +1319,58 @@ def test_a_decoder_compiled_before_the_block_is_pruned_or_refused():
             got = forward(model, embeds)
         assert gap(got, want) < 1e-4
     except ValueError as error:
-        assert "the decoder did not run in the block, or was compiled before it" in str(error)
+        assert "the decoder did not run in the block, was compiled before it" in str(error)
     finally:
         torch.compiler.reset()
+
+
+def test_the_cache_of_an_earlier_prompt_in_the_block_is_closed_too():
+    model = build()
+    embeds, _, visual_mask = ragged()
+    with prune(model, visual_mask), torch.no_grad():
+        first = find_cache(model(inputs_embeds=embeds))
+        model(inputs_embeds=embeds)
+    with pytest.raises(ValueError, match="this KV cache lacks the tokens that were pruned"):
+        forward(model, embeds[:, :1], **{CACHE: first})
+
+
+def test_continuous_batching_is_refused_by_name():
+    """Its cache is of another type; the library swallows the sentence in a thread of its own."""
+    model = build()
+    embeds, _, visual_mask = ragged()
+    with pytest.raises(ValueError, match="the KV cache must be None, or a DynamicCache"):
+        with prune(model, visual_mask):
+            model.model.layers[0](
+                embeds,
+                attention_mask=None,
+                position_embeddings=model.model.rotary_emb(embeds, torch.arange(24)[None]),
+                **{CACHE: object()},
+            )
+
+
+def test_a_float_mask_of_another_large_negative_number_hides_as_well():
+    model = build(attn_implementation="eager")
+    embeds, attention_mask, visual_mask = ragged()
+    S = embeds.shape[1]
+    sees = torch.ones(S, S).tril().bool() & attention_mask.bool()[:, None]
+    counts = []
+    for hidden in (torch.finfo(torch.float32).min, -1e9):
+        mask = torch.zeros(3, 1, S, S).masked_fill(~sees[:, None], hidden)
+        with prune(model, visual_mask) as pruner:
+            forward(model, embeds, mask)
+        counts.append({i: K.tolist() for i, K in pruner.counts.items()})
+    assert counts[0] == counts[1]
+
+
+def test_a_decoder_that_is_told_not_to_be_causal_is_heard_so():
+    model = build()
+    embeds, _, visual_mask = ragged()
+    asks = torch.zeros_like(visual_mask)
+    asks[:, 0] = True  # in front of the picture: it sees it only where the future is not hidden
+    for is_causal in (True, False):
+        with prune(model, visual_mask, lam=math.inf, query_mask=asks) as pruner:
+            forward(model, embeds, is_causal=is_causal)
+        assert (pruner.vav[1].sum() > 0) == (not is_causal)
 
 
 def test_a_copy_of_a_model_is_pruned_as_the_model_is():
