@@ -205,7 +205,7 @@ def test_looking_and_aside_losses_equal_loops(model):
         for b in range(B):
             for h in range(H):
                 looking += weights[b, h].sum(dim=-1).tolist()
-        if layer not in train.BUDGET["layers"]:
+        if layer not in train.TAUGHT_LAYERS:
             continue
         for b, n, shown in zip(picture, question, tokens):
             on_thing = on_picture = 0.0
