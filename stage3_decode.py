@@ -544,7 +544,7 @@ class TokenPruner:
             handle.remove()
         self._close_cache()
         self.cache = self.heard = self._first_mask = None
-        self._left, self._masks = {}, {}
+        self._left, self._masks, self._rotary = {}, {}, {}
         require(
             kind is not None or list(self.kept) == self.layers,
             "the decoder did not run in the block, was compiled before it, or ran in "
@@ -581,7 +581,7 @@ class TokenPruner:
         past = cache.get_seq_length() if isinstance(cache, Cache) else 0
         self.past = past
         self._first_mask = kwargs["attention_mask"]
-        self._masks = {}  # cut once for all layers that have the same tokens left
+        self._masks, self._rotary = {}, {}  # cut once for all layers with the same tokens left
         is_new = cache is None or isinstance(cache, DynamicCache) and past == 0
         require(
             is_new or cache is self.cache,
@@ -711,7 +711,10 @@ class TokenPruner:
         if id(left) not in self._masks:
             self._masks[id(left)] = self._mask(left, i, hidden, find_cache(kwargs))
         if self.past == 0:
-            rotary = take_rotary(rotary, left.place)
+            key = id(left), id(rotary)  # layers of a kind share their tables
+            if key not in self._rotary:
+                self._rotary[key] = rotary, take_rotary(rotary, left.place)
+            rotary = self._rotary[key][1]
         changed = {"attention_mask": self._masks[id(left)], "position_embeddings": rotary}
         if "position_ids" in kwargs:
             changed["position_ids"] = self._positions(left, kwargs["position_ids"])
