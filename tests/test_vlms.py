@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers as T
 from PIL import Image
-from tiny_models import EYES, IMAGE, TEXT, VLMS
+from tiny_models import EYES, IMAGE, TEXT, VLMS, batch
 from tiny_models import vlm as tiny_vlm
 
 from meteor_mini import cli, vlm
@@ -43,24 +43,6 @@ PROMPTS = {
 @pytest.fixture(scope="module", params=VLMS)
 def family(request):
     return tiny_vlm(request.param)
-
-
-def batch(family, prompts, first=0):
-    """Inputs of `generate`, padded on the left, and the visual mask; first: number of a picture."""
-    _, tokens, pixels, needs_always = family
-    tokens, rows = iter(tokens[first:]), []
-    for prompt in prompts:
-        rows.append(
-            [t for token in prompt for t in ([token] * next(tokens) if token == IMAGE else [token])]
-        )
-    S = max(map(len, rows))
-    ids = torch.tensor([[0] * (S - len(row)) + row for row in rows])
-    mask = torch.tensor([[0] * (S - len(row)) + [1] * len(row) for row in rows])
-    per_row = [prompt.count(IMAGE) for prompt in prompts]
-    inputs = dict(input_ids=ids, attention_mask=mask)
-    if sum(per_row) or needs_always:
-        inputs |= pixels(per_row, first, ids)
-    return inputs, ids == IMAGE
 
 
 @pytest.mark.parametrize("prompts", PROMPTS)
