@@ -80,15 +80,16 @@ def visual_attention(
     """
     B, H, T, _ = q.shape
     H_kv, N = k.shape[1:3]
-    keys = k.float().mT[:, :, None]  # (B, H_kv, 1, d, N)
+    keys = k.float().mT  # (B, H_kv, d, N)
     lowest = torch.finfo(torch.float32).min  # not -inf: a row that sees nothing would be NaN
     total = torch.zeros(B, H, N, device=q.device)
     with torch.autocast(q.device.type, enabled=False):
         for start in range(0, T, chunk):
             some = slice(start, start + chunk)
             queries = q[:, :, some].float()  # (B, H, chunk, d)
-            queries = queries.unflatten(1, (H_kv, -1))  # (B, H_kv, H / H_kv, chunk, d)
-            scores = (scale * queries @ keys).flatten(1, 2)  # (B, H, chunk, N)
+            queries = queries.unflatten(1, (H_kv, -1)).flatten(2, 3)  # heads that share keys: rows
+            scores = scale * queries @ keys  # (B, H_kv, H / H_kv * chunk, N)
+            scores = scores.reshape(B, H, -1, N)  # (B, H, chunk, N)
             if softcap is not None:
                 scores = softcap * (scores / softcap).tanh()
             weights = scores.masked_fill(~sees[:, None, some], lowest).softmax(dim=-1)
@@ -251,7 +252,8 @@ def compact(stays: Tensor) -> tuple[Tensor, Tensor]:
 
 def take(x: Tensor, idx: Tensor) -> Tensor:
     """The tokens at idx (B, N) of x (B or 1, S, D): (B, N, D)."""
-    return x.take_along_dim(idx[..., None].to(x.device), dim=1)
+    rows = torch.arange(len(idx), device=x.device)[:, None]  # (B, 1)
+    return x.expand(len(idx), -1, -1)[rows, idx.to(x.device)]
 
 
 def require(condition, message: str, error: type[Exception] = ValueError) -> None:
