@@ -1,7 +1,7 @@
 """meteor_mini: METEOR (ICCV 2025), three-stage visual token pruning for VLMs with several encoders.
 
 The method is in three files at the top level, each of which stands alone: `stage1_encode`,
-`stage2_fuse` and `stage3_decode`. `model.py` composes them. Two wings hold the rest: `glyph/`, the
+`stage2_fuse` and `stage3_decode`. `model.py` composes them. Two wings hold the rest: `toy/`, the
 embedded model and the world that it was trained on, and `lab/`, what is measured and drawn.
 """
 
@@ -29,6 +29,6 @@ __all__ = [
 __version__ = "0.1.0"
 
 
-def load(name: str = "glyph") -> Meteor:
+def load(name: str = "toy") -> Meteor:
     """A trained model by name, directory or hub id: `Meteor.from_pretrained(name)`."""
     return Meteor.from_pretrained(name)

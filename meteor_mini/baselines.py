@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_encode import EncoderPruner, allocate_budget, encode, find_encoder
-from stage2_fuse import Fused, fuse, gather, lowest, mutual_redundancy
+from stage1_encode import EncoderPruner, allocate_budget, encode, encode_all, find_encoder
+from stage2_fuse import Fused, Projector, fuse, gather, lowest, mutual_redundancy
 from stage3_decode import TokenPruner, select, text_relevance
 
 from .model import Encoded, Meteor
@@ -366,3 +366,38 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     none = kept[0][:, :0]
     all_kept = [patches.get(name, none) for name in everyone]
     return Encoded(Fused(fused.tokens, number[fused.encoder_id], fused.keep_idx), all_kept)
+
+
+# --------------------------------------------------------------- in place of all stages: EAGLE's way
+
+
+class ChannelFusion(nn.Module):
+    """EAGLE's pre-projection fusion: the encoders' channels side by side, a token per grid cell.
+
+    Source: [supplement Table 2, "Pre-projection fusion"; arXiv 2408.15998]
+    """
+
+    def __init__(self, widths: list[int], width: int):
+        super().__init__()
+        self.project = Projector(sum(widths), width)
+
+    def forward(self, features: list[Tensor]) -> Tensor:
+        channels = torch.cat(features, dim=-1)  # (B, N, sum of D_l)
+        return self.project(channels)  # (B, N, D)
+
+
+def channel_fusion(model: Meteor) -> ChannelFusion:
+    """An untrained one for a model whose encoders share a grid."""
+    widths = [view.width for view in model.views.values()]
+    return ChannelFusion(widths, model.decoder.config.hidden_size).to(model.device)
+
+
+def encode_channels(model: Meteor, fusion: ChannelFusion, images: Tensor) -> Encoded:
+    """The model's encoders, unpruned, and their fused channels. A token is no patch of one encoder,
+    so no map shows it.
+    """
+    features, _ = encode_all(list(model.encoders.values()), model.pixels(images), None)
+    tokens = fusion(features)  # (B, N, D)
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+    fused = Fused(tokens, torch.zeros_like(place), place)
+    return Encoded(fused, [place[:, :0] for _ in model.encoders])

@@ -28,7 +28,7 @@ from PIL import Image
 
 from . import __version__, budgets, vlm
 from .budgets import Budget
-from .glyph import evaluate
+from .toy import evaluate
 from .lab import demo, report
 from .model import Meteor
 from .pictures import load_picture, resize_square
@@ -74,9 +74,9 @@ def build_parser() -> Parser:
 def add_model(command: Parser) -> None:
     command.add_argument(
         "--model",
-        default="glyph",
+        default="toy",
         metavar="NAME_OR_DIR",
-        help="glyph (the embedded model), small, eagle-x4, a directory from save_pretrained, "
+        help="toy (the embedded model), small, eagle-x4, a directory from save_pretrained, "
         "or a hub id",
     )
 
@@ -271,7 +271,7 @@ def load_model(name: str) -> Meteor:
     folder = CHECKPOINTS.get(name, Path(name))
     if name in CHECKPOINTS and not folder.is_dir():
         raise ValueError(
-            f"model {name!r} is not in {folder}: `python -m meteor_mini.glyph.train` makes it"
+            f"model {name!r} is not in {folder}: `python -m meteor_mini.toy.train` makes it"
         )
     known = folder.is_dir() or name in PRESETS
     if not known and (folder.exists() or not HUB_ID.fullmatch(name)):

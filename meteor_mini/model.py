@@ -238,8 +238,8 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         return account(self, encoded, self.decode(ids), stage3)
 
     @classmethod
-    def from_pretrained(cls, name: str | Path = "glyph", **hub) -> "Meteor":
-        """Load a model by name: "glyph", a directory, a hub id, or a preset of pretrained parts.
+    def from_pretrained(cls, name: str | Path = "toy", **hub) -> "Meteor":
+        """Load a model by name: "toy", a directory, a hub id, or a preset of pretrained parts.
 
         Args: hub: see `weights.load`, whose errors are raised. Returns: the model in eval mode.
         """

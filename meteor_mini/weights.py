@@ -1,6 +1,6 @@
 """Names -> models: the embedded one, directories, hub ids, and other people's pretrained parts.
 
-    Meteor.from_pretrained("glyph")                                  the embedded model
+    Meteor.from_pretrained("toy")                                  the embedded model
     Meteor.from_pretrained("DIR or OWNER/NAME")                      what save_pretrained wrote
     Meteor.from_pretrained("small")                                  a preset of pretrained parts
     Meteor.from_pretrained(encoders=["ViT-B-16/openai", "facebook/dinov2-small"],
@@ -44,7 +44,7 @@ from transformers import (
 from .budgets import PAPER_TOKENS
 
 T = TypeVar("T")
-CHECKPOINTS = {"glyph": Path(__file__).parent / "glyph" / "checkpoint"}
+CHECKPOINTS = {"toy": Path(__file__).parent / "toy" / "checkpoint"}
 FILES = ("config.json", "model.safetensors")
 # "grid": patches (h, w) of a Pix2Struct or DINOv2, which take any.
 PRESETS = {
@@ -74,7 +74,7 @@ PRESETS = {
 BUDGET_SHARES = [tokens / 4096 for tokens in PAPER_TOKENS]
 
 
-def load(cls: type[T], name: str | Path = "glyph", **hub) -> T:
+def load(cls: type[T], name: str | Path = "toy", **hub) -> T:
     """A model of class `cls`, in eval mode; of our own files in float32.
 
     Args: name: see the head of this file; hub: of huggingface_hub's `hf_hub_download`, as revision,

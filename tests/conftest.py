@@ -23,8 +23,8 @@ def folder(tmp_path_factory):
     import torch
 
     from meteor_mini import Meteor
-    from meteor_mini.glyph import questions
-    from meteor_mini.glyph.parts import DECODER, ENCODERS, build_tokenizer
+    from meteor_mini.toy import questions
+    from meteor_mini.toy.parts import DECODER, ENCODERS, build_tokenizer
 
     tokenizer = build_tokenizer(questions.WORDS)
     config = {

@@ -7,15 +7,15 @@ import torch.nn.functional as F
 
 import stage1_encode
 from meteor_mini import Budget, baselines, load
-from meteor_mini.glyph.evaluate import images_and_questions, make_example
-from meteor_mini.glyph.questions import FAMILIES
-from meteor_mini.glyph.world import SIZE
+from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.questions import FAMILIES
+from meteor_mini.toy.world import SIZE
 from meteor_mini.lab import tables
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 @pytest.fixture(scope="module")

@@ -8,12 +8,12 @@ import pytest
 
 from meteor_mini import Budget, load
 from meteor_mini.budgets import budget_for, lambda_from_table, stage3_lambda
-from meteor_mini.glyph.evaluate import accuracy
+from meteor_mini.toy.evaluate import accuracy
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 def test_a_budget_for_n_tokens_is_in_the_proportions_of_the_models_own(model):

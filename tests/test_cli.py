@@ -2,7 +2,7 @@
 wrong input.
 
 `main(argv)` runs in this process; one test runs `python -m meteor_mini.cli`. What needs trained
-weights is skipped until `meteor_mini/glyph/checkpoint` is there.
+weights is skipped until `meteor_mini/toy/checkpoint` is there.
 """
 
 import json
@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 
 import meteor_mini
 from meteor_mini import CHECKPOINTS, Budget, budget_for, cli
-from meteor_mini.glyph import evaluate, questions, world
-from meteor_mini.glyph.parts import ENCODERS
+from meteor_mini.toy import evaluate, questions, world
+from meteor_mini.toy.parts import ENCODERS
 from meteor_mini.lab import demo
 
 FAMILIES = list(questions.FAMILIES)
@@ -172,7 +172,7 @@ def refused(argv, capsys, *words):
         (["ask", "PICTURE", "yes", "--plot", "PICTURE"], ["overwrite"]),
         (["demo", "--out", "none/demo"], ["none", "does not exist"]),
         (["demo", "--out", "file"], ["file", "not a directory"]),
-        (["demo", "--model", "nosuch"], ["'nosuch'", "glyph"]),
+        (["demo", "--model", "nosuch"], ["'nosuch'", "toy"]),
         (["demo", "--model", "./no/such/model"], ["'./no/such/model'"]),
         (["demo", "--model", "in/picture.png"], ["'in/picture.png'", "hub id (owner/name)"]),
         (
@@ -280,8 +280,8 @@ def test_refused_model_directories(damage, words, folder, picture, tmp_path, cap
 
 
 def test_a_preset_without_its_checkpoint(picture, tmp_path, capsys, monkeypatch):
-    monkeypatch.setitem(CHECKPOINTS, "glyph", tmp_path / "checkpoint")
-    refused(["ask", str(picture), QUESTION], capsys, "'glyph'", "python -m meteor_mini.glyph.train")
+    monkeypatch.setitem(CHECKPOINTS, "toy", tmp_path / "checkpoint")
+    refused(["ask", str(picture), QUESTION], capsys, "'toy'", "python -m meteor_mini.toy.train")
 
 
 def test_errors_of_programming_are_not_swallowed(picture, monkeypatch):
@@ -324,7 +324,7 @@ def test_python_m_meteor_mini_cli(tmp_path):
 
 
 @pytest.mark.skipif(
-    not (CHECKPOINTS["glyph"] / "model.safetensors").exists(), reason="no trained checkpoint"
+    not (CHECKPOINTS["toy"] / "model.safetensors").exists(), reason="no trained checkpoint"
 )
 def test_the_trained_model_answers_most_families(tmp_path, capsys):
     right = 0

@@ -25,8 +25,8 @@ from meteor_mini.finetune import (
     side_of,
     training_loss,
 )
-from meteor_mini.glyph.evaluate import images_and_questions, make_example
-from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.questions import FAMILIES
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
 
@@ -53,7 +53,7 @@ def load_data(file, side):
 
 def untrained():
     """The embedded model with projectors as random as a preset's."""
-    model = load("glyph")
+    model = load("toy")
     torch.manual_seed(0)
     for module in model.projectors.modules():
         if hasattr(module, "reset_parameters"):
@@ -74,7 +74,7 @@ SHORT = dict(
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +202,7 @@ def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path
     assert snippet.count('"small"') == snippet.count("max_steps=1000") == 1
     exec(
         compile(
-            snippet.replace("small", "glyph").replace(
+            snippet.replace("small", "toy").replace(
                 "max_steps=1000", "max_steps=2, use_cpu=True"
             ),
             "docs/training.md",

@@ -19,16 +19,16 @@ import meteor_mini
 import stage1_encode
 import stage2_fuse
 from meteor_mini import CHECKPOINTS, Budget, Meteor, load
-from meteor_mini.glyph.evaluate import images_and_questions, make_example
-from meteor_mini.glyph.parts import build_tokenizer
-from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.parts import build_tokenizer
+from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.model import text_around_picture
 from stage3_decode import AdaptivePruner
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 @pytest.fixture(scope="module")
@@ -199,7 +199,7 @@ def test_save_and_load_give_the_same_answers(model, batch, tmp_path):
 
 
 def test_the_embedded_checkpoint_is_small_and_complete():
-    folder = CHECKPOINTS["glyph"]
+    folder = CHECKPOINTS["toy"]
     assert sum(f.stat().st_size for f in folder.iterdir()) <= 20e6
     config = json.loads((folder / "config.json").read_text())
     assert len(config["encoders"]) == 4 and config["ranks"] and config["lambda_table"]
@@ -320,7 +320,7 @@ def modules():
 def test_no_module_imports_one_that_imports_it():
     graph = modules()
     assert len(graph) > 10
-    done = {"meteor_mini", "meteor_mini.glyph", "meteor_mini.lab"}  # whose __init__ come first
+    done = {"meteor_mini", "meteor_mini.toy", "meteor_mini.lab"}  # whose __init__ come first
     while waiting := set(graph) - done:
         free = {name for name in waiting if graph[name] <= done}
         assert free, f"these import each other: {sorted(waiting)}"
@@ -334,8 +334,8 @@ def test_the_arrows_between_the_wings_point_one_way():
         for other in imported:
             if wing not in ("lab", "cli"):
                 assert not other.startswith("meteor_mini.lab"), (name, other)
-            if wing not in ("glyph", "lab", "cli"):
-                assert not other.startswith("meteor_mini.glyph"), (name, other)
+            if wing not in ("toy", "lab", "cli"):
+                assert not other.startswith("meteor_mini.toy"), (name, other)
             assert other != "meteor_mini.cli"
 
 

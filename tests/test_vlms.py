@@ -17,7 +17,7 @@ from tiny_models import EYES, IMAGE, TEXT, VLMS, batch
 from tiny_models import vlm as tiny_vlm
 
 from meteor_mini import cli, vlm
-from meteor_mini.glyph.parts import build_tokenizer
+from meteor_mini.toy.parts import build_tokenizer
 from meteor_mini.pictures import CLIP_MEAN, CLIP_STD
 from stage3_decode import AdaptivePruner, find_cache
 

@@ -26,8 +26,8 @@ import meteor_mini
 from meteor_mini import Budget, Meteor, calibrate, cli, vlm
 from meteor_mini.budgets import measure_lambda
 from meteor_mini.finetune import training_loss
-from meteor_mini.glyph import world
-from meteor_mini.glyph.parts import build_tokenizer
+from meteor_mini.toy import world
+from meteor_mini.toy.parts import build_tokenizer
 from meteor_mini.model import text_around_picture
 from meteor_mini.pictures import view_of
 from meteor_mini.weights import (

@@ -28,7 +28,7 @@ from stage1_encode import EncoderPruner
 from stage3_decode import AdaptivePruner, average_tokens, default_layers
 
 from .. import baselines
-from ..glyph.evaluate import encoding_flops, prefill_flops
+from ..toy.evaluate import encoding_flops, prefill_flops
 from ..model import Meteor
 from ..pictures import view_of
 from ..weights import build_decoder

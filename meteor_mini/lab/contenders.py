@@ -16,7 +16,7 @@ from stage3_decode import default_layers, find_cache
 
 from .. import baselines
 from ..budgets import Budget
-from ..glyph.parts import build_tokenizer
+from ..toy.parts import build_tokenizer
 from ..model import Encoded, Meteor
 from ..weights import build_decoder
 from . import fusions

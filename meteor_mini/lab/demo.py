@@ -12,8 +12,8 @@ import torch
 from PIL import Image
 
 from ..budgets import Budget
-from ..glyph.evaluate import make_example, to_images
-from ..glyph.questions import FAMILIES
+from ..toy.evaluate import make_example, to_images
+from ..toy.questions import FAMILIES
 from ..model import Answer, Meteor
 from .survivors import survivor_figure
 

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 import stage1_encode
 from stage1_encode import EncoderPruner, Spy, highest, mean_similarity
 
-from ..glyph.evaluate import Example, batches, difference, images_and_questions
-from ..glyph.schooling import TOLD
-from ..glyph.world import SLOTS
+from ..toy.evaluate import Example, batches, difference, images_and_questions
+from ..toy.schooling import TOLD
+from ..toy.world import SLOTS
 from ..model import Meteor
 from .tables import grid_cells
 

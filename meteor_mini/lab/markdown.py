@@ -3,7 +3,7 @@
 import subprocess
 from pathlib import Path
 
-from ..glyph.questions import FAMILIES
+from ..toy.questions import FAMILIES
 from .depth import CRITERIA
 from .orders import ORDERS, YES
 from .tables import GROUPS

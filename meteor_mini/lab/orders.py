@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..glyph.evaluate import difference
+from ..toy.evaluate import difference
 from .tables import Row, question_groups
 
 ABOVE, NOT_BELOW = "above", "not below"  # see `verdict`

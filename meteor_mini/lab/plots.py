@@ -24,7 +24,7 @@ from matplotlib.lines import Line2D
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..glyph.parts import ENCODERS
+from ..toy.parts import ENCODERS
 from .survivors import COLORS, patch_map, to_pillow
 
 INK, GREY, DPI = "#1a1a1a", "#777777", 100

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from stage3_decode import default_layers
 
 from ..budgets import Budget
-from ..glyph.evaluate import (
+from ..toy.evaluate import (
     Method,
     accuracy,
     difference,
@@ -24,7 +24,7 @@ from ..glyph.evaluate import (
     ratio,
     with_interval,
 )
-from ..glyph.questions import FAMILIES
+from ..toy.questions import FAMILIES
 from ..model import Meteor
 from . import depth
 from .markdown import commit, section

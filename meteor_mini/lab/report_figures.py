@@ -1,6 +1,6 @@
 """The figures of results/README.md: a plot for each table, where matplotlib is installed."""
 
-from ..glyph.questions import FAMILIES
+from ..toy.questions import FAMILIES
 from .orders import NOT_SHOWN, REVERSE, YES
 from .plots import BLUE, GREY, RED, Picture, bars, criteria_by_depth, encoder_bars
 from .tables import GROUPS

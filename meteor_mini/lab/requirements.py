@@ -4,7 +4,7 @@ Each row of the table is a requirement: what it is about, its target, what was m
 holds. They are read off the results of the tables and studies, which measure on the test split.
 """
 
-from ..glyph.questions import FAMILIES
+from ..toy.questions import FAMILIES
 from .orders import REVERSE, YES
 
 TWO_STEPS = ("label", "tag")  # families that find one thing, and read another

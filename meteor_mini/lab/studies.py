@@ -13,8 +13,8 @@ import stage1_encode
 
 from .. import baselines
 from ..budgets import Budget
-from ..glyph.clips import CLIPS, make_clip
-from ..glyph.evaluate import (
+from ..toy.clips import CLIPS, make_clip
+from ..toy.evaluate import (
     Example,
     batches,
     difference,
@@ -26,8 +26,8 @@ from ..glyph.evaluate import (
     utilization,
     with_interval,
 )
-from ..glyph.questions import FAMILIES, KIND_OF_FAMILY
-from ..glyph.world import make_picture
+from ..toy.questions import FAMILIES, KIND_OF_FAMILY
+from ..toy.world import make_picture
 from ..model import Answer, Encoded, Meteor
 from .tables import GROUPS
 

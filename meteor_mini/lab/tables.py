@@ -23,8 +23,8 @@ from stage3_decode import AdaptivePruner, default_layers, solve_lambda
 
 from .. import baselines
 from ..budgets import Budget, budget_for
-from ..glyph.evaluate import Method, batches, images_and_questions
-from ..glyph.questions import FAMILIES
+from ..toy.evaluate import Method, batches, images_and_questions
+from ..toy.questions import FAMILIES
 from ..model import Answer, Encoded, Meteor
 from ..pictures import pixels_for
 from . import fusions

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from ..finetune import answer_loss
-from ..glyph.evaluate import accuracy
-from ..glyph.pool import load_facts, load_state, progress, save_state, schedule, update
-from ..glyph.train import (
+from ..toy.evaluate import accuracy
+from ..toy.pool import load_facts, load_state, progress, save_state, schedule, update
+from ..toy.train import (
     BATCH,
     CHUNK,
     DEVICE,
@@ -100,10 +100,10 @@ def main() -> None:
     parser.add_argument(
         "--work",
         type=Path,
-        default=Path("runs/glyph"),
-        help="where meteor_mini.glyph.train left its stages",
+        default=Path("runs/toy"),
+        help="where meteor_mini.toy.train left its stages",
     )
-    parser.add_argument("--out", type=Path, default=CHECKPOINTS["glyph"] / FILE)
+    parser.add_argument("--out", type=Path, default=CHECKPOINTS["toy"] / FILE)
     args = parser.parse_args()
     model = trained(args.work, "steady")
     cache_features(model, args.work, FEATURES, CHUNKS, keep_all)

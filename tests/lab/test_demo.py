@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 
 from meteor_mini import Answer, Budget, cli
-from meteor_mini.glyph.evaluate import images_and_questions, make_example
-from meteor_mini.glyph.questions import FAMILIES as GROUP_OF_FAMILY
+from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.questions import FAMILIES as GROUP_OF_FAMILY
 from meteor_mini.lab import demo
 
 FAMILIES = list(GROUP_OF_FAMILY)

@@ -8,8 +8,8 @@ import torch
 
 from meteor_mini import load
 from meteor_mini.baselines import AttentionPruner
-from meteor_mini.glyph.evaluate import Example, batches, images_and_questions
-from meteor_mini.glyph.world import SIZE, SLOTS, Picture
+from meteor_mini.toy.evaluate import Example, batches, images_and_questions
+from meteor_mini.toy.world import SIZE, SLOTS, Picture
 from meteor_mini.lab import depth, markdown
 from meteor_mini.lab.depth import criteria_by_block
 from stage1_encode import EncoderPruner, highest, mean_similarity
@@ -17,7 +17,7 @@ from stage1_encode import EncoderPruner, highest, mean_similarity
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 class SimilarityPruner(EncoderPruner):

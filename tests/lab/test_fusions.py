@@ -7,14 +7,14 @@ import torch
 
 import stage1_encode
 from meteor_mini import load
-from meteor_mini.glyph.evaluate import images_and_questions, make_example
-from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.lab import fusions as room
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from meteor_mini import Budget, load
-from meteor_mini.glyph.evaluate import difference
-from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.toy.evaluate import difference
+from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.lab import depth, markdown, tables
 from meteor_mini.lab import orders as room
 from meteor_mini.lab.orders import Measured, compare, find_row, verdict
@@ -16,7 +16,7 @@ IS_OCR = np.array([FAMILIES[name] == "OCR & Chart" for name in FAMILY])
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.lab import markdown
 from meteor_mini.lab.requirements import requirements
 

@@ -5,14 +5,14 @@ import pytest
 import torch
 
 from meteor_mini import Answer, Budget, load
-from meteor_mini.glyph.evaluate import batches, difference, images_and_questions, ratio
-from meteor_mini.glyph.questions import FAMILIES
+from meteor_mini.toy.evaluate import batches, difference, images_and_questions, ratio
+from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.lab import markdown, studies
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 def test_kinds_of_question():

@@ -12,15 +12,15 @@ import torch
 
 import stage1_encode
 from meteor_mini import Answer, Budget, baselines, load
-from meteor_mini.glyph import evaluate
-from meteor_mini.glyph.questions import FAMILIES
-from meteor_mini.glyph.world import SIZE
+from meteor_mini.toy import evaluate
+from meteor_mini.toy.questions import FAMILIES
+from meteor_mini.toy.world import SIZE
 from meteor_mini.lab import depth, markdown, report, studies, tables
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 def test_fastv_makes_the_wanted_average():

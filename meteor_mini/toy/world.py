@@ -151,7 +151,7 @@ class Canvas:
         self.words.append(words)
         return len(self.words) - 1
 
-    def glyph(self, text: str, patch: tuple[int, int], size: int, **words: str) -> None:
+    def print_character(self, text: str, patch: tuple[int, int], size: int, **words: str) -> None:
         """Print one character about the middle of a patch (x, y), which gets its words."""
         left, top = patch[0] * PATCH, patch[1] * PATCH
         x = left + PATCH / 2 + self.rng.uniform(-1.5, 1.5)
@@ -406,7 +406,7 @@ def print_number(canvas: Canvas, number: list[int], row: int, column: int) -> No
     size = int(rng.integers(14, 17))
     for place, digit in enumerate(number):
         words = {"what": "number", "digit": str(digit), "place": ORDINALS[place]}
-        canvas.glyph(str(digit), (left + place, top), size, **words)
+        canvas.print_character(str(digit), (left + place, top), size, **words)
 
 
 def random_kinds(rng: np.random.Generator, split: str) -> list[tuple[str, str]]:
@@ -447,7 +447,7 @@ def stand(canvas: Canvas, thing: Thing) -> None:
         for place, digit in enumerate(thing.label):
             words = {"what": "label", "digit": str(digit), "place": ORDINALS[place]}
             words |= {"row": row, "column": column}
-            canvas.glyph(str(digit), (left + place, top), size, **words)
+            canvas.print_character(str(digit), (left + place, top), size, **words)
 
 
 def draw_shape(draw: ImageDraw.ImageDraw, shape: str, x: float, y: float, r: float, fill) -> None:
@@ -489,17 +489,17 @@ def draw_table(rng: np.random.Generator) -> Picture:
     size = int(rng.integers(14, 17))
     for r in range(rows):
         row = TABLE_ROWS[r]
-        canvas.glyph(row, (left, top + 2 * r + 2), size, what="header", row=row)
+        canvas.print_character(row, (left, top + 2 * r + 2), size, what="header", row=row)
     for c in range(columns):
         column = TABLE_COLUMNS[c]
-        canvas.glyph(column, (left + 3 * c + 2, top), size, what="header", column=column)
+        canvas.print_character(column, (left + 3 * c + 2, top), size, what="header", column=column)
     for r in range(rows):
         for c in range(columns):
             for place, digit in enumerate(cells[r][c]):
                 words = {"what": "cell", "digit": str(digit), "place": ORDINALS[place]}
                 words |= {"row": TABLE_ROWS[r], "column": TABLE_COLUMNS[c]}
                 patch = (left + 3 * c + 2 + place, top + 2 * r + 2)
-                canvas.glyph(str(digit), patch, size, **words)
+                canvas.print_character(str(digit), patch, size, **words)
     return canvas.finish("table", {"cells": cells})
 
 

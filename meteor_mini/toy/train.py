@@ -1,4 +1,4 @@
-"""Makes the embedded checkpoint: `python -m meteor_mini.glyph.train`.
+"""Makes the embedded checkpoint: `python -m meteor_mini.toy.train`.
 
 Stages, all but `align` and `calibrate` resumable, run in this order (one alone with --stage NAME):
 
@@ -843,10 +843,10 @@ def main() -> None:
     )
     parser.add_argument("--stage", choices=STAGES, help="one alone; all in turn where left out")
     parser.add_argument(
-        "--work", type=Path, default=Path("runs/glyph"), help="pictures, features, resumable states"
+        "--work", type=Path, default=Path("runs/toy"), help="pictures, features, resumable states"
     )
     parser.add_argument(
-        "--out", type=Path, default=CHECKPOINTS["glyph"], help="where the checkpoint goes"
+        "--out", type=Path, default=CHECKPOINTS["toy"], help="where the checkpoint goes"
     )
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)

@@ -78,5 +78,5 @@ def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
         left = column * CELL // PATCH + middle
         top = row * CELL // PATCH + middle
         canvas.paper(left, top, 1, 1)
-        canvas.glyph(str(digit), (left, top), size)
+        canvas.print_character(str(digit), (left, top), size)
     return "read the number .", joined(digits)

@@ -4,23 +4,20 @@
 these. `meteor-mini eval` prints them.
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils.flop_counter import FlopCounterMode
 
 import stage2_fuse
 
 from ..budgets import Budget
+from ..flops import prefill_flops
 from ..model import Answer, Meteor
 from . import questions, world
+from .questions import Example, example_batches, images_and_questions
 
 # What is measured: a budget, or a function (model, images, questions) -> answers.
 Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
@@ -32,49 +29,6 @@ PATCHES = {  # groups of patches, by their word in slot "what"; the background h
     "header": ["header"],
     "bar": ["bar"],
 }
-
-
-def to_images(pixels: Sequence[np.ndarray]) -> Tensor:
-    """Pictures (H, W, 3) uint8 of one size -> (B, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
-
-
-class Example(NamedTuple):
-    """A question about a picture. asked (144,) bool: the patches that show what it is about, in
-    raster order; none where the answer is that nothing is there.
-    """
-
-    family: str
-    picture: world.Picture
-    question: str
-    answer: str
-    asked: np.ndarray
-
-
-@functools.lru_cache(maxsize=4096)  # the rows of all tables ask the same questions
-def make_example(index: int, split: str, family: str) -> Example:
-    """Example number `index` of a family."""
-    picture, question = questions.example(index, split, family)
-    asked = questions.asked_patches(picture, question)
-    return Example(family, picture, question.text, question.answer, asked)
-
-
-def images_and_questions(examples: list[Example]) -> tuple[Tensor, list[str]]:
-    """The pictures (B, 3, H, W) and the questions of examples, as a model is asked."""
-    images = to_images([example.picture.image for example in examples])
-    return images, [example.question for example in examples]
-
-
-def batches(split: str, samples: int, batch: int = 50, first: int = 0) -> Iterator[list[Example]]:
-    """`samples` examples from number `first` on, the families in turn, in lists of `batch`."""
-    names = list(questions.FAMILIES)
-    end = first + samples
-    for start in range(first, end, batch):
-        examples = []
-        for i in range(start, min(start + batch, end)):
-            index, code = divmod(i, len(names))
-            examples.append(make_example(index, split, names[code]))
-        yield examples
 
 
 # ----------------------------------------------------------------------------------------- accuracy
@@ -109,7 +63,7 @@ def accuracy(
         "survivors": {stage: {encoder: {family: mean tokens}}}.
     """
     records = []
-    for examples in batches(split, samples, first=first):
+    for examples in example_batches(split, samples, first=first):
         records += measure(model, method, examples)
     right = np.array([record.right for record in records])
     tokens = np.array([record.tokens for record in records])
@@ -162,57 +116,6 @@ def mean_survivors(records: list[Record], families: list[str]) -> dict:
                 counts = [r.survivors[stage][name] for r in records if r.family == family]
                 means[stage][name][family] = float(np.mean(counts))
     return means
-
-
-# -------------------------------------------------------------------------------------------- FLOPs
-
-
-def prefill_flops(config, visual: Sequence[float], text: int) -> float:
-    """FLOPs of a Llama's prefill: 2 (2 n d (q + k) + 2 n^2 q + 3 n d m) summed over layers.
-
-    n: tokens in a layer, d: width, q: width of the queries and of what the heads read, k: width of
-    the keys and of the values, m: width of the gated MLP. This is what torch.utils.flop_counter
-    counts; embeddings, head and a pruner's own q and k are not in it.
-
-    Args: config: a LlamaConfig; visual: visual tokens in each layer; text: text tokens, which are
-        in all layers.
-    """
-    d, m = config.hidden_size, config.intermediate_size
-    q = config.num_attention_heads * config.head_dim
-    k = config.num_key_value_heads * config.head_dim
-    flops = 0
-    for count in visual:
-        n = count + text
-        projections = 2 * n * d * (q + k)
-        attention = 2 * n * n * q
-        mlp = 3 * n * d * m
-        flops += 2 * (projections + attention + mlp)
-    return flops
-
-
-@torch.no_grad()
-def encoding_flops(model: Meteor, encode: Callable[[Meteor, Tensor], object]) -> int:
-    """FLOPs of encode(model, images) for one picture, counted while it runs."""
-    image = to_images([world.make_picture(0, "val").image])
-    with countable_attention(), FlopCounterMode(display=False) as counter:
-        encode(model, image)
-    return counter.get_total_flops()
-
-
-@contextlib.contextmanager
-def countable_attention() -> Iterator[None]:
-    """Plain attention, whose products the counter counts.
-
-    It does not know the operator of torch's fast path, which CLIP takes, and counts nothing there;
-    torch before 2.15 has no count for the CPU's fused attention.
-    """
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
 
 
 # --------------------------------------------------------------------------------------- statistics
@@ -308,7 +211,7 @@ def recall(
     alive = {}  # how many of them are left: stage -> encoder -> group
     for stage in stages:
         alive[stage] = {name: dict.fromkeys(PATCHES, 0) for name in names}
-    for examples in batches(split, samples):
+    for examples in example_batches(split, samples):
         images, questions = images_and_questions(examples)
         encoded = model.encode(images, budget, fusion=fusion)
         answers = model.answer(encoded, questions, budget)

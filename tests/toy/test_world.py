@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from meteor_mini.glyph import world as g
+from meteor_mini.toy import world as g
 
 SLOT = {name: number for number, name in enumerate(g.SLOTS)}
 SIGNS_AND_SPACES = set(g.SIGNS) | {" "}

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from meteor_mini.glyph import clips, questions
-from meteor_mini.glyph import world as g
+from meteor_mini.toy import clips, questions
+from meteor_mini.toy import world as g
 
 
 def test_clips_are_seeded_and_as_large_as_pictures():

@@ -8,8 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaModel
 
 from meteor_mini import Budget, load
-from meteor_mini.glyph import questions, world
-from meteor_mini.glyph.evaluate import (
+from meteor_mini.toy import questions, world
+from meteor_mini.toy.evaluate import (
     PATCHES,
     accuracy,
     batches,
@@ -32,7 +32,7 @@ from stage1_encode import encode
 
 @pytest.fixture(scope="module")
 def model():
-    return load("glyph")
+    return load("toy")
 
 
 def test_families_come_in_turn_and_examples_do_not_depend_on_the_batch():

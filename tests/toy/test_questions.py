@@ -6,8 +6,8 @@ import re
 import numpy as np
 import pytest
 
-from meteor_mini.glyph import questions as q
-from meteor_mini.glyph import world as g
+from meteor_mini.toy import questions as q
+from meteor_mini.toy import world as g
 
 SLOT = {name: number for number, name in enumerate(g.SLOTS)}
 

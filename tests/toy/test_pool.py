@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from meteor_mini.glyph import pool, world
+from meteor_mini.toy import pool, world
 
 
 def test_a_drawn_pool_holds_the_pictures(tmp_path):

@@ -4,9 +4,13 @@ Twelve families in the paper's two groups. Two of them need two steps: "label" f
 reads the print below it; "tag" does so from a color, so it needs two encoders.
 """
 
+import functools
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .world import (
     COLORS,
@@ -396,3 +400,51 @@ def example(index: int, split: str, family: str) -> tuple[Picture, Question]:
             return picture, question
     # cannot happen: most pictures have one
     raise RuntimeError(f"no {family} question in 100 pictures")
+
+
+# ------------------------------------------------------------------------------------- as a dataset
+
+
+def to_images(pixels: Sequence[np.ndarray]) -> Tensor:
+    """Pictures (H, W, 3) uint8 of one size -> (B, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
+
+
+class Example(NamedTuple):
+    """A question about a picture. asked (144,) bool: the patches that show what it is about, in
+    raster order; none where the answer is that nothing is there.
+    """
+
+    family: str
+    picture: Picture
+    question: str
+    answer: str
+    asked: np.ndarray
+
+
+@functools.lru_cache(maxsize=4096)  # the rows of all tables ask the same questions
+def make_example(index: int, split: str, family: str) -> Example:
+    """Example number `index` of a family."""
+    picture, question = example(index, split, family)
+    asked = asked_patches(picture, question)
+    return Example(family, picture, question.text, question.answer, asked)
+
+
+def images_and_questions(examples: list[Example]) -> tuple[Tensor, list[str]]:
+    """The pictures (B, 3, H, W) and the questions of examples, as a model is asked."""
+    images = to_images([example.picture.image for example in examples])
+    return images, [example.question for example in examples]
+
+
+def example_batches(
+    split: str, samples: int, batch: int = 50, first: int = 0
+) -> Iterator[list[Example]]:
+    """`samples` examples from number `first` on, the families in turn, in lists of `batch`."""
+    names = list(FAMILIES)
+    end = first + samples
+    for start in range(first, end, batch):
+        examples = []
+        for i in range(start, min(start + batch, end)):
+            index, code = divmod(i, len(names))
+            examples.append(make_example(index, split, names[code]))
+        yield examples
