@@ -11,7 +11,6 @@ solved on validation questions.
 Change here: TABLES, and the functions below it; a new method is one more `Row`.
 """
 
-import copy
 import functools
 import itertools
 import math
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import stage1_encode
@@ -51,7 +50,6 @@ class Row:
     pruner: what prunes them inside it, if anything.
     against: the method of a row above, that it is compared with.
     random: it follows torch's seed, and is measured with several.
-    model: the one that answers, where it is not the table's.
     twice: work that `encode` does twice and a careful implementation once; its FLOPs count once.
     """
 
@@ -60,11 +58,9 @@ class Row:
     pruner: baselines.Pruner | None = None
     against: str | None = None
     random: bool = False
-    model: Meteor | None = None
     twice: Encode | None = None
 
     def answer(self, model: Meteor, images: Tensor, questions: list[str]) -> list[Answer]:
-        model = self.model or model
         return model.answer(self.encode(model, images), questions, Budget.none(), self.pruner)
 
 
@@ -126,23 +122,20 @@ def prumerge_row(encoders: Iterable[str], tokens: int, against: str | None = Non
 
 
 def eagle_rows(model: Meteor, against: str) -> list[Row]:
-    """EAGLE-style fusion; no row for a model without eagle.safetensors beside its weights.
-
-    The file holds the fusion and the decoder that was trained with it.
+    """EAGLE-style fusion with the weights that were trained beside the model's; no row for a model
+    without eagle.safetensors.
     """
     file = Path(model.folder or "") / "eagle.safetensors"
     if not file.exists():
         return []
     fusion = baselines.channel_fusion(model)
-    decoder = copy.deepcopy(model.decoder)
-    load_model(nn.ModuleDict({"fusion": fusion, "decoder": decoder}), file)
-    twin = Meteor(model.config, model.tokenizer, dict(model.encoders), decoder)
-    twin.eval().requires_grad_(False)
+    load_model(fusion, file)
+    fusion.eval().requires_grad_(False)
 
     def encode(model: Meteor, images: Tensor) -> Encoded:
         return baselines.encode_channels(model, fusion, images)
 
-    return [Row(f"EAGLE-style, {grid_cells(model)}", encode, against=against, model=twin)]
+    return [Row(f"EAGLE-style, {grid_cells(model)}", encode, against=against)]
 
 
 def grid_cells(model: Meteor) -> int:
@@ -532,7 +525,6 @@ def encoding_flops(model: Meteor, row: Row) -> int:
     """FLOPs of making a row's visual tokens of one picture."""
     (examples,) = example_batches("val", 1)
     images, _ = images_and_questions(examples)
-    model = row.model or model
     flops = counted_flops(lambda: row.encode(model, images))
     stage1_features.cache_clear()  # else it would not run again
     if row.twice is not None:
