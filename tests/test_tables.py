@@ -105,7 +105,7 @@ def test_lambda_is_solved_for_an_average(untrained, monkeypatch):
     lam = tables.solve_on_validation(untrained, encode, 30, untrained.budget)
     examples = next(example_batches("val", 4, first=50_000))
     images, questions = images_and_questions(examples)
-    pruner = tables.adaptive(untrained.budget, lam)
+    pruner = tables.adaptive_pruner(untrained.budget, lam)
     answers = untrained.answer(encode(untrained, images), questions, Budget.none(), pruner)
     assert np.mean([answer.tokens["stage3"] for answer in answers]) == pytest.approx(30, abs=0.2)
 
