@@ -263,7 +263,9 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
         of_method = frame[frame["method"] == method]
         against = of_method["against"].iloc[0]
         compared = against in methods
-        row = {"method": method, **numbers_of(of_method)}
+        seeds = of_method["seed"].nunique()
+        name = method if seeds == 1 else f"{method} ({seeds} seeds)"
+        row = {"method": name, **numbers_of(of_method)}
         row["to"] = methods.index(against) + 1 if compared else ""
         for kind in KINDS:
             own = of_method[of_method["family"] == kind]
