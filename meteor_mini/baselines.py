@@ -368,7 +368,7 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     return Encoded(Fused(fused.tokens, number[fused.encoder_id], fused.keep_idx), all_kept)
 
 
-# ------------------------------------------------------------ in place of all stages: EAGLE's fusion
+# ----------------------------------------------------------- in place of all stages: EAGLE's fusion
 
 
 class ChannelFusion(nn.Module):

@@ -202,9 +202,7 @@ def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path
     assert snippet.count('"small"') == snippet.count("max_steps=1000") == 1
     exec(
         compile(
-            snippet.replace("small", "toy").replace(
-                "max_steps=1000", "max_steps=2, use_cpu=True"
-            ),
+            snippet.replace("small", "toy").replace("max_steps=1000", "max_steps=2, use_cpu=True"),
             "docs/training.md",
             "exec",
         ),
