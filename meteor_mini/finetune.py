@@ -1,6 +1,6 @@
 """Trains a Meteor of pretrained parts on a user's dialogues, with transformers' Trainer.
 
-    meteor-mini train --preset small --data FILE --out DIR         phase 1: the projectors alone
+    meteor-mini train --model small --data FILE --out DIR         phase 1: the projectors alone
     meteor-mini train --model DIR --data FILE --out DIR2 --phase all    phase 2: all but the
     encoders
 
