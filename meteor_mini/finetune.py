@@ -137,18 +137,6 @@ def collate(items: list[dict]) -> dict:
     }
 
 
-def check_dialogues(model: Meteor, data: Dialogues) -> None:
-    """ValueError that names the first row with a word that the model's tokenizer does not know."""
-    if model.tokenizer.unk_token_id is None:
-        return
-    for number in range(len(data)):
-        texts = [text for pair in pairs(data.rows[number]) for text in pair]
-        try:
-            model.tokenize(texts)
-        except ValueError as error:
-            raise ValueError(f"data, row {number}: {error}") from error
-
-
 # ----------------------------------------------------------------------------------------- the loss
 
 
@@ -300,14 +288,9 @@ def finetune(
 
     Args: phase: of `PHASES`; resume: from the last checkpoint in out/checkpoints; options: of
         `TrainingArguments`.
-    Raises: ValueError for another phase, nothing to resume from, or words that nobody knows.
+    Raises: ValueError where there is nothing to resume from, by transformers.
     """
-    if phase not in PHASES:
-        raise ValueError(f"phase must be one of {', '.join(PHASES)}, got {phase!r}")
     checkpoints = Path(out) / "checkpoints"
-    if resume and not list(checkpoints.glob("checkpoint-*")):
-        raise ValueError(f"resume finds no checkpoint in {checkpoints}: run once without it")
-    check_dialogues(model, data)
     first = [data[i] for i in range(min(CALIBRATION, len(data)))]
     pictures = torch.stack([item["images"] for item in first])
     batches = list(pictures.split(8))
