@@ -27,7 +27,6 @@ import timm
 import tokenizers
 import torch
 import transformers
-from matplotlib import style
 from matplotlib.figure import Figure
 from open_clip.transformer import VisionTransformer
 from torch import Tensor, nn
@@ -54,7 +53,7 @@ SIDES = (16, 24, 32)  # each of four encoders has n x n patches: 1024, 2304, 409
 BATCHES = (1, 4, 16)
 ROUNDS = 3  # that count, after one that warms up
 CPU_TOKENS = 10_000  # visual tokens in a batch, at most, on a CPU
-CPU_SECONDS = 200  # what all rounds of a comparison may take there; one round always runs
+SECONDS, QUICK_SECONDS = 200, 20  # that the rounds of a comparison may take; one always runs
 
 
 # --------------------------------------------------------------------------------------- the models
@@ -289,19 +288,20 @@ def time_call(work: Callable[[], object]) -> dict[str, float]:
 
 
 def take_turns(work: dict[str, Callable[[], dict]], seconds: float) -> pandas.DataFrame:
-    """Run every contender once a round. The first round warms up; it counts where two would take
-    longer than `seconds`. No round starts that would end later than that.
+    """Run every contender once a round. The first round warms up; it counts where it is the only
+    one that fits into `seconds`.
 
     Returns: a row for each run that counts: "round", "method", and what the run returned.
     """
     runs, start = [], timer()
     for number in range(1 + ROUNDS):
         elapsed = timer() - start
-        if number > 0 and elapsed * (number + 1) / number > seconds:
+        if number > 0 and elapsed + elapsed / number > seconds:
             break
         runs += [{"round": number, "method": name} | once() for name, once in work.items()]
-    frame = pandas.DataFrame(runs)
-    return frame[frame["round"] > 0] if number > 1 else frame
+    runs = pandas.DataFrame(runs)
+    after_the_first = runs[runs["round"] > 0]
+    return runs if after_the_first.empty else after_the_first
 
 
 def compare(
@@ -329,11 +329,12 @@ def compare(
 
 
 def compare_models(
-    contenders: dict[str, Contender], model: Meteor, images: Tensor, flops: dict[str, float]
+    model: Meteor, contenders: dict[str, Contender], images: Tensor, seconds: float
 ) -> pandas.DataFrame:
-    """Rows of `whole` or `peers` for a batch of pictures."""
+    """Rows of `whole` or `peers` for a batch of pictures; seconds: as in `take_turns`."""
     work = {name: partial(time_answer, model, c, images) for name, c in contenders.items()}
-    rows = compare(work, flops, time_limit(model.device))
+    flops = {name: count_flops(model, c, images[:1]) for name, c in contenders.items()}
+    rows = compare(work, flops, seconds)
     rows["mean_tokens"] = [sum(c.layers) / len(c.layers) for c in contenders.values()]
     rows["tokens_out"] = [c.layers[-1] for c in contenders.values()]
     rows["batch"] = len(images)
@@ -348,11 +349,12 @@ def count_flops(model: Meteor, contender: Contender, image: Tensor) -> float:
     return counted_flops(partial(contender.encode, image)) + in_the_llm
 
 
-def compare_in_a_vit(vit: nn.Module, images: Tensor) -> pandas.DataFrame:
+def compare_in_a_vit(vit: nn.Module, images: Tensor, seconds: float) -> pandas.DataFrame:
     """Stage 1 drops at three points, none in the first third of the blocks; ToMe merges r tokens in
     every block. Both end at the paper's share of the N tokens, K.
 
-    Args: vit: a VisionTransformer of timm; images (B, 3, H, W) at its input size.
+    Args: vit: a VisionTransformer of timm; images (B, 3, H, W) at its input size; seconds: as in
+        `take_turns`.
     """
     N, blocks = view_of(vit).num_tokens, len(vit.blocks)
     r = round(N * (1 - PAPER_STAGE1 / PAPER_ALL) / blocks)
@@ -366,7 +368,7 @@ def compare_in_a_vit(vit: nn.Module, images: Tensor) -> pandas.DataFrame:
     }
     work = {name: partial(time_call, once) for name, once in encode.items()}
     flops = {name: counted_flops(once) for name, once in encode.items()}
-    rows = compare(work, flops, time_limit(images.device))
+    rows = compare(work, flops, seconds)
     merged = N - r * (blocks - 1) / 2
     rows["mean_tokens"] = [N, (N + keep[0] + keep[1]) / 3, merged, merged]  # into the blocks
     rows["tokens_out"] = [N, K, K, K]
@@ -381,31 +383,25 @@ def build_vit(n: int) -> nn.Module:
     return timm.create_model(name, img_size=16 * n, num_classes=0, global_pool="").eval()
 
 
-def time_limit(device: torch.device) -> float:
-    return CPU_SECONDS if device.type == "cpu" else math.inf
-
-
 def measure(
     size: str, device: str, dtype: torch.dtype, quick: bool
 ) -> Iterator[tuple[str, pandas.DataFrame]]:
     """Yield (table, rows), one comparison after another."""
     sides, batches = (SIDES[:1], BATCHES[:1]) if quick else (SIDES, BATCHES)
+    seconds = QUICK_SECONDS if quick else SECONDS
     for n in sides:
         model = build_model(size, n).to(device, dtype)
         images = torch.rand(max(batches), 3, 256, 256, device=device)
-        one = images[:1]
         whole = whole_contenders(model)
-        flops = {name: count_flops(model, c, one) for name, c in whole.items()}
         for batch in batches:
             if device != "cpu" or batch * model.num_tokens <= CPU_TOKENS:
-                yield "whole", compare_models(whole, model, images[:batch], flops)
-        peers = llm_contenders(model, one)
-        flops = {name: count_flops(model, c, one) for name, c in peers.items()}
-        yield "peers", compare_models(peers, model, one, flops)
+                yield "whole", compare_models(model, whole, images[:batch], seconds)
+        peers = llm_contenders(model, images[:1])
+        yield "peers", compare_models(model, peers, images[:1], seconds)
     for n in sides:
         vit = build_vit(n).to(device, dtype)
         images = torch.rand(1, 3, 16 * n, 16 * n, device=device, dtype=dtype)
-        yield "inside_a_vit", compare_in_a_vit(vit, images)
+        yield "inside_a_vit", compare_in_a_vit(vit, images, seconds)
 
 
 def run(size: str, device: str, dtype: torch.dtype, quick: bool, folder: Path | None) -> None:
@@ -433,6 +429,8 @@ COLUMNS = (
     "visual_tokens batch method mean_tokens tokens_out rounds ms speed_up least most flops_ratio "
     "realised decode_ms kv_mib peak_mib"
 ).split()
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")  # Okabe and Ito's
+MARKERS = "osD^v"
 TITLES = {
     "whole": "From the picture to the first token",
     "peers": "In the LLM alone, equal mean tokens",
@@ -445,13 +443,14 @@ counts are given: the paper's, in proportion to the visual tokens.
 
 ![speed-up over the number of visual tokens](benchmark.png)
 
-Batch 1. Solid: measured, with the least and most of the rounds; dotted: the ratio of FLOPs.
+Batch 1. Solid: measured, from the least to the most of the rounds; dotted: the ratio of FLOPs.
 
 The contenders of a comparison take turns in one process. `ms`: milliseconds to the first token, or
-of the encoding, the median of the rounds; `speed_up`: the unpruned model's over the row's in the
-same round, median, `least` and `most`; `realised`: `speed_up` over `flops_ratio`, 1 where time falls as FLOPs do.
-`mean_tokens`: visual tokens, mean over the layers; `tokens_out`: in the last one. FLOPs count
-attention in full, as if it were not causal, and nothing that a pruner computes in the LLM.
+of the encoding, median of the rounds. `speed_up`: the unpruned model's time over the row's in the
+same round, median, `least` and `most`. `realised`: `speed_up` over `flops_ratio`, 1 where time
+falls as FLOPs do. `mean_tokens`: visual tokens, mean over the layers; `tokens_out`: in the last
+one. FLOPs count attention in full, as if it were not causal, and nothing that a pruner computes in
+the LLM.
 
 *METEOR, keeps nearly all* makes all of METEOR's choices and drops almost nothing, *stage 3, keeps
 all* those of stage 3: what their `speed_up` lacks to 1 is the cost of choosing. *FastV, eager* and
@@ -462,7 +461,7 @@ the fewest FLOPs: it drops early and at once, and attention grows with the squar
 
 def describe_setup(size: str, device: str, dtype: torch.dtype) -> str:
     if device == "cpu":
-        machine = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+        machine = f"{platform.machine()}, CPU threads: {torch.get_num_threads()}"
     else:
         machine = torch.cuda.get_device_name(device)
     libraries = ", ".join(f"{x.__name__} {x.__version__}" for x in (torch, transformers, timm))
@@ -491,29 +490,20 @@ def save(frame: pandas.DataFrame, folder: Path) -> None:
 def draw(frame: pandas.DataFrame) -> Figure:
     """Speed-ups at batch 1 over the visual tokens, a panel for each table of benchmark.csv."""
     tables = list(frame.groupby("table", sort=False))
-    with style.context("tableau-colorblind10"):
-        figure = Figure(figsize=(5 * len(tables), 4), layout="constrained")
-        panels = figure.subplots(1, len(tables), squeeze=False)[0]
+    figure = Figure(figsize=(5 * len(tables), 4), layout="constrained")
+    panels = figure.subplots(1, len(tables), squeeze=False)[0]
     for panel, (table, rows) in zip(panels, tables):
-        single = rows[(rows["batch"] == 1) & (rows["method"] != "unpruned")]
-        for (method, own), marker in zip(single.groupby("method", sort=False), "osD^v"):
-            below = own["speed_up"] - own["least"]
-            above = own["most"] - own["speed_up"]
-            bars = panel.errorbar(
-                own["visual_tokens"],
-                own["speed_up"],
-                yerr=[below, above],
-                marker=marker,
-                capsize=3,
-                label=method,
-            )
-            color = bars.lines[0].get_color()
-            panel.plot(own["visual_tokens"], own["flops_ratio"], color=color, linestyle=":")
+        pruned = rows[(rows["batch"] == 1) & (rows["method"] != "unpruned")]
+        for place, (method, own) in enumerate(pruned.groupby("method", sort=False)):
+            color, marker, x = COLORS[place], MARKERS[place], own["visual_tokens"]
+            panel.plot(x, own["speed_up"], color=color, marker=marker, label=method)
+            panel.fill_between(x, own["least"], own["most"], color=color, alpha=0.2)
+            panel.plot(x, own["flops_ratio"], color=color, linestyle=":")
         panel.axhline(1, color="gray", linewidth=0.8)
         panel.set_title(TITLES[table], fontsize=10, loc="left")
         panel.set_xlabel("visual tokens")
         panel.set_ylabel("speed-up (unpruned = 1)")
         panel.set_ylim(bottom=0)
-        panel.set_xticks(sorted(single["visual_tokens"].unique()))
+        panel.set_xticks(sorted(pruned["visual_tokens"].unique()))
         panel.legend(fontsize=8, frameon=False)
     return figure
