@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import stage1_encode
 from meteor_mini import Budget, baselines, load
 from meteor_mini.lab import tables
-from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.questions import images_and_questions, make_example
 from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.toy.world import SIZE
 

@@ -24,7 +24,7 @@ from meteor_mini.finetune import (
     read_rows,
     training_loss,
 )
-from meteor_mini.toy.evaluate import images_and_questions, make_example
+from meteor_mini.toy.questions import images_and_questions, make_example
 from meteor_mini.toy.questions import FAMILIES
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")

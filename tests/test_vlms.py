@@ -17,7 +17,7 @@ from tiny_models import EYES, IMAGE, TEXT, VLMS, batch
 from tiny_models import vlm as tiny_vlm
 
 from meteor_mini import cli, vlm
-from meteor_mini.pictures import CLIP_MEAN, CLIP_STD
+from meteor_mini.pictures import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from meteor_mini.toy.parts import build_tokenizer
 from stage3_decode import AdaptivePruner, find_cache
 
@@ -217,8 +217,8 @@ def llava_batch(prompts):
             32,
             generator=torch.Generator().manual_seed(2),
         )
-        - torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    ) / torch.tensor(CLIP_STD).view(3, 1, 1)
+        - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)
+    ) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
     return dict(input_ids=ids, attention_mask=mask, pixel_values=pixels)
 
 
