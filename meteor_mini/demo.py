@@ -87,10 +87,10 @@ def print_answers(
     for name, answer in answers.items():
         prefill, whole = times[name]["prefill"], times[name]["answer"]
         print(
-            f"  {name:8}  {format_answer(answer):8}  tokens {format_tokens(answer):26}  "
+            f"  {name:8}  {answer.text or '(nothing)':8}  tokens {token_line(answer):26}  "
             f"prefill {prefill:4.0f} ms, answer {whole:4.0f} ms"
         )
-    print("\n".join("    " + line for line in format_survivors(answers["METEOR"])), flush=True)
+    print("\n".join("    " + line for line in survivor_lines(answers["METEOR"])), flush=True)
 
 
 def draw_answers(images: Tensor, texts: dict[str, str], answers: dict[str, Answer]) -> Figure:
@@ -98,25 +98,21 @@ def draw_answers(images: Tensor, texts: dict[str, str], answers: dict[str, Answe
     texts = dict(texts)
     for name, answer in answers.items():
         heading = f"{name}, {format_count(answer.tokens['stage3'])} tokens per LLM layer"
-        texts[heading] = format_answer(answer)
+        texts[heading] = answer.text or "(nothing)"
     return survivor_figure(images[0], texts, answer.kept)
-
-
-def format_answer(answer: Answer) -> str:
-    return answer.text or "(nothing)"
 
 
 def format_count(count: float) -> str:
     return f"{count:.1f}".removesuffix(".0")
 
 
-def format_tokens(answer: Answer) -> str:
+def token_line(answer: Answer) -> str:
     """576 -> 168 -> 80 -> 34.1: from the encoders, after stages 1 and 2, mean per LLM layer."""
     counts = [answer.tokens[key] for key in ("encoders", "stage1", "stage2", "stage3")]
     return " -> ".join(format_count(count) for count in counts)
 
 
-def format_survivors(answer: Answer) -> list[str]:
+def survivor_lines(answer: Answer) -> list[str]:
     """A line for each stage, as `after stage 1: clip 39, convnext 32, eva 45, pix2struct 52`."""
     lines = []
     for stage, counts in answer.survivors.items():

@@ -62,14 +62,14 @@ def add_panels(figure: Figure, names: Iterable[str], xlabel: str, ylabel: str) -
         ax.set_xlabel(xlabel, fontsize=SIZE)
         ax.tick_params(labelsize=SIZE, colors=INK)
         ax.spines[["top", "right"]].set_visible(False)
-    panels[0].set_ylabel(ylabel, fontsize=SIZE)
+    panels[0].set_ylabel(textwrap.fill(ylabel, 34), fontsize=SIZE)
     return list(panels)
 
 
 def add_legend(figure: Figure, ax: Axes) -> None:
     """One legend under all panels, of what is drawn in one of them."""
     handles, labels = ax.get_legend_handles_labels()
-    options = {"fontsize": SIZE, "frameon": False, "ncols": min(len(labels), 4)}
+    options = {"fontsize": SIZE, "frameon": False, "ncols": min(len(labels), 5)}
     if labels:
         figure.legend(handles, labels, loc="outside lower center", **options)
 
@@ -206,7 +206,7 @@ def bar_figure(
 
     Args: groups: group -> {name: value, or (value, low, high) with an interval}.
     """
-    figure = new_figure(7.5, 3.4, title)
+    figure = new_figure(max(7.5, 0.6 * len(groups)), 3.4, title)
     (ax,) = add_panels(figure, [""], xlabel, ylabel)
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = 0.8 / max(len(bars) for bars in groups.values())
@@ -224,15 +224,15 @@ def bar_figure(
                 ax.bar_label(drawn, fmt=format_value, fontsize=SIZE - 2, color=INK, padding=1)
             label = None
     ax.axhline(0, color=GREY, linewidth=0.8)
-    ax.set_xticks(range(len(groups)), groups)
+    ax.set_xticks(range(len(groups)), [textwrap.fill(str(group), 18) for group in groups])
     ax.margins(x=0.02, y=0.1)
     add_legend(figure, ax)
     return figure
 
 
 def format_value(value: float) -> str:
-    """Two digits of a share, whole numbers of a count."""
-    return f"{value:.2g}" if abs(value) < 1 else f"{value:.0f}"
+    """Two decimals of a share, whole numbers of a count."""
+    return f"{value:.2f}" if abs(value) < 1 else f"{value:.0f}"
 
 
 def line_figure(
@@ -253,6 +253,7 @@ def line_figure(
             ax.plot(x, y, color=color, marker=marker, markersize=4, label=name)
             if band:
                 ax.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
+    drawn[0].set_ylim(bottom=min(0, drawn[0].get_ylim()[0]))  # of all panels: they share it
     fullest = max(drawn, key=lambda ax: len(ax.lines))
     add_legend(figure, fullest)
     return figure

@@ -36,9 +36,9 @@ def test_counts_and_answers_are_those_of_the_model(printed_and_out, untrained):
         budgets = {"unpruned": Budget.none(), "METEOR": untrained.budget}
         for line, (name, budget) in zip(lines, budgets.items()):
             answer = untrained.answer(*images_and_questions([example]), budget)[0]
-            start = f"  {name:8}  {demo_file.format_answer(answer):8}  tokens "
-            assert line.startswith(start + demo_file.format_tokens(answer))
-        assert [line.strip() for line in lines[2:]] == demo_file.format_survivors(answer)
+            start = f"  {name:8}  {answer.text or '(nothing)':8}  tokens "
+            assert line.startswith(start + demo_file.token_line(answer))
+        assert [line.strip() for line in lines[2:]] == demo_file.survivor_lines(answer)
 
 
 def test_ends_with_the_change_over_all_questions(printed_and_out):
