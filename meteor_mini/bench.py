@@ -21,7 +21,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import numpy as np
 import pandas
 import timm
 import tokenizers
@@ -190,15 +189,15 @@ def llm_contenders(model: Meteor, images: Tensor) -> dict[str, Contender]:
     layers = default_layers(L)
     stage3 = {i: round(V * k / PAPER_STAGE2) for i, k in zip(layers, PAPER_STAGE3)}
     average = average_tokens(V, list(stage3.values()), layers, L)
-    early = fastv_count(V, average, 2, L)
-    pyramid = pyramid_counts(V, average, L)
+    early = baselines.fastv_count(V, average, 2, L)
+    pyramid = baselines.pyramid_counts(V, average, L)
     pruners = {
         "unpruned": (None, {}),
         "stage 3": (baselines.fixed(stage3), stage3),
         "stage 3, keeps all": (partial(AdaptivePruner, lam=math.inf), {}),
         "FastV": (baselines.fastv(early, 2), {2: early}),
         "FastV, eager": (baselines.fastv(early, 2, eager=True), {2: early}),
-        "PyramidDrop": (baselines.pyramid_drop([*pyramid.values()], L), pyramid),
+        "PyramidDrop": (baselines.pyramid_drop(pyramid), pyramid),
     }
     return {
         name: Contender(reuse, pruner, count_by_layer(V, counts, L))
@@ -218,22 +217,6 @@ def count_by_layer(K: int, counts: dict[int, int], L: int) -> list[int]:
         K = counts.get(layer, K)
         layers.append(K)
     return layers
-
-
-def fastv_count(V: int, average: float, layer: int, L: int) -> int:
-    """Tokens from `layer` on, such that V before it make the wanted mean over L layers."""
-    return round((average * L - V * layer) / (L - layer))
-
-
-def pyramid_counts(V: int, average: float, L: int) -> dict[int, int]:
-    """V r, V r^2, V r^3 tokens from each later quarter of L layers on, which make the mean."""
-    starts = [L * quarter // 4 for quarter in range(4)]
-    lengths = np.diff([*starts, L])  # layers in each quarter
-    polynomial = lengths[::-1] * V / L  # highest power first
-    polynomial[-1] -= average
-    roots = np.roots(polynomial)
-    r = roots[np.isreal(roots) & (roots.real > 0)].real.item()  # one: the mean rises with r
-    return {start: round(V * r**power) for power, start in enumerate(starts) if power > 0}
 
 
 # --------------------------------------------------------------------------------- how it is timed

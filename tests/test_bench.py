@@ -90,15 +90,6 @@ def test_peers_have_equal_means_and_flops_by_hand(model):
         assert bench.count_flops(model, c, IMAGES[:1]) == llama_flops(c.layers), name
 
 
-def test_pyramid_counts_where_4_does_not_divide_the_layers():
-    counts = bench.pyramid_counts(1000, 400, 30)
-    assert list(counts) == [7, 15, 22]
-    a, b, c = counts.values()
-    assert (7 * 1000 + 8 * a + 7 * b + 8 * c) / 30 == pytest.approx(400, abs=0.5)
-    assert a / 1000 == pytest.approx(b / a, abs=0.01) == pytest.approx(c / b, abs=0.01)
-    assert bench.pyramid_counts(64, (64 + 32 + 16 + 8) / 4, 8) == {2: 32, 4: 16, 6: 8}
-
-
 @torch.no_grad()
 def test_stage_3_that_keeps_all_answers_as_unpruned(model):
     peers = llm_contenders(model, IMAGES)

@@ -24,8 +24,7 @@ from meteor_mini.finetune import (
     read_rows,
     training_loss,
 )
-from meteor_mini.toy.questions import images_and_questions, make_example
-from meteor_mini.toy.questions import FAMILIES
+from meteor_mini.toy.questions import FAMILIES, images_and_questions, make_example
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
 
