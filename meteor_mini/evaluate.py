@@ -1,0 +1,169 @@
+"""Accuracy by question family, 95 % bootstrap intervals, and what each encoder is worth.
+
+    accuracy(model, Budget.none(), samples=120)["families"]
+    difference(right_of_meteor, right_of_fastv)     # paired: the same questions
+
+Accuracy is exact match, in percent, on the questions of `toy.questions`. `tables` and `findings`
+measure everything with the functions of this file. Needs scipy and pandas (the extra `eval`).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+
+from .budgets import Budget
+from .flops import prefill_flops
+from .model import Answer, Meteor
+from .toy.questions import FAMILIES, Example, example_batches, images_and_questions
+
+# What is evaluated: a budget, or a function (model, images, questions) -> answers.
+Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
+
+GROUPS = ["General", "OCR & Chart"]
+RESAMPLES = 2000
+
+
+# ----------------------------------------------------------------------------------------- accuracy
+
+
+@torch.no_grad()
+def accuracy(
+    model: Meteor, method: Method, split: str = "test", samples: int = 1000, first: int = 0
+) -> dict:
+    """Exact-match accuracy in percent.
+
+    Args: method: a budget, or a function (model, images, questions) -> answers; first: number of
+        the first question.
+    Returns:
+        "accuracy": mean over questions; "families": {family: accuracy}.
+        "average_tokens": mean visual tokens per LLM layer.
+        "answers": a row for each question, as `grade` makes it.
+    """
+    parts = []
+    for examples in example_batches(split, samples, first=first):
+        images, questions = images_and_questions(examples)
+        if isinstance(method, Budget):
+            answers = model.answer(images, questions, method)
+        else:
+            answers = method(model, images, questions)
+        parts.append(grade(model, examples, answers))
+    table = pd.concat(parts, ignore_index=True)
+    families = table.groupby("family", sort=False)["right"].mean()
+    return {
+        "accuracy": 100 * float(table["right"].mean()),
+        "families": {name: 100 * float(share) for name, share in families.items()},
+        "average_tokens": float(table["tokens"].mean()),
+        "answers": table,
+    }
+
+
+def grade(model: Meteor, examples: list[Example], answers: list[Answer]) -> pd.DataFrame:
+    """A row for each question: family; right (bool); tokens, the mean visual tokens per LLM layer;
+    flops, those of the LLM's prefill.
+    """
+    before = len(model.before_ids)  # text tokens in front of the picture
+    question_ids = model.tokenize([example.question for example in examples])
+    rows = []
+    for example, answer, ids in zip(examples, answers, question_ids):
+        rows.append(
+            {
+                "family": example.family,
+                "right": answer.text == example.answer,
+                "tokens": answer.tokens["stage3"],
+                "flops": prefill_flops(model.decoder.config, answer.layers, before + len(ids)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def families_by_kind() -> dict[str, list[str]]:
+    """The kinds of question that results are given for: all, each group, each family."""
+    kinds = {"all": list(FAMILIES)}
+    for group in GROUPS:
+        kinds[group] = [family for family, its_group in FAMILIES.items() if its_group == group]
+    for family in FAMILIES:
+        kinds[family] = [family]
+    return kinds
+
+
+# ---------------------------------------------------------------------------------------- intervals
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % bootstrap interval over questions."""
+
+    value: float
+    low: float
+    high: float
+
+
+def mean(values: Sequence[float]) -> Estimate:
+    """Mean of the values, one for each question."""
+    return estimate(np.mean, values)
+
+
+def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
+    """mean(a) - mean(b), paired: a[i] and b[i] are of the same question."""
+
+    def of_means(a, b, axis=-1):
+        return a.mean(axis=axis) - b.mean(axis=axis)
+
+    return estimate(of_means, a, b, paired=True)
+
+
+def ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> Estimate:
+    """mean(a) / mean(b); paired: a[i] and b[i] are of the same question."""
+
+    def of_means(a, b, axis=-1):
+        return a.mean(axis=axis) / b.mean(axis=axis)
+
+    return estimate(of_means, a, b, paired=paired)
+
+
+def estimate(statistic: Callable, *samples: Sequence[float], paired: bool = False) -> Estimate:
+    """A statistic of samples, with its percentile interval; nan where a sample is of one question.
+
+    The random numbers are always the same.
+    """
+    arrays = [np.asarray(sample, dtype=float) for sample in samples]
+    value = float(statistic(*arrays))
+    if min(map(len, arrays)) < 2:
+        return Estimate(value, float("nan"), float("nan"))
+    result = bootstrap(
+        arrays,
+        statistic,
+        paired=paired,
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    low, high = result.confidence_interval
+    return Estimate(value, float(low), float(high))
+
+
+# ------------------------------------------------------------------------ what an encoder is worth
+
+
+def utilization(accuracies: dict[frozenset, float], names: list[str]) -> dict[str, float]:
+    """Conditional utilization rate, CUR(e) = (acc(E) - acc(E without e)) / acc(E).
+
+    Args: accuracies: set of names -> accuracy, at least of E and of its subsets of one less.
+    Returns: {e: CUR(e)}, at most 1; nan for all where the full model is never right.
+    Source: [arXiv 2507.03262]
+    """
+    everyone = frozenset(names)
+    full = accuracies[everyone]
+    if full == 0:
+        return {name: float("nan") for name in names}
+    return {name: (full - accuracies[everyone - {name}]) / full for name in names}
+
+
+def information_gap(rates: dict[str, float]) -> float:
+    """IG = max CUR - min CUR over the encoders.  Source: [arXiv 2507.03262]"""
+    return max(rates.values()) - min(rates.values())

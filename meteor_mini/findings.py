@@ -1,0 +1,465 @@
+"""What is measured of the embedded model and is no table of methods: the paper's Findings 1 and 2,
+who survives (Figure 1), ranks, what each encoder is worth, how deep the LLM looks, clips (Table 4).
+
+    frame = measure(model, "depth", samples=240)
+
+Every finding is a list of lines in one long format, see `measure`. Change here: FINDINGS, and the
+functions above it.
+"""
+
+import itertools
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import stage1_encode
+from stage1_encode import EncoderPruner, Spy, highest, mean_similarity
+from stage3_decode import default_layers
+
+from . import baselines
+from .budgets import Budget
+from .evaluate import (
+    GROUPS,
+    Estimate,
+    difference,
+    families_by_kind,
+    information_gap,
+    mean,
+    ratio,
+    utilization,
+)
+from .model import Answer, Encoded, Meteor
+from .toy.clips import CLIPS, make_clip
+from .toy.questions import (
+    KIND_OF_FAMILY,
+    Example,
+    example_batches,
+    images_and_questions,
+    to_images,
+)
+from .toy.world import make_picture
+
+COLUMNS = "finding encoder layer criterion kind questions value low high".split()
+
+
+def measure(model: Meteor, name: str, samples: int) -> pd.DataFrame:
+    """Measure a finding of `FINDINGS` on `samples` questions of the test split.
+
+    Returns: a line for each value, with its 95 % interval [low, high] where it has one. encoder:
+        one, or several joined by "+"; layer: the encoder's block or the LLM's layer; criterion:
+        what the value is; kind: of the questions, as in `families_by_kind`, or of the clips.
+        Fields that mean nothing for a finding are empty.
+    """
+    lines = pd.DataFrame(FINDINGS[name](model, samples))
+    return lines.assign(finding=name).reindex(columns=COLUMNS)
+
+
+def line(estimate: Estimate | float, criterion: str, **where) -> dict:
+    """One line: an estimate, or a value without an interval."""
+    if not isinstance(estimate, Estimate):
+        estimate = Estimate(estimate, float("nan"), float("nan"))
+    return where | {"criterion": criterion} | estimate._asdict()
+
+
+def lines_by_kind(values: np.ndarray, family: Iterable[str], criterion: str, **where) -> list[dict]:
+    """The mean of values (n,) of n questions, for each kind of question that occurs."""
+    lines = []
+    for kind, asked in masks_by_kind(family):
+        own = values[asked]
+        lines.append(line(mean(own), criterion, kind=kind, questions=len(own), **where))
+    return lines
+
+
+def masks_by_kind(family: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Each kind of question that occurs, and which of the questions (n,) bool are of it. OCR: OCR &
+    Chart without the charts.
+    """
+    kinds = families_by_kind()
+    kinds["OCR"] = [name for name in kinds["OCR & Chart"] if KIND_OF_FAMILY[name] != "chart"]
+    for kind, families in kinds.items():
+        asked = np.isin(list(family), families)
+        if asked.any():
+            yield kind, asked
+
+
+def is_right(answers: list[Answer], truths: Iterable[str]) -> list[bool]:
+    return [answer.text == truth for answer, truth in zip(answers, truths)]
+
+
+# ------------------------------------------------------------------------------- Findings 1 and 2
+
+CRITERIA = ("similarity", "attention")
+MEAN = "mean over encoders"
+
+
+@torch.no_grad()
+def depth(model: Meteor, samples: int) -> list[dict]:
+    """Of the patches that a question asks about, how many are among the quarter of all that each
+    criterion of stage 1 keeps, after each block of an encoder that is not pruned?
+
+    Questions about nothing in the picture (is there ...? no) are left out.
+
+    Source: [paper, Findings 1 and 2]
+    """
+    encoders = {
+        name: encoder
+        for name, encoder in model.encoders.items()
+        if stage1_encode.can_prune_inside(encoder)
+    }
+    parts = {(name, criterion): [] for name in encoders for criterion in CRITERIA}
+    for examples in example_batches("test", samples):
+        examples = [example for example in examples if example.asked.any()]
+        if not examples:
+            continue
+        asked = torch.from_numpy(np.stack([example.asked for example in examples]))  # (B, N)
+        images, _ = images_and_questions(examples)
+        pixels = dict(zip(model.encoders, model.pixels(images)))
+        for name, encoder in encoders.items():
+            for criterion, scores in criteria_by_block(encoder, pixels[name]).items():
+                shares = [kept_share(criterion, score.cpu(), asked) for score in scores]
+                parts[name, criterion].append(torch.stack(shares).numpy())  # (blocks, B)
+    shares = {key: 100 * np.concatenate(arrays, axis=1) for key, arrays in parts.items()}
+
+    lines = []
+    for (name, criterion), of_blocks in shares.items():
+        for block, share in enumerate(of_blocks):
+            where = {"encoder": name, "layer": block, "questions": len(share)}
+            lines.append(line(mean(share), criterion, **where))
+    for third in ("first third", "last third"):
+        means = {}  # (encoder, criterion) -> (n,), mean over the blocks of the third
+        for key, of_blocks in shares.items():
+            means[key] = of_blocks[blocks_in(third, len(of_blocks))].mean(axis=0)
+        for criterion in CRITERIA:
+            means[MEAN, criterion] = np.mean([means[name, criterion] for name in encoders], axis=0)
+        for name in (*encoders, MEAN):
+            gain = difference(means[name, "similarity"], means[name, "attention"])
+            where = {"encoder": name, "kind": third, "questions": len(means[name, "attention"])}
+            lines.append(line(gain, "similarity - attention", **where))
+    return lines
+
+
+def criteria_by_block(encoder: nn.Module, pixels: Tensor) -> dict[str, list[Tensor]]:
+    """Run an encoder, unpruned, and score its patches in each block.
+
+    Args: encoder: one with blocks that stage 1 prunes inside; pixels: what it reads, B pictures.
+    Returns: {"similarity", "attention"}: for each block (B, N) float32, the patches' similarity to
+        their mean after the block, and the attention that they receive in it.
+    """
+    pruner = EncoderPruner(encoder, [None])  # knows its blocks and its prefix; it does not run
+    P, spy = pruner.prefix, None
+    scores = {"similarity": [], "attention": []}
+
+    def listen(block, args):
+        nonlocal spy
+        spy = Spy()
+        spy.__enter__()
+
+    def score(block, args, output):
+        spy.__exit__(None, None, None)
+        x = output[0] if isinstance(output, tuple) else output  # (B, P + N, D)
+        queries = 1 if pruner.has_cls else x.shape[1]
+        (attention,) = spy.heard
+        scores["similarity"].append(mean_similarity(x[:, P:]))
+        scores["attention"].append(attention(queries)[:, P:])
+
+    handles = [block.register_forward_pre_hook(listen) for block in pruner.blocks]
+    handles += [block.register_forward_hook(score) for block in pruner.blocks]
+    try:
+        pruner.encoder(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return scores
+
+
+def kept_share(criterion: str, score: Tensor, asked: Tensor) -> Tensor:
+    """(B,): the share of the asked patches (B, N) bool among the quarter of all that stage 1 would
+    keep by the scores (B, N) of a criterion.
+    """
+    if criterion == "similarity":
+        score = -score  # the patches most like the mean go
+    keep_idx = highest(score, score.shape[1] // 4)  # (B, K)
+    kept = torch.zeros_like(asked).scatter(1, keep_idx, True)
+    return (kept & asked).sum(dim=1) / asked.sum(dim=1)
+
+
+def blocks_in(third: str, blocks: int) -> slice:
+    """The blocks of the first or the last third, as stage 1 cuts an encoder."""
+    first_end, last_start, _ = stage1_encode.pruning_points(blocks, 3)
+    return slice(0, first_end + 1) if third == "first third" else slice(last_start + 1, blocks)
+
+
+# ---------------------------------------------------------------------------------- who survives
+
+
+@torch.no_grad()
+def figure1(model: Meteor, samples: int) -> list[dict]:
+    """Tokens of each encoder that survive each stage of METEOR, by kind of question; and how many
+    more OCR & Chart questions keep than General ones.
+
+    Source: [paper, Figure 1]
+    """
+    L = model.decoder.config.num_hidden_layers
+    first = (model.budget.layers or default_layers(L))[0]  # before it, all keep the same number
+    stages = ("stage1", "stage2", "stage3")
+    left = {(stage, name): [] for stage in stages for name in model.encoders}
+    in_layers, family = [], []
+    for examples in example_batches("test", samples):
+        for example, answer in zip(examples, model.answer(*images_and_questions(examples))):
+            family.append(example.family)
+            in_layers.append(answer.layers)
+            for stage, name in left:
+                left[stage, name].append(answer.survivors[stage][name])
+    lines = []
+    for (stage, name), counts in left.items():
+        lines += lines_by_kind(np.array(counts), family, stage, encoder=name)
+    in_layers = np.array(in_layers)  # (n, L)
+    masks = dict(masks_by_kind(family))
+    averages = {
+        "tokens per LLM layer": in_layers.mean(axis=1),
+        "tokens per layer from the first pruned one on": in_layers[:, first:].mean(axis=1),
+    }
+    for criterion, tokens in averages.items():
+        lines += lines_by_kind(tokens, family, criterion)
+        general, ocr = (tokens[masks[group]] for group in GROUPS)
+        lines.append(line(ratio(ocr, general, paired=False), criterion, kind="OCR / General"))
+    return lines
+
+
+@torch.no_grad()
+def focus(model: Meteor, samples: int) -> list[dict]:
+    """Of the tokens in METEOR's last layer, the percentage on patches that the question asks about.
+
+    A random choice has, on average, the share of those it chooses from: all tokens of all encoders,
+    or, which is harder to beat, those that enter the LLM. Questions about nothing in the picture
+    are left out.
+    """
+    shares, family = [], []
+    for examples in example_batches("test", samples):
+        for example, answer in zip(examples, model.answer(*images_and_questions(examples))):
+            if example.asked.any():
+                shares.append(shares_on_asked(answer, example.asked))
+                family.append(example.family)
+    shares = 100 * np.array(shares)  # (n, 3)
+    names = ("last layer", "all tokens", "tokens that enter the LLM")
+    lines = []
+    for name, share in zip(names, shares.T):
+        lines += lines_by_kind(share, family, name)
+    for kind, asked in masks_by_kind(family):
+        last, everything, entering = shares[asked].T
+        for name, other in {"to all tokens": everything, "to those that enter": entering}.items():
+            times = ratio(last, other, paired=True)
+            lines.append(line(times, name, kind=kind, questions=len(last)))
+    return lines
+
+
+def shares_on_asked(answer: Answer, asked: np.ndarray) -> tuple[float, float, float]:
+    """The share on asked patches (h w,) bool of the tokens left at the end, of all encoders'
+    tokens, and of those that entered the LLM.
+    """
+    shares = []
+    every_patch = {name: torch.ones_like(kept) for name, kept in answer.kept["stage1"].items()}
+    for maps in (answer.kept["stage3"], every_patch, answer.kept["stage2"]):
+        kept = torch.stack([*maps.values()]).flatten(1)  # (encoders, h w)
+        on_asked = kept & torch.from_numpy(asked)
+        shares.append(int(on_asked.sum()) / int(kept.sum()))
+    return tuple(shares)
+
+
+@torch.no_grad()
+def ranks(model: Meteor, samples: int) -> list[dict]:
+    """Of each encoder's output: its rank, how much that varies over pictures, its diversity."""
+    images = to_images([make_picture(i, "val").image for i in range(min(samples, 64))])
+    encoders = list(model.encoders.values())
+    features, _ = stage1_encode.encode_all(encoders, model.pixels(images), None)
+    lines = []
+    for name, x in zip(model.encoders, features):
+        rank = stage1_encode.feature_rank(x).double().numpy()  # (pictures,)
+        spread = 100 * float(rank.std(ddof=1) / rank.mean()) if len(rank) > 1 else float("nan")
+        diversity = nuclear_diversity(x).numpy()
+        where = {"encoder": name, "questions": len(rank)}
+        lines.append(line(mean(rank), "rank", **where))
+        lines.append(line(spread, "standard deviation of the rank, percent", **where))
+        lines.append(line(mean(diversity), "diversity", **where))
+    return lines
+
+
+def nuclear_diversity(tokens: Tensor) -> Tensor:
+    r"""||A||_* / N for the row-normalised tokens A: 1 where all differ, low where all are alike.
+
+    Args: tokens (B, N, D) float.
+    Returns: (B,) float64, 0..sqrt(min(N, D) / N).
+    Source: [supplement A]
+    """
+    A = F.normalize(tokens.double(), dim=-1)
+    return torch.linalg.matrix_norm(A, "nuc") / tokens.shape[1]
+
+
+# ----------------------------------------------------------------------- what each encoder is worth
+
+
+@torch.no_grad()
+def redundancy(model: Meteor, samples: int) -> list[dict]:
+    """Accuracy with every subset of the encoders, the others' outputs replaced by zeros; of these
+    CUR and information gap; KL divergence of the attention of a single encoder.
+
+    Zeros are projected like any feature, so a masked encoder still gives its tokens, all alike: CUR
+    holds what an encoder adds and what its constant tokens cost.
+
+    Source: [arXiv 2507.03262]
+    """
+    names = list(model.encoders)
+    everyone, subsets = frozenset(names), all_subsets(names)
+    right, kl, family = {s: [] for s in subsets}, {name: [] for name in names}, []
+    for examples in example_batches("test", min(samples, 250)):  # 15 subsets of four are slow
+        right_here, kl_here = by_subset(model, subsets, examples)
+        for subset in subsets:
+            right[subset] += right_here[subset]
+        for name in names:
+            kl[name] += kl_here[name]
+        family += [example.family for example in examples]
+
+    right = {subset: 100 * np.array(answers) for subset, answers in right.items()}  # (n,) each
+    lines = []
+    for subset in subsets:
+        encoder = "+".join(name for name in names if name in subset)
+        lines += lines_by_kind(right[subset], family, "accuracy", encoder=encoder)
+    for kind, asked in masks_by_kind(family):
+        rates = utilization({s: right[s][asked].mean() for s in subsets}, names)
+        full = right[everyone][asked]
+        for name in names:
+            where = {"encoder": name, "kind": kind, "questions": len(full)}
+            without = right[everyone - {name}][asked]
+            lines.append(line(difference(full, without), "points lost without it", **where))
+            _, low, high = ratio(without, full, paired=True)  # CUR = 1 - without / full
+            lines.append(line(Estimate(rates[name], 1 - high, 1 - low), "CUR", **where))
+        gap = information_gap(rates)
+        lines.append(line(gap, "information gap", kind=kind, questions=len(full)))
+    for name in names:
+        alone = "KL of the attention, all || it alone"
+        lines.append(line(mean(kl[name]), alone, encoder=name, kind="all", questions=len(family)))
+    return lines
+
+
+def all_subsets(names: list[str]) -> list[frozenset[str]]:
+    """All but the empty one, the largest first."""
+    subsets = []
+    for size in range(len(names), 0, -1):
+        subsets += map(frozenset, itertools.combinations(names, size))
+    return subsets
+
+
+def by_subset(model: Meteor, subsets: list[frozenset[str]], examples: list[Example]) -> tuple:
+    """Answers to one batch of questions with every subset of encoders.
+
+    Returns: {subset: was each answer right}; {encoder: KL of each question}.
+    """
+    names = list(model.encoders)
+    images, questions = images_and_questions(examples)
+    encoders = list(model.encoders.values())
+    features, kept = stage1_encode.encode_all(encoders, model.pixels(images), None)
+    right, attention = {}, {}
+    for subset in subsets:
+        masked = [x if name in subset else torch.zeros_like(x) for name, x in zip(names, features)]
+        encoded = model.fuse(masked, kept, Budget.none())
+        ids, _ = model.generate(encoded, questions, Budget.none())
+        texts = model.decode(ids)
+        right[subset] = [text == example.answer for text, example in zip(texts, examples)]
+        if len(subset) in (1, len(names)):
+            attention[subset] = last_attention(model, encoded, questions)
+    full = attention[frozenset(names)]
+    return right, {name: divergence(full, attention[frozenset([name])]).tolist() for name in names}
+
+
+def last_attention(model: Meteor, encoded: Encoded, questions: list[str]) -> Tensor:
+    """The last layer's attention from the text onto the K visual tokens, mean over heads, summing
+    to 1: (B, K). The library's eager attention returns it.
+    """
+    embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
+    usual = model.decoder.config._attn_implementation
+    model.decoder.set_attn_implementation("eager")
+    weights = model.decoder(
+        inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
+    ).attentions[-1]  # (B, H, S, S)
+    model.decoder.set_attn_implementation(usual)
+    asks = visual_mask.flip(1).cumsum(1).flip(1) == 0  # (B, S): text after the picture
+    asks = asks & attention_mask.bool()
+    rows = weights.mean(dim=1) * asks[..., None]  # (B, S, S)
+    onto = rows.sum(dim=1) / asks.sum(dim=1, keepdim=True)  # (B, S)
+    on_picture = onto[visual_mask].view(len(questions), -1)  # (B, K)
+    return on_picture / on_picture.sum(dim=1, keepdim=True)
+
+
+def divergence(p: Tensor, q: Tensor) -> Tensor:
+    """KL(p || q) in nats, row by row. (B, K), (B, K) -> (B,)"""
+    tiny = torch.finfo(p.dtype).tiny
+    log_ratio = p.clamp(min=tiny).log() - q.clamp(min=tiny).log()
+    return (p * log_ratio).sum(dim=1)
+
+
+# ------------------------------------------------------------------- how deep the LLM looks; clips
+
+
+@torch.no_grad()
+def drops(model: Meteor, samples: int) -> list[dict]:
+    """Accuracy when all visual tokens go in front of LLM layer i, for each i; nothing else is
+    pruned.
+    """
+    depths = range(1, model.decoder.config.num_hidden_layers)
+    full, right = [], {i: [] for i in depths}
+    for examples in example_batches("test", min(samples, 400)):
+        images, questions = images_and_questions(examples)
+        truths = [example.answer for example in examples]
+        encoded = model.encode(images, Budget.none())
+        full += is_right(model.answer(encoded, questions, Budget.none()), truths)
+        for i in depths:
+            answers = model.answer(encoded, questions, Budget.none(), baselines.drop_all(i))
+            right[i] += is_right(answers, truths)
+    full = 100 * np.array(full)
+    lines = []
+    for i in depths:
+        where, own = {"layer": i, "questions": len(full)}, 100 * np.array(right[i])
+        lines.append(line(mean(own), "accuracy", **where))
+        lines.append(line(difference(full, own), "points lost", **where))
+    return lines
+
+
+@torch.no_grad()
+def video(model: Meteor, samples: int) -> list[dict]:
+    """Clips tiled into one picture, never seen in training, unpruned and with METEOR.
+
+    Source: [supplement Table 4]
+    """
+    budgets = {"unpruned": Budget.none(), "METEOR": model.budget}
+    lines = []
+    for kind in CLIPS:
+        right, tokens = {name: [] for name in budgets}, {name: [] for name in budgets}
+        clips = [make_clip(i, kind) for i in range(min(samples, 200))]
+        for start in range(0, len(clips), 50):
+            images, questions, truths = zip(*clips[start : start + 50])
+            for name, budget in budgets.items():
+                answers = model.answer(to_images(images), list(questions), budget)
+                right[name] += is_right(answers, truths)
+                tokens[name] += [answer.tokens["stage3"] for answer in answers]
+        where = {"kind": kind, "questions": len(clips)}
+        unpruned, meteor = (100 * np.array(right[name]) for name in budgets)
+        lines.append(line(mean(unpruned), "accuracy, unpruned", **where))
+        lines.append(line(mean(meteor), "accuracy, METEOR", **where))
+        lines.append(line(difference(meteor, unpruned), "METEOR - unpruned", **where))
+        lines.append(line(mean(tokens["METEOR"]), "tokens per LLM layer, METEOR", **where))
+    return lines
+
+
+FINDINGS = {
+    "figure1": figure1,
+    "ranks": ranks,
+    "redundancy": redundancy,
+    "depth": depth,
+    "drops": drops,
+    "focus": focus,
+    "video": video,
+}

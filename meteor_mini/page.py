@@ -1,0 +1,321 @@
+"""results/: two CSV files, a figure for each table and finding, and the page that shows them.
+
+`save` puts what was measured into a CSV file and draws it; `write` makes README.md from these files
+alone.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+
+from . import plots
+from .evaluate import GROUPS
+from .toy.questions import FAMILIES
+
+KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
+
+HEAD = """\
+# The paper's tables on the embedded model
+
+All numbers are in [tables.csv](tables.csv) and [findings.csv](findings.csv), which
+`meteor-mini eval --table all` measures; this page and its figures are made from these files.
+
+**What is no evidence here.** The small Llama of this model was *taught* where to look, and in which
+layers: those in which METEOR prunes. So what separates the methods of stage 3 (main table, Tables
+3, 6, 7 and 8) on this page shows what the code does and what the model learned, not which method is
+better. The paper's numbers are of a 7B model on other data.
+
+Accuracy is exact match in percent on held-out questions, with its 95 % bootstrap interval over
+questions. A difference, in points, is to the row whose number stands in *to*, on the same
+questions, with its paired interval; one below 0 is a loss. *tokens*: visual tokens per LLM layer.
+*FLOPs*: encoders, projectors and the LLM's prefill, in millions. A random method stands with its
+mean over seeds, in brackets the lowest and the highest.
+"""
+
+TEXTS = {  # title; what is compared, and what the paper found
+    "main": (
+        "Main result",
+        "METEOR at three averages, EAGLE-style fusion (all channels of a grid cell in one token), "
+        "and pruners of others at METEOR's own average; random drops as many tokens in the same "
+        "layers. In the paper, METEOR at 242 tokens per layer is 0.3 points below EAGLE at 1024, "
+        "with 51 % of its FLOPs (main table, Vicuna-7B, 11 benchmarks).",
+    ),
+    "1": (
+        "Table 1: how encoders share the budget",
+        "Stage 1 alone, with shares in proportion to ranks, equal ones, and ones in inverse "
+        "proportion, at the same totals. The paper: 67.99, 66.87 and 65.69 (supplement, Table 1).",
+    ),
+    "2": (
+        "Table 2: what fusion drops",
+        "Stages 1 and 2 with other rules in stage 2, and EAGLE-style fusion of all tokens. The "
+        "paper, on DocVQA from 1193 to 576 tokens: collaborative 72.2, as without pruning, within "
+        "each encoder 66.2, random 43.0; EAGLE-style 70.9 (supplement, Table 2).",
+    ),
+    "3": (
+        "Table 3: fixed and adaptive counts in the LLM",
+        "What stage 3 adds to a fixed count in one layer: the top heads, more layers, counts that "
+        "follow the question. The paper, on DocVQA: 59.9, 61.4, 65.9, 69.0, without stage 3 72.2 "
+        "(supplement, Table 3; its third adaptive row is printed as 126 tokens, its counts make "
+        "162).",
+    ),
+    "6": (
+        "Table 6: a single encoder, stages 1 and 3",
+        "CLIP alone, pruned inside by stage 1, and at its output by PruMerge++ or by stage 1's "
+        "rule. The paper, LLaVA-1.5 on TextVQA: 58.2 unpruned, stage 1 57.3 and PruMerge++ 57.1 "
+        "at 29 % of the FLOPs, stages 1 and 3 53.8 at 12 % (supplement, Table 6).",
+    ),
+    "7": (
+        "Table 7: a single encoder, stage 3",
+        "Pix2Struct alone, pruned in the LLM only, at 45 % of its tokens. The paper, LLaVA-Next "
+        "on DocVQA: 70.0 unpruned, FastV 62.1, PyramidDrop 65.6, stage 3 67.5 (supplement, "
+        "Table 7).",
+    ),
+    "8": (
+        "Table 8: heads and lambda",
+        "Stage 3 with other numbers of heads at METEOR's average, then with 65/50 and 25/50 of its "
+        "lambda, as the paper's are of 50. The paper, on OCR tasks: 64.8, 65.0, 64.6 with 3, 5, 7 "
+        "heads; 65.6 and 63.4 with the other lambdas (supplement, Table 8).",
+    ),
+    "figure1": (
+        "Figure 1: who survives, by family",
+        "Tokens of each encoder after stage 2, which compares them all. In the paper EVA and "
+        "ConvNeXt lead on POPE, Pix2Struct and ConvNeXt on DocVQA (Figure 1).",
+    ),
+    "ranks": (
+        "Ranks",
+        "The rank of each encoder's output, by which encoders share stage 1's budget; its standard "
+        "deviation over pictures; the nuclear-norm diversity. The paper finds that the rank hardly "
+        "varies with the picture, so that it can be measured once.",
+    ),
+    "redundancy": (
+        "What each encoder is worth",
+        "CUR, the share of right answers that is lost when an encoder's output is replaced by "
+        "zeros, and the information gap, the largest CUR minus the smallest. The paper of this "
+        "measure finds one encoder with a CUR above 90 % on OCR and charts, redundancy on general "
+        "tasks, and some negative CURs (arXiv 2507.03262). OCR: OCR & Chart without the charts.",
+    ),
+    "depth": (
+        "Findings 1 and 2: which criterion finds what is asked about, by depth",
+        "Of the patches that a question asks about, the percentage among the quarter of all "
+        "patches that each criterion would keep after each block. The paper: in shallow blocks "
+        "similarity to the mean token is the better criterion (Finding 1), in deep ones attention "
+        "(Finding 2).",
+    ),
+    "drops": (
+        "How deep the LLM looks",
+        "All visual tokens go at once in front of one LLM layer; nothing else is pruned. Not in "
+        "the paper: it says in which layers pruning can cost anything at all.",
+    ),
+    "focus": (
+        "Where the last tokens lie",
+        "Of the tokens in METEOR's last layer, the percentage on patches that the question asks "
+        "about, beside that of all tokens and of those that enter the LLM: what a random choice "
+        "would have. Not in the paper.",
+    ),
+    "video": (
+        "Table 4: clips tiled into one picture",
+        "Short clips, their frames side by side in one picture, of which the model saw none in "
+        "training. The paper: 79.0 at 242 tokens against EAGLE's 79.2 at 1024 on MSVD, 55.5 "
+        "against 55.0 on ActivityNet (supplement, Table 4).",
+    ),
+}
+
+
+class View(NamedTuple):
+    """A table of a finding: the lines of some criteria, and which fields are its rows and columns;
+    the first of a finding is drawn, with this label.
+    """
+
+    criteria: list[str]
+    rows: str
+    columns: str
+    label: str = ""
+    kinds: list[str] | None = None
+
+
+SOME = [*KINDS, "OCR"]
+VIEWS = {
+    "figure1": [
+        View(["stage2"], "kind", "encoder", "tokens after stage 2", list(FAMILIES)),
+        View(
+            ["tokens per LLM layer", "tokens per layer from the first pruned one on"],
+            "criterion",
+            "kind",
+            kinds=[*GROUPS, "OCR / General"],
+        ),
+    ],
+    "ranks": [
+        View(["rank"], "encoder", "criterion", "rank"),
+        View(["standard deviation of the rank, percent", "diversity"], "encoder", "criterion"),
+    ],
+    "redundancy": [
+        View(["CUR"], "kind", "encoder", "share of right answers lost", SOME),
+        View(["information gap"], "criterion", "kind", kinds=SOME),
+        View(["accuracy"], "encoder", "kind", kinds=SOME),
+        View(["KL of the attention, all || it alone"], "criterion", "encoder"),
+    ],
+    "depth": [
+        View(["similarity", "attention"], "encoder criterion", "layer", "asked patches kept, %"),
+        View(["similarity - attention"], "encoder", "kind"),
+    ],
+    "drops": [View(["points lost"], "layer", "criterion", "points lost")],
+    "focus": [
+        View(
+            ["last layer", "all tokens", "tokens that enter the LLM"],
+            "kind",
+            "criterion",
+            "tokens on asked patches, %",
+            SOME,
+        ),
+        View(["to all tokens", "to those that enter"], "kind", "criterion", kinds=SOME),
+    ],
+    "video": [
+        View(["accuracy, unpruned", "accuracy, METEOR"], "kind", "criterion", "right answers, %"),
+        View(["METEOR - unpruned", "tokens per LLM layer, METEOR"], "kind", "criterion"),
+    ],
+}
+
+
+# ---------------------------------------------------------------------------------- the CSV files
+
+
+def read(folder: Path, name: str) -> pd.DataFrame | None:
+    """What was measured of a table or finding; None where it is not in the CSV files."""
+    for column in ("table", "finding"):
+        frame = read_all(folder, column)
+        if name in set(frame[column]):
+            return frame[frame[column] == name].reset_index(drop=True)
+    return None
+
+
+def read_all(folder: Path, column: str) -> pd.DataFrame:
+    """tables.csv by the column "table", findings.csv by "finding"; empty where there is none."""
+    file = folder / f"{column}s.csv"
+    if not file.exists():
+        return pd.DataFrame({column: []})
+    return pd.read_csv(file, dtype={column: str})
+
+
+def save(folder: Path, name: str, frame: pd.DataFrame) -> None:
+    """Put a table or finding into its CSV file, in place of what was measured of it before, and
+    draw its figure.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    column = "table" if "table" in frame else "finding"
+    before = read_all(folder, column)
+    others = before[before[column] != name]
+    together = pd.concat([others, frame]) if len(others) else frame
+    in_order = together.sort_values(column, kind="stable", key=lambda c: c.map(order_on_page))
+    in_order.to_csv(folder / f"{column}s.csv", index=False, float_format="%.6g")
+    draw(folder, name)
+
+
+def order_on_page(name: str) -> int:
+    return list(TEXTS).index(name)
+
+
+# --------------------------------------------------------------------------------------- the page
+
+
+def write(folder: Path) -> None:
+    """README.md, and figures that are not there, from the CSV files alone."""
+    sections = [HEAD]
+    for name in TEXTS:
+        frame = read(folder, name)
+        if frame is not None:
+            if not (folder / f"{name}.png").exists():
+                draw(folder, name)
+            sections.append(section(name, frame, f"{name}.png"))
+    (folder / "README.md").write_text("\n".join(sections))
+
+
+def section(name: str, frame: pd.DataFrame, figure: str | None = None) -> str:
+    """A table or finding in words and numbers."""
+    title, text = TEXTS[name]
+    picture = [] if figure is None else [f"![{title}]({figure})", ""]
+    tables = [method_table(frame)] if "table" in frame else finding_tables(name, frame)
+    blocks = [f"```\n{table.to_string()}\n```\n" for table in tables]
+    asked = f"{int(frame['questions'].max())} questions."
+    return "\n".join([f"## {title}", "", *picture, f"{text} {asked}", "", *blocks])
+
+
+def draw(folder: Path, name: str) -> None:
+    """The figure of a table or finding, from its CSV file."""
+    frame, (title, _) = read(folder, name), TEXTS[name]
+    if "table" in frame:
+        figure = plots.table_figure(frame, title)
+    else:
+        view = VIEWS[name][0]
+        shown = lines_of(view, frame)
+        if "layer" not in (view.rows, view.columns):  # no lines: a group of bars for each row
+            shown = shown.assign(encoder=shown[view.rows], criterion=shown[view.columns])
+            shown = shown.drop(columns="layer")
+        figure = plots.finding_figure(shown, view.label, title)
+    figure.savefig(folder / f"{name}.png")
+
+
+def method_table(frame: pd.DataFrame) -> pd.DataFrame:
+    """A row for each method, numbered; its accuracy, and its difference to the one in *to*."""
+    methods = list(frame["method"].unique())
+    rows = []
+    for method in methods:
+        of_method = frame[frame["method"] == method]
+        against = of_method["against"].iloc[0]
+        compared = against in methods
+        row = {"method": method, **numbers_of(of_method)}
+        row["to"] = methods.index(against) + 1 if compared else ""
+        for kind in KINDS:
+            own = of_method[of_method["family"] == kind]
+            row[kind] = over_seeds(own, "accuracy", "low", "high", ".1f")
+        for kind in KINDS:
+            own = of_method[of_method["family"] == kind]
+            columns = ("difference", "difference_low", "difference_high")
+            row[f"difference, {kind}"] = over_seeds(own, *columns, "+.1f") if compared else ""
+        rows.append(row)
+    return pd.DataFrame(rows, index=range(1, len(rows) + 1))
+
+
+def numbers_of(of_method: pd.DataFrame) -> dict[str, str]:
+    """Tokens and FLOPs of a method, over all questions and seeds."""
+    overall = of_method[of_method["family"] == "all"]
+    tokens, flops = overall["tokens"].mean(), overall["flops"].mean()
+    return {"tokens": f"{tokens:.1f}", "FLOPs": f"{flops / 1e6:.0f}"}
+
+
+def over_seeds(own: pd.DataFrame, value: str, low: str, high: str, form: str) -> str:
+    """A value with its interval; of several seeds the mean, the lowest and the highest."""
+    if len(own) == 0:
+        return ""
+    if len(own) == 1:
+        return with_interval(own[value].iloc[0], own[low].iloc[0], own[high].iloc[0], form)
+    return with_interval(own[value].mean(), own[value].min(), own[value].max(), form)
+
+
+def with_interval(value: float, low: float, high: float, form: str = ".3g") -> str:
+    if pd.isna(low):
+        return f"{value:{form}}"
+    return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def finding_tables(name: str, frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """The tables of `VIEWS`."""
+    tables = []
+    for view in VIEWS[name]:
+        shown = lines_of(view, frame).astype({"layer": "Int64"})
+        numbers = shown[["value", "low", "high"]].itertuples(index=False)
+        shown = shown.assign(text=[with_interval(*each) for each in numbers])
+        rows = view.rows.split()
+        table = shown.pivot(index=rows, columns=view.columns, values="text")
+        in_order = shown.set_index(rows).index.unique()  # pivot sorts
+        table = table.reindex(in_order)[shown[view.columns].unique()]
+        tables.append(table.fillna(""))
+    return tables
+
+
+def lines_of(view: View, frame: pd.DataFrame) -> pd.DataFrame:
+    """The lines that a view shows."""
+    shown = frame[frame["criterion"].isin(view.criteria)]
+    if view.kinds is not None:
+        shown = shown[shown["kind"].isin(view.kinds)]
+    return shown

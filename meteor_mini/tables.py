@@ -1,0 +1,587 @@
+"""The paper's tables on the embedded model: each a list of rows, a row a method and its settings.
+
+    frame = measure(model, ["3", "7"], samples=240, seeds=[0, 1, 2])
+    report(model, ["3"], 1200, Path("results"))     # also writes the CSV, the figure and the page
+
+A row says how the visual tokens that enter the LLM are made (`stages` for most of them),
+what prunes them inside it, and against which row above it is compared, question by question. All
+rows of a table answer the same questions of the test split; what has to be chosen (lambda) is
+solved on validation questions.
+
+Change here: TABLES, and the functions below it; a new method is one more `Row`.
+"""
+
+import copy
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import stage1_encode
+from stage3_decode import AdaptivePruner, default_layers, solve_lambda
+
+from . import baselines, findings, page
+from .budgets import Budget, budget_for, stage3_lambda
+from .evaluate import difference, families_by_kind, grade, mean
+from .flops import counted_flops
+from .model import Answer, Encoded, Meteor
+from .pictures import pixels_for
+from .toy.questions import example_batches, images_and_questions
+
+Encode = Callable[[Meteor, Tensor], Encoded]
+SEEDS = [0, 1, 2, 3, 4]  # of the methods that choose at random
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a table.
+
+    method: its name, unique in the table.
+    encode: (model, images) -> the visual tokens that enter the LLM.
+    pruner: what prunes them inside it, if anything.
+    against: the method of a row above, that it is compared with.
+    random: it follows torch's seed, and is measured with several.
+    model: the one that answers, where it is not the table's.
+    twice: work that `encode` does twice and a careful implementation once; its FLOPs count once.
+    """
+
+    method: str
+    encode: Encode
+    pruner: baselines.Pruner | None = None
+    against: str | None = None
+    random: bool = False
+    model: Meteor | None = None
+    twice: Encode | None = None
+
+    def answer(self, model: Meteor, images: Tensor, questions: list[str]) -> list[Answer]:
+        model = self.model or model
+        return model.answer(self.encode(model, images), questions, Budget.none(), self.pruner)
+
+
+# ---------------------------------------------------------------------- how visual tokens are made
+
+
+def stages(
+    stage1: int | tuple[int, ...] | None = None,
+    stage2: int | None = None,
+    encoders: tuple[str, ...] | None = None,
+    shares: str = "rank",
+    fusion: str = "collaborative",
+) -> Encode:
+    """Stages 1 and 2, or another rule in place of theirs.
+
+    Args: stage1, stage2: as in `Budget`; encoders: all where None, else there is no stage 2;
+        shares: how they share stage 1's total, of `baselines.SHARES`; fusion: of
+        `baselines.FUSIONS`.
+    """
+
+    def encode(model: Meteor, images: Tensor) -> Encoded:
+        names = encoders or tuple(model.encoders)
+        features, kept = stage1_features(model, images, names, stage1, shares)
+        if encoders is not None:
+            return baselines.only(model, names, features, kept)
+        return model.fuse(features, kept, Budget(stage2=stage2), baselines.FUSIONS[fusion])
+
+    return encode
+
+
+@functools.lru_cache(maxsize=8)  # the rows of a table share it, batch by batch
+def stage1_features(
+    model: Meteor,
+    images: Tensor,
+    names: tuple[str, ...],
+    total: int | tuple[int, ...] | None,
+    shares: str,
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Stage 1 of some encoders: their tokens (B, n_l, D_l), and the patches kept (B, n_l)."""
+    encoders = {name: model.encoders[name] for name in names}
+    pixels = pixels_for(encoders, model.views, images, model.device)
+    places = [list(model.encoders).index(name) for name in names]
+    ranks = baselines.reranked(model.ranks[:, places], shares)  # (points, encoders)
+    return stage1_encode.encode_all(list(encoders.values()), pixels, total, ranks)
+
+
+def prumerge_row(encoders: Iterable[str], tokens: int, against: str | None = None) -> Row:
+    """PruMerge++ at the encoders' outputs. Ours runs each encoder twice, theirs once."""
+    names = tuple(encoders)
+
+    def encode(model: Meteor, images: Tensor) -> Encoded:
+        return baselines.prumerge(model, images, list(names), tokens)
+
+    def encoders_alone(model: Meteor, images: Tensor):
+        return stage1_features(model, images, names, None, "rank")
+
+    method = f"PruMerge++-style, {tokens}"
+    return Row(method, encode, against=against, twice=encoders_alone)
+
+
+def eagle_rows(model: Meteor, against: str) -> list[Row]:
+    """EAGLE-style fusion; no row for a model without eagle.safetensors beside its weights.
+
+    The file holds the fusion and the decoder that was trained with it.
+    """
+    file = Path(model.folder or "") / "eagle.safetensors"
+    if not file.exists():
+        return []
+    fusion = baselines.channel_fusion(model)
+    decoder = copy.deepcopy(model.decoder)
+    load_model(nn.ModuleDict({"fusion": fusion, "decoder": decoder}), file)
+    twin = Meteor(model.config, model.tokenizer, dict(model.encoders), decoder)
+    twin.eval().requires_grad_(False)
+
+    def encode(model: Meteor, images: Tensor) -> Encoded:
+        return baselines.encode_channels(model, fusion, images)
+
+    return [Row(f"EAGLE-style, {grid_cells(model)}", encode, against=against, model=twin)]
+
+
+def grid_cells(model: Meteor) -> int:
+    """Tokens of one encoder: what EAGLE's fusion leaves."""
+    return next(iter(model.views.values())).num_tokens
+
+
+# --------------------------------------------------------------------------- what prunes in the LLM
+
+
+def meteor_row(model: Meteor, budget: Budget, method: str, against: str | None = None) -> Row:
+    """METEOR under a budget, lambda by the model's own table."""
+    K = budget.stage2 or budget.stage1 or model.num_tokens
+    lam = stage3_lambda(model.config, budget, K)
+    pruner = None if math.isinf(lam) else adaptive(budget, lam)
+    return Row(method, stages(budget.stage1, budget.stage2), pruner, against)
+
+
+def adaptive(budget: Budget, lam: float) -> baselines.Pruner:
+    """Stage 3 with lambda as given, heads and layers of a budget."""
+    return partial(AdaptivePruner, layers=budget.layers, lam=lam, k=budget.k)
+
+
+@torch.no_grad()
+def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: Budget) -> float:
+    """lambda that keeps `average` tokens, solved on 96 validation questions, those of calibration
+    among them.
+    """
+    examples = list(itertools.chain(*example_batches("val", 96, first=50_000)))
+    images, questions = images_and_questions(examples)
+    embeds, attention_mask, visual_mask = model.prompt(encode(model, images), questions)
+
+    def measure(lam: float) -> float:
+        with adaptive(budget, lam)(model.decoder, visual_mask) as pruner:
+            model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+        return pruner.average_tokens().mean().item()
+
+    return solve_lambda(average, measure, tolerance=0.1)
+
+
+def solved(model: Meteor, encode: Encode, average: float, budget: Budget) -> baselines.Pruner:
+    """Stage 3 that keeps an average of the tokens that `encode` makes."""
+    return adaptive(budget, solve_on_validation(model, encode, average, budget))
+
+
+def fastv_row(model: Meteor, encode: Encode, K: int, average: float, against=None, name="") -> Row:
+    """FastV at layer 1, of K tokens."""
+    count = fastv_count(K, average, 1, model.decoder.config.num_hidden_layers)
+    return Row(f"{name}FastV {K}-{count}", encode, baselines.fastv(count, layer=1), against)
+
+
+def pyramid_row(
+    model: Meteor, encode: Encode, K: int, average: float, against=None, name=""
+) -> Row:
+    """PyramidDrop of K tokens."""
+    counts = pyramid_counts(K, average)
+    pruner = baselines.pyramid_drop(counts, model.decoder.config.num_hidden_layers)
+    steps = "-".join(map(str, [K, *counts]))
+    return Row(f"{name}PyramidDrop {steps}", encode, pruner, against)
+
+
+def random_in_llm(tokens: dict[int, int]) -> baselines.Pruner:
+    """`baselines.RandomPruner` that follows torch's seed."""
+
+    def pruner(decoder, visual_mask: Tensor) -> baselines.RandomPruner:
+        seed = torch.initial_seed()
+        return baselines.RandomPruner(decoder, visual_mask, tokens, seed)
+
+    return pruner
+
+
+# -------------------------------------------------------------------- counts that make an average
+
+
+def fastv_count(K: int, average: float, layer: int, L: int) -> int:
+    """Tokens after `layer` of L so that K in front of it make the wanted average.
+
+    Raises: ValueError where K in front of it alone are too many.
+    """
+    count = round((average * L - K * layer) / (L - layer))
+    if not 1 <= count <= K:
+        least = K * layer / L + 1
+        raise ValueError(
+            f"average must be {least:.0f} to {K} with {K} tokens up to layer {layer}, got {average}"
+        )
+    return count
+
+
+def pyramid_counts(K: int, average: float) -> list[int]:
+    """K r, K r^2, K r^3 after each quarter of the layers: r such that K (1 + r + r^2 + r^3) / 4 is
+    the wanted average.
+
+    Raises: ValueError where the first quarter alone takes too many.
+    """
+    least = K / 4 + 0.75
+    if not least <= average <= K:
+        raise ValueError(
+            f"average must be {least} to {K} with {K} tokens in the first quarter, got {average}"
+        )
+    roots = np.roots([1, 1, 1, 1 - 4 * average / K])
+    (r,) = roots.real[abs(roots.imag) < 1e-9]  # the polynomial rises: one real root
+    return [max(1, round(K * r**power)) for power in (1, 2, 3)]
+
+
+def pyramid_start(K: int, average: float) -> int:
+    """Of K tokens, those that enter the LLM so that PyramidDrop can keep half at each step, as in
+    its paper, and have the wanted average.
+    """
+    return min(K, round(average * 4 / (1 + 1 / 2 + 1 / 4 + 1 / 8)))
+
+
+def own_layers(model: Meteor) -> list[int]:
+    """The LLM layers in which the model's own stage 3 prunes."""
+    return list(model.budget.layers or default_layers(model.decoder.config.num_hidden_layers))
+
+
+def fixed_counts(model: Meteor, average: float) -> dict[int, int]:
+    """{layer: tokens left} at the model's own layers, that make an average; to each other they are
+    as the paper's 390, 172 and 78, up to rounding.
+    """
+    layers, L = own_layers(model), model.decoder.config.num_hidden_layers
+    paper = np.array([390, 172, 78])[: len(layers)]  # to be scaled to the wanted average
+    layers_with_each = np.diff([*layers, L])
+    wanted = average * L - model.budget.stage2 * layers[0]  # from the first pruned layer on
+    exact = paper * wanted / (paper @ layers_with_each)
+    # of whole numbers next to these, those that come closest to the average
+    whole = itertools.product(*[(math.floor(count), math.ceil(count)) for count in exact])
+    closest = min(whole, key=lambda counts: abs(counts @ layers_with_each - wanted))
+    return {layer: max(1, count) for layer, count in zip(layers, closest)}
+
+
+def average_like(model: Meteor, tokens: float, average: float) -> int:
+    """The average that is to `average` as the paper's `tokens` are to its 242.
+
+    Of each average only what stage 3 decides is compared. The rest, which it cannot go below, comes
+    from the layers in front of the first pruned one: in the paper 576 tokens in 4 of 32 layers.
+    """
+    before = tokens_before_stage3(model)
+    paper_before = 576 * 4 / 32
+    share = (tokens - paper_before) / (242 - paper_before)
+    return round(before + share * (average - before))
+
+
+def tokens_before_stage3(model: Meteor) -> float:
+    """The part of an average that comes from the layers in front of the first pruned one."""
+    return model.budget.stage2 * own_layers(model)[0] / model.decoder.config.num_hidden_layers
+
+
+# --------------------------------------------------------------------------------------- the tables
+
+
+def main_table(model: Meteor) -> list[Row]:
+    """METEOR at three averages, EAGLE-style fusion, and the rivals at METEOR's average."""
+    own, everything, cells = model.budget, model.num_tokens, grid_cells(model)
+    average, K = own.stage3, own.stage2
+    mine = f"METEOR, {average}"
+    rows = [Row("unpruned", stages())]
+    rows += eagle_rows(model, "unpruned")
+    rows.append(meteor_row(model, own, mine, "unpruned"))
+    for share in (1.3, 0.7):
+        budget = budget_for(model, round(share * average))
+        rows.append(meteor_row(model, budget, f"METEOR, {budget.stage3}", "unpruned"))
+
+    both = "stages 1+2, "
+    fewer = pyramid_start(K, average)
+    anything = random_in_llm(fixed_counts(model, average))
+    return rows + [
+        Row(f"{both}random", stages(own.stage1, K), anything, mine, random=True),
+        fastv_row(model, stages(own.stage1, K), K, average, mine, both),
+        pyramid_row(model, stages(own.stage1, fewer), fewer, average, mine, both),
+        prumerge_row(model.encoders, average, mine),
+        fastv_row(model, stages(), everything, cells, mine),
+        pyramid_row(model, stages(), everything, 1.25 * cells, mine),
+    ]
+
+
+def table1(model: Meteor) -> list[Row]:
+    """How encoders share the budget; all strategies have the same totals at the inner points.
+
+    Two budgets: the model's own, and the paper's share of all tokens.
+    """
+    prunable = []
+    for name, encoder in model.encoders.items():
+        if stage1_encode.can_prune_inside(encoder):
+            prunable.append(model.views[name].num_tokens)
+    n = sum(prunable)
+    paper = round(model.num_tokens * 1193 / 4096)  # of four encoders with 1024 tokens each
+    rows = []
+    for total in dict.fromkeys([model.budget.stage1, paper]):  # each once
+        left = total * len(prunable) / len(model.encoders)  # by these, if all encoders shared alike
+        fall = left / n
+        totals = (round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), total)
+        for strategy in baselines.SHARES:
+            against = None if strategy == "rank" else f"rank, {total}"
+            rows.append(Row(f"{strategy}, {total}", stages(totals, shares=strategy), None, against))
+    return rows
+
+
+def table2(model: Meteor) -> list[Row]:
+    """What fusion drops.
+
+    Three budgets: the paper's proportion, a third of stage 1's (where strategies part), and that of
+    EAGLE's fusion.
+    """
+    total, cells = model.budget.stage1, grid_cells(model)
+    rows = [Row(f"post-projection fusion, {total}", stages(total))]
+    for K in (round(total * 576 / 1193), total // 3):
+        for fusion in baselines.FUSIONS:
+            against = None if fusion == "collaborative" else f"collaborative, {K}"
+            encode = stages(total, K, fusion=fusion)
+            rows.append(Row(f"{fusion}, {K}", encode, None, against, random=fusion == "random"))
+    mine = f"collaborative, {cells}"
+    return [*rows, Row(mine, stages(total, cells)), *eagle_rows(model, mine)]
+
+
+def table3(model: Meteor) -> list[Row]:
+    """Fixed and adaptive counts, from what the model's own stages 1 and 2 leave to an average that
+    is tighter than its own, at which no row lost much on validation questions.
+    """
+    own, k, layers = model.budget, model.budget.k, len(own_layers(model))
+    encode = stages(own.stage1, own.stage2)
+    average = round((tokens_before_stage3(model) + own.stage3) / 2)
+    L = model.decoder.config.num_hidden_layers
+    at_one = {1: fastv_count(own.stage2, average, 1, L)}
+    at_all = fixed_counts(model, average)
+    early = replace(own, layers=[1])
+    every_head, top, several = (
+        "fixed, layer 1, all heads",
+        f"fixed, layer 1, top {k} heads",
+        f"fixed, {layers} layers, top {k} heads",
+    )
+    rows = [
+        Row("upper bound", encode),
+        Row(every_head, encode, baselines.fixed(at_one, None)),
+        Row(top, encode, baselines.fixed(at_one, k), every_head),
+        # not in the paper: adaptive counts where tokens still matter
+        Row(f"adaptive, {average}, layer 1", encode, solved(model, encode, average, early), top),
+        Row(several, encode, baselines.fixed(at_all, k), top),
+    ]
+    for tokens in (312, 242, 162):  # the paper's averages
+        n = average_like(model, tokens, average)
+        rows.append(Row(f"adaptive, {n}", encode, solved(model, encode, n, own), several))
+    return rows
+
+
+def table6(model: Meteor) -> list[Row]:
+    """A single encoder, stages 1 and 3."""
+    name, N = "clip", grid_cells(model)
+    few = round(0.27 * N)  # about the paper's 29 % of the LLM's FLOPs
+    fewer = round(0.45 * few)  # about its 12 %
+    inside = stages(few, encoders=(name,))
+    # not in the paper: is it the choice, or that tokens are gone before the encoder is at its end?
+    at_the_end = stages((N, N, few), encoders=(name,))
+    merged, merged_more = prumerge_row([name], few), prumerge_row([name], fewer)
+    stage3 = solved(model, inside, fewer, model.budget)
+    return [
+        Row(f"{name} alone", stages(encoders=(name,))),
+        merged,
+        Row(f"stage 1, {few}", inside, None, merged.method),
+        Row(f"stage 1 at the output only, {few}", at_the_end, None, merged.method),
+        merged_more,
+        Row(f"stages 1 and 3, {fewer}", inside, stage3, merged_more.method),
+    ]
+
+
+def table7(model: Meteor) -> list[Row]:
+    """A single encoder, stage 3."""
+    name = "pix2struct"
+    N, encode = model.views[name].num_tokens, stages(encoders=(name,))
+    average = round(0.45 * N)
+    fastv = fastv_row(model, encode, N, average)
+    stage3 = solved(model, encode, average, model.budget)
+    return [
+        Row(f"{name} alone", encode),
+        fastv,
+        pyramid_row(model, encode, N, average, fastv.method),
+        Row(f"stage 3, {average}", encode, stage3, fastv.method),
+    ]
+
+
+def table8(model: Meteor) -> list[Row]:
+    """Heads and lambda; besides the paper's k the model's own."""
+    own, k = model.budget, model.budget.k
+    encode = stages(own.stage1, own.stage2)
+    lams = {}
+    for heads in dict.fromkeys([k, 3, 5, 7]):  # each once, the model's own first
+        budget = replace(own, k=heads)
+        lams[heads] = solve_on_validation(model, encode, own.stage3, budget)
+    cases = [*lams.items(), (k, 65 / 50 * lams[k]), (k, 25 / 50 * lams[k])]  # the paper's lambdas
+    rows = []
+    for heads, lam in cases:
+        against = rows[0].method if rows else None
+        pruner = adaptive(replace(own, k=heads), lam)
+        rows.append(Row(f"k = {heads}, lambda = {lam:.1f}", encode, pruner, against))
+    return rows
+
+
+TABLES = {
+    "main": main_table,
+    "1": table1,
+    "2": table2,
+    "3": table3,
+    "6": table6,
+    "7": table7,
+    "8": table8,
+}
+
+
+# --------------------------------------------------------------------------------- what is measured
+
+
+def measure(
+    model: Meteor, names: Iterable[str], samples: int, seeds: Iterable[int] = SEEDS
+) -> pd.DataFrame:
+    """Measure tables of `TABLES` on `samples` questions of the test split.
+
+    Returns: a row for each (table, method, seed, family), a family being one of
+        `families_by_kind`. tokens: mean visual tokens per LLM layer; flops: mean FLOPs of encoders,
+        projectors and the LLM's prefill, for one question; accuracy in percent, [low, high] its
+        95 % interval; difference in points to the method in `against`, paired, with its interval.
+    """
+    check_model(model)
+    return pd.concat(
+        [measure_table(model, name, samples, list(seeds)) for name in names], ignore_index=True
+    )
+
+
+@torch.no_grad()
+def measure_table(model: Meteor, table: str, samples: int, seeds: list[int]) -> pd.DataFrame:
+    """`measure` for one table."""
+    rows = TABLES[table](model)
+    encoding = {row.method: encoding_flops(model, row) for row in rows}
+    runs = [(row, seed) for row in rows for seed in (seeds if row.random else seeds[:1])]
+    graded = {(row.method, seed): [] for row, seed in runs}
+    batches = list(example_batches("test", samples))
+    for number, examples in enumerate(tqdm(batches, desc=f"table {table}", leave=False)):
+        images, questions = images_and_questions(examples)
+        for row, seed in runs:
+            torch.manual_seed(len(batches) * seed + number)  # another for each batch
+            answers = row.answer(model, images, questions)
+            graded[row.method, seed].append(grade(model, examples, answers))
+        stage1_features.cache_clear()
+
+    answers = {run: pd.concat(parts, ignore_index=True) for run, parts in graded.items()}
+    records = []
+    for row, seed in runs:
+        other = answers.get((row.against, seeds[0]))
+        for line in compare(answers[row.method, seed], other, encoding[row.method]):
+            head = {"table": table, "method": row.method, "against": row.against, "seed": seed}
+            records.append(head | line)
+    return pd.DataFrame(records)[COLUMNS]
+
+
+COLUMNS = (
+    "table method against seed family questions tokens flops accuracy low high "
+    "difference difference_low difference_high"
+).split()
+
+
+def compare(answers: pd.DataFrame, other: pd.DataFrame | None, encoding: float) -> list[dict]:
+    """A line for each kind of question that occurs.
+
+    Args: answers: of `evaluate.grade`, other: of the row it is compared with, on the same
+        questions; encoding: FLOPs of making the visual tokens.
+    """
+    lines = []
+    for kind, families in families_by_kind().items():
+        asked = answers["family"].isin(families)
+        if not asked.any():
+            continue
+        right = 100 * answers["right"][asked]
+        line = {
+            "family": kind,
+            "questions": len(right),
+            "tokens": answers["tokens"][asked].mean(),
+            "flops": answers["flops"][asked].mean() + encoding,
+        }
+        line |= dict(zip(("accuracy", "low", "high"), mean(right)))
+        if other is not None:
+            gain = difference(right, 100 * other["right"][asked])
+            line |= dict(zip(("difference", "difference_low", "difference_high"), gain))
+        lines.append(line)
+    return lines
+
+
+def encoding_flops(model: Meteor, row: Row) -> int:
+    """FLOPs of making a row's visual tokens of one picture."""
+    (examples,) = example_batches("val", 1)
+    images, _ = images_and_questions(examples)
+    model = row.model or model
+    flops = counted_flops(lambda: row.encode(model, images))
+    stage1_features.cache_clear()  # else it would not run again
+    if row.twice is not None:
+        flops -= counted_flops(lambda: row.twice(model, images))
+        stage1_features.cache_clear()
+    return flops
+
+
+def check_model(model: Meteor) -> None:
+    """ValueError for a model from which the rows cannot be made."""
+    budget, L = model.budget, model.decoder.config.num_hidden_layers
+    counts = (budget.stage1, budget.stage2, budget.stage3)
+    if (
+        model.ranks is None
+        or not all(isinstance(count, int) for count in counts)
+        or not {"clip", "pix2struct"} <= set(model.encoders)
+        or L % 4
+    ):
+        raise ValueError(
+            "model must have ranks, a budget with an int for each stage, encoders named clip and "
+            f"pix2struct and a multiple of 4 LLM layers, got {budget}, {list(model.encoders)} and "
+            f"{L} layers"
+        )
+
+
+# --------------------------------------------------------------------------------------- the report
+
+
+def report(
+    model: Meteor,
+    names: list[str],
+    samples: int,
+    folder: Path | None = None,
+    again: bool = False,
+) -> None:
+    """Measure and print tables of `TABLES` and findings of `FINDINGS`.
+
+    With a folder, its CSV files, figures and README.md are brought up to date after each one; what
+    they hold already is printed from there, and measured only if asked again.
+    """
+    check_model(model)
+    for name in names:
+        frame = None if folder is None or again else page.read(folder, name)
+        if frame is None:
+            if name in TABLES:
+                frame = measure(model, [name], samples)
+            else:
+                frame = findings.measure(model, name, samples)
+            if folder is not None:
+                page.save(folder, name, frame)
+                page.write(folder)
+        print(page.section(name, frame), flush=True)

@@ -1,0 +1,342 @@
+"""The findings against counting by hand: criteria by depth, where tokens lie, CUR, depth of the
+LLM; and each of them from the measuring to the page.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from meteor_mini import Answer, Budget, findings, page
+from meteor_mini.baselines import AttentionPruner
+from meteor_mini.evaluate import difference, mean, ratio
+from meteor_mini.toy.questions import FAMILIES, example_batches, images_and_questions
+from meteor_mini.toy.world import SIZE
+from stage1_encode import EncoderPruner, highest, mean_similarity
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_word(untrained):
+    """Answers of one token: an untrained model does not stop."""
+    generate = type(untrained).generate
+
+    def generate_one(model, *args):
+        return generate(model, *args, max_new_tokens=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(untrained), "generate", generate_one)
+        yield
+
+
+def test_kinds_of_question_with_ocr_apart():
+    masks = dict(findings.masks_by_kind(FAMILIES))
+    assert list(masks) == ["all", "General", "OCR & Chart", *FAMILIES, "OCR"]
+    ocr = [name for name, asked in zip(FAMILIES, masks["OCR"]) if asked]
+    assert ocr == ["number", "label", "tag", "cell", "row"]
+    assert list(dict(findings.masks_by_kind(["tag", "tag"]))) == [
+        "all",
+        "OCR & Chart",
+        "tag",
+        "OCR",
+    ]
+
+
+# ------------------------------------------------------------------------------- Findings 1 and 2
+
+
+class SimilarityPruner(EncoderPruner):
+    """Similarity to the mean alone decides, in every part."""
+
+    def score(self, part, tokens, attention):
+        return -mean_similarity(tokens)
+
+
+@pytest.mark.parametrize("name", ["clip", "eva", "pix2struct"])
+@torch.no_grad()
+def test_stage_1_keeps_what_the_criterion_says_in_the_block_where_it_prunes(untrained, name):
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    pixels = dict(zip(untrained.encoders, untrained.pixels(images)))[name]
+    encoder = untrained.encoders[name]
+    scores = findings.criteria_by_block(encoder, pixels)
+    assert len(scores["similarity"]) == len(scores["attention"]) == 6
+    rules = {"similarity": (SimilarityPruner, -1), "attention": (AttentionPruner, 1)}
+    for criterion, (rule, sign) in rules.items():
+        for b, block in enumerate((1, 3, 5)):
+            keep = [None, None, None]
+            keep[b] = 40
+            with rule(encoder, keep) as pruner:
+                encoder(pixels)
+            assert torch.equal(pruner.keep_idx, highest(sign * scores[criterion][block], 40))
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_shares_kept_by_hand():
+    """Of eight patches two are kept."""
+    score = torch.tensor([[9.0, 1, 5, 2, 8, 4, 6, 7], [1, 1, 1, 1, 1, 1, 1, 1]])
+    asked = torch.zeros(2, 8, dtype=torch.bool)
+    asked[0, [0, 1, 3]] = True
+    asked[1, [1, 7]] = True
+    kept = findings.kept_share("attention", score, asked)
+    assert kept.tolist() == pytest.approx([1 / 3, 1 / 2])  # 0 and 4; of ties the first
+    kept = findings.kept_share("similarity", score, asked)
+    assert kept.tolist() == pytest.approx([2 / 3, 1 / 2])  # 1 and 3
+
+
+def test_the_thirds_are_stage_1s():
+    assert findings.blocks_in("first third", 6) == slice(0, 2)
+    assert findings.blocks_in("last third", 6) == slice(4, 6)
+    assert findings.blocks_in("first third", 24) == slice(0, 8)
+    assert findings.blocks_in("last third", 24) == slice(16, 24)
+
+
+@torch.no_grad()
+def test_depth_by_loops(untrained):
+    """Every share counted patch by patch, on twelve questions."""
+    frame = findings.measure(untrained, "depth", 12)
+    examples = [example for example in next(example_batches("test", 12)) if example.asked.any()]
+    images, _ = images_and_questions(examples)
+    pixels = dict(zip(untrained.encoders, untrained.pixels(images)))
+    shares = {}  # (encoder, criterion, block) -> of each question, percent
+    for name in ("clip", "eva", "pix2struct"):
+        for criterion, scores in findings.criteria_by_block(
+            untrained.encoders[name], pixels[name]
+        ).items():
+            sign = 1 if criterion == "similarity" else -1
+            for block, score in enumerate(scores):
+                shares[name, criterion, block] = []
+                for row, example in zip(score.tolist(), examples):
+                    order = sorted(range(144), key=lambda i, row=row, sign=sign: (sign * row[i], i))
+                    asked = example.asked.nonzero()[0]
+                    kept = sum(i in order[: 144 // 4] for i in asked)
+                    shares[name, criterion, block].append(100 * kept / len(asked))
+    by_block = frame[frame["layer"].notna()].set_index(["encoder", "criterion", "layer"])
+    assert len(by_block) == len(shares) == 3 * 2 * 6
+    for key, each in shares.items():
+        line = by_block.loc[key]
+        assert line["value"] == pytest.approx(np.mean(each), abs=1e-4)
+        assert line["questions"] == len(examples)
+    for third, blocks in {"first third": (0, 1), "last third": (4, 5)}.items():
+        means = []
+        for criterion in ("similarity", "attention"):
+            of_all = [
+                shares[n, criterion, b] for n in ("clip", "eva", "pix2struct") for b in blocks
+            ]
+            means.append(np.mean(of_all, axis=0))
+        lines = frame[(frame["kind"] == third) & (frame["encoder"] == findings.MEAN)]
+        got = lines[["value", "low", "high"]].iloc[0]
+        assert tuple(got) == pytest.approx(difference(*means), abs=1e-3)
+
+
+# ------------------------------------------------------------------------------------ who survives
+
+
+def test_shares_on_asked_patches_by_hand():
+    asked = np.array([True, False, False, False])
+    stage3 = {
+        "a": torch.tensor([[True, True], [False, False]]),
+        "b": torch.tensor([[True, False], [False, True]]),
+    }
+    stage2 = {
+        "a": torch.tensor([[True, True], [True, True]]),
+        "b": torch.tensor([[True, False], [False, True]]),
+    }
+    stage1 = {name: torch.ones(2, 2, dtype=torch.bool) for name in "ab"}
+    answer = Answer("", {}, [], {}, {"stage1": stage1, "stage2": stage2, "stage3": stage3})
+    assert findings.shares_on_asked(answer, asked) == (2 / 4, 2 / 8, 2 / 6)
+
+
+@pytest.fixture(scope="module")
+def answered(untrained):
+    """Two questions of each family, answered once for the tests of this part."""
+    examples = next(example_batches("test", 24))
+    answers = untrained.answer(*images_and_questions(examples))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(untrained), "answer", lambda *_: answers)
+        frames = {name: findings.measure(untrained, name, 24) for name in ("figure1", "focus")}
+    return examples, answers, frames
+
+
+def test_figure_1_counts_survivors_and_tokens(answered):
+    examples, answers, frames = answered
+    frame = frames["figure1"].set_index(["criterion", "encoder", "kind"])
+    tags = [answer for answer, e in zip(answers, examples) if e.family == "tag"]
+    for stage in ("stage1", "stage2", "stage3"):
+        count = np.mean([answer.survivors[stage]["eva"] for answer in tags])
+        assert frame.loc[stage, "eva", "tag"]["value"] == pytest.approx(count)
+    frame = frames["figure1"].set_index(["criterion", "kind"])
+    general = [FAMILIES[example.family] == "General" for example in examples]
+    late = np.array([np.mean(answer.layers[1:]) for answer in answers])
+    assert [answer.layers[0] for answer in answers] == [80] * 24  # nothing is pruned before layer 1
+    got = frame.loc["tokens per layer from the first pruned one on", "OCR / General"]
+    want = ratio(late[~np.array(general)], late[general], paired=False)
+    assert tuple(got[["value", "low", "high"]]) == pytest.approx(want)
+
+
+def test_focus_is_of_the_questions_that_ask_about_something(answered):
+    examples, answers, frames = answered
+    frame = frames["focus"].set_index(["criterion", "kind"])
+    last, everything = [], []
+    for example, answer in zip(examples, answers):
+        if example.asked.any():
+            kept = answer.kept["stage3"].values()
+            on_asked = sum(int(alive.flatten()[example.asked].sum()) for alive in kept)
+            last.append(100 * on_asked / sum(int(alive.sum()) for alive in kept))
+            everything.append(100 * example.asked.mean())
+    assert frame.loc["last layer", "all"]["questions"] == len(last)
+    got = frame.loc["last layer", "all"][["value", "low", "high"]]
+    assert tuple(got) == pytest.approx(mean(last))
+    got = frame.loc["to all tokens", "all"][["value", "low", "high"]]
+    assert tuple(got) == pytest.approx(ratio(last, everything, paired=True))
+
+
+def test_diversity_is_one_where_all_tokens_differ_and_low_where_all_are_alike():
+    tokens = torch.stack([torch.eye(4), torch.ones(4, 4)])
+    assert findings.nuclear_diversity(tokens).tolist() == pytest.approx([1, math.sqrt(4) / 4])
+
+
+# ----------------------------------------------------------------------- what each encoder is worth
+
+
+def test_divergence_by_hand():
+    p, q = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
+    expected = [0.5 * math.log(2) + 0.5 * math.log(2 / 3), math.log(2)]
+    assert findings.divergence(p, q).tolist() == pytest.approx(expected)
+    assert findings.divergence(p, p).tolist() == pytest.approx([0, 0])
+
+
+@torch.no_grad()
+def test_last_attention_equals_the_librarys_own_weights(untrained):
+    examples = next(example_batches("val", 2))
+    images, questions = images_and_questions(examples)
+    encoded = untrained.encode(images, Budget(stage1=40, stage2=20))
+    before = untrained.decoder.config._attn_implementation
+    got = findings.last_attention(untrained, encoded, questions)
+    assert untrained.decoder.config._attn_implementation == before
+    embeds, attention_mask, visual_mask = untrained.prompt(encoded, questions)
+    untrained.decoder.set_attn_implementation("eager")
+    try:
+        output = untrained.decoder(
+            inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
+        )
+    finally:
+        untrained.decoder.set_attn_implementation(before)
+    for b in range(2):
+        places = visual_mask[b].nonzero()[:, 0]
+        from_text = output.attentions[-1][b][:, places[-1] + 1 :, places]  # (H, T, K)
+        expected = from_text.mean(dim=(0, 1))
+        torch.testing.assert_close(got[b], expected / expected.sum(), atol=1e-5, rtol=1e-4)
+
+
+def test_redundancy_by_hand(untrained, monkeypatch):
+    """A model that reads with Pix2Struct alone, and sees with CLIP and EVA, one of them enough."""
+
+    def by_subset(model, subsets, examples):
+        right = {}
+        for subset in subsets:
+            right[subset] = []
+            for example in examples:
+                reads = FAMILIES[example.family] == "OCR & Chart"
+                enough = "pix2struct" in subset if reads else bool(subset & {"clip", "eva"})
+                right[subset].append(enough)
+        kl = {name: [len(name)] * len(examples) for name in model.encoders}
+        return right, kl
+
+    monkeypatch.setattr(findings, "by_subset", by_subset)
+    frame = findings.measure(untrained, "redundancy", 24).set_index(
+        ["criterion", "encoder", "kind"]
+    )
+    assert frame.loc["accuracy", "clip+convnext+eva", "all"]["value"] == pytest.approx(100 * 5 / 12)
+    cur = frame.loc["CUR"]["value"]
+    assert cur["pix2struct", "OCR & Chart"] == 1 and cur["clip", "General"] == 0
+    assert cur["pix2struct", "all"] == pytest.approx(7 / 12)
+    line = frame.loc["CUR", "pix2struct", "all"]
+    assert line["low"] < line["value"] < line["high"]
+    lost = frame.loc["points lost without it", "pix2struct", "all"]
+    assert lost["value"] == pytest.approx(100 * 7 / 12)
+    assert lost["low"] == pytest.approx(100 * line["low"])  # of 100 %, the same
+    gaps = frame.loc["information gap"]["value"].droplevel("encoder")
+    assert gaps["OCR & Chart"] == 1 and gaps["General"] == 0
+    assert len(frame.loc["accuracy"]) == 15 * (3 + 12 + 1)
+
+
+def test_subsets_are_all_but_the_empty_one():
+    subsets = findings.all_subsets(["a", "b", "c"])
+    assert subsets[0] == frozenset("abc") and len(set(subsets)) == 7
+
+
+@torch.no_grad()
+def test_masked_encoders_give_zeros(untrained, monkeypatch):
+    fused = []
+    monkeypatch.setattr(type(untrained), "generate", lambda *_: (torch.zeros(1, 1).long(), None))
+    monkeypatch.setattr(findings, "last_attention", lambda *_: torch.ones(1, 4) / 4)
+    monkeypatch.setattr(type(untrained), "fuse", lambda _, features, *more: fused.append(features))
+    examples = next(example_batches("test", 1))
+    subsets = findings.all_subsets(list(untrained.encoders))
+    right, kl = findings.by_subset(untrained, subsets, examples)
+    assert list(right) == subsets and kl == {name: [0] for name in untrained.encoders}
+    for subset, features in zip(subsets, fused):
+        for name, x in zip(untrained.encoders, features):
+            assert (x.abs().sum() > 0) == (name in subset)
+
+
+# -------------------------------------------------------------------------------- depth of the LLM
+
+
+def test_drops_asks_every_question_after_each_layer(monkeypatch):
+    """Of a model that needs the picture in as many layers as the family's number."""
+    families = list(FAMILIES)
+
+    class Reader:
+        decoder = type("D", (), {"config": type("C", (), {"num_hidden_layers": 12})})
+
+        def encode(self, images, budget):
+            assert budget == Budget.none()
+            return "encoded"
+
+        def answer(self, encoded, questions, budget, pruner=None):
+            assert encoded == "encoded" and budget == Budget.none()
+            layers = 12 if pruner is None else pruner.keywords["layers"][0]
+            answers = []
+            for example in self.examples:
+                knows = families.index(example.family) <= layers
+                text = example.answer if knows else "?"
+                answers.append(Answer(text, {}, [], {}, {}))
+            return answers
+
+    reader = Reader()
+
+    def noted(split, samples):
+        for examples in example_batches(split, samples):
+            reader.examples = examples
+            yield examples
+
+    monkeypatch.setattr(findings, "example_batches", noted)
+    frame = findings.measure(reader, "drops", 24).set_index(["criterion", "layer"])
+    assert len(frame) == 2 * 11 and set(frame["questions"]) == {24}
+    for i in range(1, 12):
+        known = 100 * min(i + 1, 12) / 12
+        assert frame.loc["accuracy", i]["value"] == pytest.approx(known)
+        assert frame.loc["points lost", i]["value"] == pytest.approx(100 - known)
+
+
+# ----------------------------------------------------------------------- from measuring to the page
+
+
+@pytest.mark.parametrize("name", findings.FINDINGS)
+def test_every_finding_comes_to_the_page(untrained, answered, name, tmp_path, monkeypatch):
+    def by_subset(model, subsets, examples):
+        right = {subset: [len(subset) > 1] * len(examples) for subset in subsets}
+        return right, {one: [1] * len(examples) for one in model.encoders}
+
+    monkeypatch.setattr(findings, "by_subset", by_subset)  # the model itself takes long
+    _, _, frames = answered
+    frame = frames[name] if name in frames else findings.measure(untrained, name, 3)
+    assert list(frame.columns) == findings.COLUMNS and set(frame["finding"]) == {name}
+    assert not frame.duplicated(["encoder", "layer", "criterion", "kind"]).any()
+    page.save(tmp_path, name, frame)
+    page.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert f"## {page.TEXTS[name][0]}" in text and (tmp_path / f"{name}.png").exists()
+    for view in page.VIEWS[name]:
+        assert len(page.lines_of(view, frame)) > 0
