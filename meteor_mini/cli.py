@@ -288,17 +288,37 @@ def to_pillow(images: torch.Tensor) -> Image.Image:
 
 def run_eval(args: Namespace) -> None:
     require_extra("eval")
-    from . import evaluate, tables
+    from . import findings, tables
 
     if args.table is not None and args.split != "test":
         raise ValueError("--split must be test beside --table, whose rows are of the test split")
     model = Meteor.from_pretrained(args.model)
+    names = [*tables.TABLES, *findings.FINDINGS]
     if args.table is None:
-        evaluate.print_accuracy(model, args.split, args.samples)
+        print_accuracy(model, args.split, args.samples)
     elif args.table == "all":
-        tables.report(model, list(tables.ALL), args.samples, RESULTS)
+        tables.report(model, names, args.samples, RESULTS)
+    elif args.table in names:
+        tables.report(model, [args.table], args.samples)
     else:
-        tables.report(model, [args.table], args.samples, None)
+        raise ValueError(f"--table must be one of {', '.join(names)} or all, got {args.table}")
+
+
+def print_accuracy(model: Meteor, split: str, samples: int) -> None:
+    """Accuracy by family, unpruned and with METEOR."""
+    import pandas
+
+    from .evaluate import accuracy
+
+    columns = {}
+    for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
+        result = accuracy(model, budget, split, samples)
+        columns[name] = result["families"] | {
+            "all": result["accuracy"],
+            "visual tokens per LLM layer": result["average_tokens"],
+        }
+    print(f"right answers to {samples} questions of the split {split}, in percent")
+    print(pandas.DataFrame(columns).to_string(float_format="{:.1f}".format))
 
 
 def run_bench(args: Namespace) -> None:
