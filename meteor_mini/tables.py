@@ -11,7 +11,6 @@ solved on validation questions.
 Change here: TABLES, and the functions below it; a new method is one more `Row`.
 """
 
-import copy
 import functools
 import itertools
 import math
@@ -24,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 from safetensors.torch import load_model
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 import stage1_encode
@@ -51,7 +50,6 @@ class Row:
     pruner: what prunes them inside it, if anything.
     against: the method of a row above, that it is compared with.
     random: it follows torch's seed, and is measured with several.
-    model: the one that answers, where it is not the table's.
     twice: work that `encode` does twice and a careful implementation once; its FLOPs count once.
     """
 
@@ -60,11 +58,9 @@ class Row:
     pruner: baselines.Pruner | None = None
     against: str | None = None
     random: bool = False
-    model: Meteor | None = None
     twice: Encode | None = None
 
     def answer(self, model: Meteor, images: Tensor, questions: list[str]) -> list[Answer]:
-        model = self.model or model
         return model.answer(self.encode(model, images), questions, Budget.none(), self.pruner)
 
 
@@ -126,23 +122,20 @@ def prumerge_row(encoders: Iterable[str], tokens: int, against: str | None = Non
 
 
 def eagle_rows(model: Meteor, against: str) -> list[Row]:
-    """EAGLE-style fusion; no row for a model without eagle.safetensors beside its weights.
-
-    The file holds the fusion and the decoder that was trained with it.
+    """EAGLE-style fusion with the weights that were trained beside the model's; no row for a model
+    without eagle.safetensors.
     """
     file = Path(model.folder or "") / "eagle.safetensors"
     if not file.exists():
         return []
     fusion = baselines.channel_fusion(model)
-    decoder = copy.deepcopy(model.decoder)
-    load_model(nn.ModuleDict({"fusion": fusion, "decoder": decoder}), file)
-    twin = Meteor(model.config, model.tokenizer, dict(model.encoders), decoder)
-    twin.eval().requires_grad_(False)
+    load_model(fusion, file)
+    fusion.eval().requires_grad_(False)
 
     def encode(model: Meteor, images: Tensor) -> Encoded:
         return baselines.encode_channels(model, fusion, images)
 
-    return [Row(f"EAGLE-style, {grid_cells(model)}", encode, against=against, model=twin)]
+    return [Row(f"EAGLE-style, {grid_cells(model)}", encode, against=against)]
 
 
 def grid_cells(model: Meteor) -> int:
@@ -157,11 +150,11 @@ def meteor_row(model: Meteor, budget: Budget, method: str, against: str | None =
     """METEOR under a budget, lambda by the model's own table."""
     K = budget.stage2 or budget.stage1 or model.num_tokens
     lam = stage3_lambda(model.config, budget, K)
-    pruner = None if math.isinf(lam) else adaptive(budget, lam)
+    pruner = None if math.isinf(lam) else adaptive_pruner(budget, lam)
     return Row(method, stages(budget.stage1, budget.stage2), pruner, against)
 
 
-def adaptive(budget: Budget, lam: float) -> baselines.Pruner:
+def adaptive_pruner(budget: Budget, lam: float) -> baselines.Pruner:
     """Stage 3 with lambda as given, heads and layers of a budget."""
     return partial(AdaptivePruner, layers=budget.layers, lam=lam, k=budget.k)
 
@@ -176,16 +169,18 @@ def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: B
     embeds, attention_mask, visual_mask = model.prompt(encode(model, images), questions)
 
     def measure(lam: float) -> float:
-        with adaptive(budget, lam)(model.decoder, visual_mask) as pruner:
+        with adaptive_pruner(budget, lam)(model.decoder, visual_mask) as pruner:
             model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
         return pruner.average_tokens().mean().item()
 
     return solve_lambda(average, measure, tolerance=0.1)
 
 
-def solved(model: Meteor, encode: Encode, average: float, budget: Budget) -> baselines.Pruner:
-    """Stage 3 that keeps an average of the tokens that `encode` makes."""
-    return adaptive(budget, solve_on_validation(model, encode, average, budget))
+def pruner_for_average(
+    model: Meteor, encode: Encode, average: float, budget: Budget
+) -> baselines.Pruner:
+    """Stage 3 that keeps an average of the tokens that `encode` makes, solved on validation."""
+    return adaptive_pruner(budget, solve_on_validation(model, encode, average, budget))
 
 
 def fastv_row(model: Meteor, encode: Encode, K: int, average: float, against=None, name="") -> Row:
@@ -359,8 +354,8 @@ def table2(model: Meteor) -> list[Row]:
 
 
 def table3(model: Meteor) -> list[Row]:
-    """Fixed and adaptive counts, from what the model's own stages 1 and 2 leave to an average that
-    is tighter than its own, at which no row lost much on validation questions.
+    """Fixed and adaptive counts, from what the model's own stages 1 and 2 leave to an average half
+    way between the model's own and the least that stage 3 can reach.
     """
     own, k, layers = model.budget, model.budget.k, len(own_layers(model))
     encode = stages(own.stage1, own.stage2)
@@ -379,12 +374,19 @@ def table3(model: Meteor) -> list[Row]:
         Row(every_head, encode, baselines.fixed(at_one, None)),
         Row(top, encode, baselines.fixed(at_one, k), every_head),
         # not in the paper: adaptive counts where tokens still matter
-        Row(f"adaptive, {average}, layer 1", encode, solved(model, encode, average, early), top),
+        Row(
+            f"adaptive, {average}, layer 1",
+            encode,
+            pruner_for_average(model, encode, average, early),
+            top,
+        ),
         Row(several, encode, baselines.fixed(at_all, k), top),
     ]
-    for tokens in (312, 242, 162):  # the paper's averages
-        n = average_like(model, tokens, average)
-        rows.append(Row(f"adaptive, {n}", encode, solved(model, encode, n, own), several))
+    like_the_papers = [average_like(model, tokens, average) for tokens in (312, 242, 162)]
+    for n in dict.fromkeys(like_the_papers):  # each once
+        rows.append(
+            Row(f"adaptive, {n}", encode, pruner_for_average(model, encode, n, own), several)
+        )
     return rows
 
 
@@ -397,7 +399,7 @@ def table6(model: Meteor) -> list[Row]:
     # not in the paper: is it the choice, or that tokens are gone before the encoder is at its end?
     at_the_end = stages((N, N, few), encoders=(name,))
     merged, merged_more = prumerge_row([name], few), prumerge_row([name], fewer)
-    stage3 = solved(model, inside, fewer, model.budget)
+    stage3 = pruner_for_average(model, inside, fewer, model.budget)
     return [
         Row(f"{name} alone", stages(encoders=(name,))),
         merged,
@@ -414,7 +416,7 @@ def table7(model: Meteor) -> list[Row]:
     N, encode = model.views[name].num_tokens, stages(encoders=(name,))
     average = round(0.45 * N)
     fastv = fastv_row(model, encode, N, average)
-    stage3 = solved(model, encode, average, model.budget)
+    stage3 = pruner_for_average(model, encode, average, model.budget)
     return [
         Row(f"{name} alone", encode),
         fastv,
@@ -435,7 +437,7 @@ def table8(model: Meteor) -> list[Row]:
     rows = []
     for heads, lam in cases:
         against = rows[0].method if rows else None
-        pruner = adaptive(replace(own, k=heads), lam)
+        pruner = adaptive_pruner(replace(own, k=heads), lam)
         rows.append(Row(f"k = {heads}, lambda = {lam:.1f}", encode, pruner, against))
     return rows
 
@@ -532,7 +534,6 @@ def encoding_flops(model: Meteor, row: Row) -> int:
     """FLOPs of making a row's visual tokens of one picture."""
     (examples,) = example_batches("val", 1)
     images, _ = images_and_questions(examples)
-    model = row.model or model
     flops = counted_flops(lambda: row.encode(model, images))
     stage1_features.cache_clear()  # else it would not run again
     if row.twice is not None:
