@@ -333,6 +333,7 @@ def test_pyramid_counts_where_4_does_not_divide_the_layers():
 
 def test_fastv_counts_make_the_average():
     assert baselines.fastv_count(100, 40, 2, 8) == 20  # (2 * 100 + 6 * 20) / 8
+    assert baselines.fastv_count(576, 297, 1, 32) == 288  # the paper's row
     with pytest.raises(ValueError, match="average 20 is out of reach with 100 tokens"):
         baselines.fastv_count(100, 20, 2, 8)
 
