@@ -10,6 +10,7 @@ differs from that paper's own code is said.
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -85,16 +86,43 @@ class EagerFastV(LastTokenPruner):
         super().__exit__(*error)
 
 
-def pyramid_drop(keep: list[int], num_layers: int) -> Pruner:
+def pyramid_drop(tokens: dict[int, int]) -> Pruner:
     """PyramidDrop (CVPR 2025): after each quarter of the layers fewer tokens, ranked by the
     attention of the prompt's last token.
 
-    Args: keep: tokens left after the first, second and third quarter. Theirs halves each time, and
-        counts positions anew after each drop, where here they stay.
+    Args: tokens: {layer: tokens left from it on}, as `pyramid_counts` gives. Theirs halves each
+        time, and counts positions anew after each drop, where here they stay.
     Source: [arXiv 2410.17247]
     """
-    tokens = {num_layers * quarter // 4: K for quarter, K in zip((1, 2, 3), keep)}
     return partial(LastTokenPruner, tokens=tokens)
+
+
+def fastv_count(K: int, average: float, layer: int, num_layers: int) -> int:
+    """Tokens from `layer` on, so that K before it make the wanted average over the layers.
+
+    Raises: ValueError where K before it alone are too many, or K everywhere too few.
+    """
+    count = round((average * num_layers - K * layer) / (num_layers - layer))
+    if not 1 <= count <= K:
+        raise ValueError(f"average {average} is out of reach with {K} tokens before layer {layer}")
+    return count
+
+
+def pyramid_counts(K: int, average: float, num_layers: int) -> dict[int, int]:
+    """{layer: tokens from it on} of `pyramid_drop`: K r, K r^2 and K r^3 after each quarter of the
+    layers, with the r at which K before them make the wanted average.
+
+    Raises: ValueError where K in the first quarter alone are too many, or K everywhere too few.
+    """
+    starts = [num_layers * quarter // 4 for quarter in range(4)]
+    lengths = np.diff([*starts, num_layers])  # layers in each quarter
+    polynomial = K * lengths[::-1] / num_layers  # of r, the highest power first
+    polynomial[-1] -= average
+    roots = np.roots(polynomial)
+    r = max((root.real for root in roots if abs(root.imag) < 1e-9), default=0)  # one is positive
+    if not 0 < r <= 1:
+        raise ValueError(f"average {average} is out of reach with {K} tokens in the first quarter")
+    return {start: max(1, round(K * r**power)) for power, start in enumerate(starts) if power > 0}
 
 
 class RandomPruner(FixedPruner):
@@ -368,7 +396,7 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     return Encoded(Fused(fused.tokens, number[fused.encoder_id], fused.keep_idx), all_kept)
 
 
-# ------------------------------------------------------------ in place of all stages: EAGLE's fusion
+# ----------------------------------------------------------- in place of all stages: EAGLE's fusion
 
 
 class ChannelFusion(nn.Module):

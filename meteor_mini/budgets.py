@@ -6,6 +6,7 @@ ranks, stage 3 turns a wanted average into lambda by a table; `calibrate` measur
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -106,61 +107,25 @@ def lambda_from_table(table: dict | None, K: int, target: float) -> float:
 
     Args: table: {"K": [..ascending], "lam": [..ascending], "average": one row for each K}, as
         `measure_lambda` makes it.
-    Raises: ValueError without a table, for one that is not as above, or for a target outside what
-        the table reaches at this K.
+    Raises: ValueError without a table, or for a target outside what it reaches at this K.
     """
     if not table:
         raise ValueError(
             "stage3 needs a calibrated model: call meteor_mini.calibrate(model, ...) first"
         )
-    Ks, lams, averages = read_table(table)
+    Ks, lams, averages = (np.array(table[key]) for key in ("K", "lam", "average"))
     if not Ks[0] <= K <= Ks[-1]:
         raise ValueError(
-            f"stage2 must leave {int(Ks[0])} to {int(Ks[-1])} tokens for a calibrated stage3, "
-            f"got {K}"
+            f"stage2 must leave {Ks[0]} to {Ks[-1]} tokens for a calibrated stage3, got {K}"
         )
-    above = place(Ks, K)
-    mix = (K - Ks[above - 1]) / (Ks[above] - Ks[above - 1])
-    curve = (1 - mix) * averages[above - 1] + mix * averages[above]  # (lams,)
-    curve = curve.cummax(0).values
+    curve = [np.interp(K, Ks, of_lambda) for of_lambda in averages.T]  # average at each lambda
+    curve = np.maximum.accumulate(curve)
     if not curve[0] <= target <= curve[-1]:
         raise ValueError(
             f"stage3 must be {curve[0]:.1f} to {curve[-1]:.1f} tokens when stage2 leaves {K}, "
             f"got {target}"
         )
-    i = place(curve, target)
-    step = (curve[i] - curve[i - 1]).clamp(min=1e-9)
-    return float(lams[i - 1] + (target - curve[i - 1]) / step * (lams[i] - lams[i - 1]))
-
-
-def place(ascending: Tensor, value: float) -> int:
-    """i such that value lies between ascending[i - 1] and ascending[i]."""
-    i = torch.searchsorted(ascending, torch.tensor(float(value), dtype=torch.float64))
-    return int(i.clamp(1, len(ascending) - 1))
-
-
-def read_table(table: dict) -> tuple[Tensor, Tensor, Tensor]:
-    """Ks (n,), lams (m,), averages (n, m), all float64, of a table as `measure_lambda` makes it.
-
-    Raises: ValueError for any other, as an edited config.json may hold.
-    """
-    wrong = ValueError(
-        "lambda_table must hold K and lam, 2 or more ascending numbers each, and average, a row of "
-        "len(lam) numbers for each K: measure it again with meteor_mini.calibrate"
-    )
-    try:
-        Ks, lams, averages = (
-            torch.tensor(table[key], dtype=torch.float64) for key in ("K", "lam", "average")
-        )
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
-        raise wrong from error
-    for ascending in (Ks, lams):
-        if ascending.dim() != 1 or len(ascending) < 2 or not (ascending.diff() > 0).all():
-            raise wrong
-    finite = all(numbers.isfinite().all() for numbers in (Ks, lams, averages))
-    if averages.shape != (len(Ks), len(lams)) or not finite:
-        raise wrong
-    return Ks, lams, averages
+    return float(np.interp(target, curve, lams))
 
 
 # --------------------------------------------------------------------------------- what is measured

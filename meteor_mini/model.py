@@ -118,6 +118,11 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         """Visual tokens of all encoders together, unpruned."""
         return sum(view.num_tokens for view in self.views.values())
 
+    @property
+    def side(self) -> int:
+        """Pixels of the largest picture that one of the encoders reads."""
+        return max(max(view.size) for view in self.views.values())
+
     def pixels(self, images: Tensor) -> list[Tensor]:
         """What each encoder reads of pictures (B, 3, H, W) float in [0, 1]."""
         return pixels_for(self.encoders, self.views, images, self.device)
@@ -241,12 +246,13 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
     def from_pretrained(cls, name: str | Path = "toy", **hub) -> "Meteor":
         """Load a model by name: "toy", a directory, a hub id, or a preset of pretrained parts.
 
-        Args: hub: see `weights.load`, whose errors are raised. Returns: the model in eval mode.
+        Args: hub: see `weights.build_model`, whose errors are raised.
+        Returns: the model in eval mode.
         """
-        return weights.load(cls, name, **hub)
+        return weights.build_model(cls, name, **hub)
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        weights.save(self, Path(save_directory))  # of save_pretrained and push_to_hub
+        weights.write_model(self, Path(save_directory))  # of save_pretrained and push_to_hub
 
 
 def stage3_pruner(

@@ -185,7 +185,7 @@ def pruner_for_average(
 
 def fastv_row(model: Meteor, encode: Encode, K: int, average: float, against=None, name="") -> Row:
     """FastV at layer 1, of K tokens."""
-    count = fastv_count(K, average, 1, model.decoder.config.num_hidden_layers)
+    count = baselines.fastv_count(K, average, 1, model.decoder.config.num_hidden_layers)
     return Row(f"{name}FastV {K}-{count}", encode, baselines.fastv(count, layer=1), against)
 
 
@@ -193,9 +193,9 @@ def pyramid_row(
     model: Meteor, encode: Encode, K: int, average: float, against=None, name=""
 ) -> Row:
     """PyramidDrop of K tokens."""
-    counts = pyramid_counts(K, average)
-    pruner = baselines.pyramid_drop(counts, model.decoder.config.num_hidden_layers)
-    steps = "-".join(map(str, [K, *counts]))
+    counts = baselines.pyramid_counts(K, average, model.decoder.config.num_hidden_layers)
+    pruner = baselines.pyramid_drop(counts)
+    steps = "-".join(map(str, [K, *counts.values()]))
     return Row(f"{name}PyramidDrop {steps}", encode, pruner, against)
 
 
@@ -210,36 +210,6 @@ def random_in_llm(tokens: dict[int, int]) -> baselines.Pruner:
 
 
 # -------------------------------------------------------------------- counts that make an average
-
-
-def fastv_count(K: int, average: float, layer: int, L: int) -> int:
-    """Tokens after `layer` of L so that K in front of it make the wanted average.
-
-    Raises: ValueError where K in front of it alone are too many.
-    """
-    count = round((average * L - K * layer) / (L - layer))
-    if not 1 <= count <= K:
-        least = K * layer / L + 1
-        raise ValueError(
-            f"average must be {least:.0f} to {K} with {K} tokens up to layer {layer}, got {average}"
-        )
-    return count
-
-
-def pyramid_counts(K: int, average: float) -> list[int]:
-    """K r, K r^2, K r^3 after each quarter of the layers: r such that K (1 + r + r^2 + r^3) / 4 is
-    the wanted average.
-
-    Raises: ValueError where the first quarter alone takes too many.
-    """
-    least = K / 4 + 0.75
-    if not least <= average <= K:
-        raise ValueError(
-            f"average must be {least} to {K} with {K} tokens in the first quarter, got {average}"
-        )
-    roots = np.roots([1, 1, 1, 1 - 4 * average / K])
-    (r,) = roots.real[abs(roots.imag) < 1e-9]  # the polynomial rises: one real root
-    return [max(1, round(K * r**power)) for power in (1, 2, 3)]
 
 
 def pyramid_start(K: int, average: float) -> int:
@@ -361,7 +331,7 @@ def table3(model: Meteor) -> list[Row]:
     encode = stages(own.stage1, own.stage2)
     average = round((tokens_before_stage3(model) + own.stage3) / 2)
     L = model.decoder.config.num_hidden_layers
-    at_one = {1: fastv_count(own.stage2, average, 1, L)}
+    at_one = {1: baselines.fastv_count(own.stage2, average, 1, L)}
     at_all = fixed_counts(model, average)
     early = replace(own, layers=[1])
     every_head, top, several = (
@@ -543,20 +513,8 @@ def encoding_flops(model: Meteor, row: Row) -> int:
 
 
 def check_model(model: Meteor) -> None:
-    """ValueError for a model from which the rows cannot be made."""
-    budget, L = model.budget, model.decoder.config.num_hidden_layers
-    counts = (budget.stage1, budget.stage2, budget.stage3)
-    if (
-        model.ranks is None
-        or not all(isinstance(count, int) for count in counts)
-        or not {"clip", "pix2struct"} <= set(model.encoders)
-        or L % 4
-    ):
-        raise ValueError(
-            "model must have ranks, a budget with an int for each stage, encoders named clip and "
-            f"pix2struct and a multiple of 4 LLM layers, got {budget}, {list(model.encoders)} and "
-            f"{L} layers"
-        )
+    if model.ranks is None or model.budget.stage3 is None:
+        raise ValueError("model must be calibrated, and have a budget for each stage")
 
 
 # --------------------------------------------------------------------------------------- the report

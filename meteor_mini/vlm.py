@@ -4,8 +4,6 @@ and stage 1 on LLaVA's CLIP (the paper's Table 6).
 What `meteor-mini ask --model llava-hf/llava-1.5-7b-hf` calls; copy from here into your own code.
 """
 
-import math
-
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -13,7 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from stage1_encode import EncoderPruner
 from stage3_decode import AdaptivePruner, compact, solve_lambda
 
-from .weights import fetched
+from .weights import fetch
 
 FAMILIES = (
     "llava",
@@ -29,8 +27,7 @@ FAMILIES = (
     "qwen2_5_vl",
     "qwen3_vl",
 )
-# Of the visual tokens, on average over the layers: the paper's main result against EAGLE.
-SHARE = 242 / 1024
+SHARE = 242 / 1024  # of the visual tokens, mean over layers: the paper's main result against EAGLE
 
 
 def load_vlm(name: str, dtype="auto", **hub) -> tuple:
@@ -39,17 +36,17 @@ def load_vlm(name: str, dtype="auto", **hub) -> tuple:
     Raises: ValueError where it cannot be fetched; TypeError for another kind of model.
     """
     auto = AutoModelForImageTextToText
-    model = fetched(
+    model = fetch(
         name, lambda: auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
     ).eval()
     if model.config.model_type not in FAMILIES:
         raise TypeError(
             f"model must be one of {', '.join(FAMILIES)}, got {model.config.model_type}"
         )
-    return model, fetched(name, lambda: AutoProcessor.from_pretrained(name, **hub))
+    return model, fetch(name, lambda: AutoProcessor.from_pretrained(name, **hub))
 
 
-def inputs_of(model, processor, image: Image.Image, question: str) -> dict:
+def prepare(model, processor, image: Image.Image, question: str) -> dict:
     """A prompt in the model's own words, with one picture."""
     if processor.chat_template is None:
         text = question  # PaliGemma has no chat: its processor puts the picture in front
@@ -61,19 +58,34 @@ def inputs_of(model, processor, image: Image.Image, question: str) -> dict:
     return inputs.to(model.device, model.dtype)
 
 
-@torch.no_grad()
-def lambda_for(model, inputs: dict, visual_mask: torch.Tensor, average: float) -> float:
-    """lambda that keeps `average` visual tokens per layer on these prompts.
+def find_visual(model, inputs: dict) -> torch.Tensor:
+    """(B, S) bool: the places of a prompt that hold visual tokens."""
+    return inputs["input_ids"] == model.config.image_token_id
 
-    To serve many, solve it once on typical ones.
+
+@torch.no_grad()
+def calibrate_lambda(model, prompts: list[dict], tokens: float) -> float:
+    """The lambda that keeps `tokens` visual tokens per layer, averaged over prompts.
+
+    Do it once, on prompts that are typical of the use. Each step of the bisection is one prefill of
+    every prompt, and there are up to 42 steps.
+
+    Args: prompts: of `prepare`, one or more.
+    Returns: lambda, also noted as model.config.meteor_lambda, which `save_pretrained` writes.
+    Raises: ValueError for tokens out of reach.
     """
 
     def measure(lam: float) -> float:
-        with AdaptivePruner(model, visual_mask, lam=lam) as pruner:
-            model(**inputs, logits_to_keep=1)
-        return pruner.average_tokens().mean().item()
+        averages = []
+        for inputs in prompts:
+            with AdaptivePruner(model, find_visual(model, inputs), lam=lam) as pruner:
+                model(**inputs, logits_to_keep=1)
+            averages.append(pruner.average_tokens().mean().item())
+        return sum(averages) / len(averages)
 
-    return solve_lambda(average, measure)
+    lam = solve_lambda(tokens, measure)
+    model.config.meteor_lambda = lam
+    return lam
 
 
 def ask(
@@ -81,41 +93,36 @@ def ask(
     processor,
     image: Image.Image,
     question: str,
-    tokens: float | None = None,
-    keep_all: bool = False,
     lam: float | None = None,
     **options,
 ) -> dict:
     """Answer a question about a picture.
 
     Args:
-        tokens: wanted visual tokens per layer; None: `SHARE` of them. To find the lambda that gives
-            them takes up to 42 prefills, so give lam where you have it.
-        lam: lambda, in place of tokens.
+        lam: lambda; infinity keeps all; None: what `calibrate_lambda` noted.
         options: of `generate`.
     Returns: {"answer", "visual_tokens": what came in, "average_tokens": mean per layer,
-        "counts": {layer: tokens from there on}, "lam": lambda, None where all are kept}.
-    Raises: ValueError for tokens out of reach.
+        "counts": {layer: tokens from there on}}.
+    Raises: ValueError without a lambda.
     """
-    inputs = inputs_of(model, processor, image, question)
-    visual_mask = inputs["input_ids"] == model.config.image_token_id
-    visual = int(visual_mask.sum())
-    if keep_all:
-        lam = math.inf
-    elif lam is None:
-        wanted = SHARE * visual if tokens is None else tokens
-        lam = lambda_for(model, inputs, visual_mask, wanted)
+    if lam is None:
+        lam = getattr(model.config, "meteor_lambda", None)
+    if lam is None:
+        raise ValueError(
+            "lam must be given, as this model is not calibrated: `meteor-mini calibrate` finds it "
+            "once, on typical pictures"
+        )
+    inputs = prepare(model, processor, image, question)
+    visual_mask = find_visual(model, inputs)
     options = {"max_new_tokens": 64, "do_sample": False} | options
     with AdaptivePruner(model, visual_mask, lam=lam) as pruner:
         ids = model.generate(**inputs, **options)
     answer = ids[:, inputs["input_ids"].shape[1] :]
-    text = processor.batch_decode(answer, skip_special_tokens=True)[0].strip()
     return {
-        "answer": text,
-        "visual_tokens": visual,
+        "answer": processor.batch_decode(answer, skip_special_tokens=True)[0].strip(),
+        "visual_tokens": int(visual_mask.sum()),
         "average_tokens": pruner.average_tokens().item(),
         "counts": {i: int(n) for i, n in pruner.counts.items()},
-        "lam": None if math.isinf(lam) else lam,
     }
 
 

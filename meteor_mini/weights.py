@@ -14,6 +14,7 @@ measures it. Weights are read from safetensors only.
 import contextlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +26,7 @@ from huggingface_hub import constants, get_session, hf_hub_download
 from open_clip.pretrained import download_pretrained_from_hf
 from open_clip.transformer import VisionTransformer
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_model, save_model
 from timm.models.convnext import ConvNeXt
 from timm.models.eva import Eva
 from torch import nn
@@ -46,6 +47,7 @@ from .budgets import PAPER_TOKENS
 T = TypeVar("T")
 CHECKPOINTS = {"toy": Path(__file__).parent / "toy" / "checkpoint"}
 FILES = ("config.json", "model.safetensors")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 # "grid": patches (h, w) of a Pix2Struct or DINOv2, which take any.
 PRESETS = {
     "small": {
@@ -74,7 +76,7 @@ PRESETS = {
 BUDGET_SHARES = [tokens / 4096 for tokens in PAPER_TOKENS]
 
 
-def load(cls: type[T], name: str | Path = "toy", **hub) -> T:
+def build_model(cls: type[T], name: str | Path = "toy", **hub) -> T:
     """A model of class `cls`, in eval mode; of our own files in float32.
 
     Args: name: see the head of this file; hub: of huggingface_hub's `hf_hub_download`, as revision,
@@ -87,72 +89,26 @@ def load(cls: type[T], name: str | Path = "toy", **hub) -> T:
         return from_parts(cls, preset, **hub)
     folder = str(CHECKPOINTS.get(str(name), name))
     config_file, weights_file = (find_file(folder, file, hub) for file in FILES)
-    config, tokenizer = read_config(folder, config_file, hub)
-    try:
-        model = cls(config, tokenizer)
-    except ImportError:  # a package that this model needs
-        raise
-    except Exception as error:  # the libraries raise a dozen kinds for sizes that do not fit
-        reason = f"{type(error).__name__}: {error}"
-        raise ValueError(f"no model can be built from {config_file}: {reason}") from error
-    try:
-        stored = load_file(weights_file)
-    except SafetensorError as error:
-        message = f"{weights_file} is not a safetensors file, or is cut short: {error}"
-        raise ValueError(message) from error
-    check_fit(own_weights(model), stored, weights_file, config_file)
-    in_float32 = {key: tensor.float() for key, tensor in stored.items()}
-    model.load_state_dict(in_float32, strict=False)  # a tied weight is stored once
-    model.folder = Path(weights_file).parent  # what lies beside the weights, as fusions.safetensors
-    return model.float().eval()  # a configuration of bfloat16 builds its decoder so
-
-
-def read_config(folder: str, config_file: str, hub: dict) -> tuple:
-    """config.json and the tokenizer beside it."""
-    try:
-        config = json.loads(Path(config_file).read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        message = f"{config_file} is not the configuration of a Meteor model: {error}"
-        raise ValueError(message) from error
-    if not isinstance(config, dict) or not {"encoders", "decoder"} <= config.keys():
+    config = json.loads(Path(config_file).read_text())
+    if not {"encoders", "decoder"} <= config.keys():
         raise ValueError(
-            f"{config_file} is not the configuration of a Meteor model: it must hold encoders and "
-            "decoder"
+            f"{config_file} is not the configuration of a Meteor: encoders or decoder is missing"
         )
+    tokenizer = fetch(folder, lambda: AutoTokenizer.from_pretrained(folder, **hub))
+    model = cls(config, tokenizer).float()  # a configuration of bfloat16 builds its decoder so
     try:
-        with hub_or_cache(folder):
-            return config, AutoTokenizer.from_pretrained(folder, **hub)
-    except Exception as error:  # a dozen kinds: no file, no tokenizer in it, not on the hub
-        raise ValueError(f"{folder} holds no tokenizer that can be read: {error}") from error
+        load_model(model, weights_file)
+    except (RuntimeError, SafetensorError) as error:  # other names or shapes; a file cut short
+        raise ValueError(f"{weights_file} does not fit {config_file}: {error}") from error
+    model.folder = Path(weights_file).parent  # what lies beside the weights, as eagle.safetensors
+    return model.eval()
 
 
-def check_fit(own: dict, stored: dict, weights_file: str, config_file: str) -> None:
-    wrong = []
-    for key in own.keys() | stored.keys():
-        there = key in own and key in stored
-        if not there or own[key].shape != stored[key].shape:
-            wrong.append(key)
-    if wrong:
-        raise ValueError(
-            f"{weights_file} does not fit {config_file}: {len(wrong)} tensors are missing, unknown "
-            f"or of another shape, first {min(wrong)}"
-        )
-
-
-def save(model, folder: Path) -> None:
+def write_model(model, folder: Path) -> None:
     """config.json, the tokenizer's files and model.safetensors."""
     (folder / "config.json").write_text(json.dumps(model.config, indent=1) + "\n")
     model.tokenizer.save_pretrained(folder)
-    arrays = {key: tensor.contiguous() for key, tensor in own_weights(model).items()}
-    save_file(arrays, folder / "model.safetensors")
-
-
-def own_weights(model) -> dict[str, torch.Tensor]:
-    """A model's state dict, with word embeddings that are tied to the head stored once."""
-    state = model.state_dict()
-    if model.decoder.config.tie_word_embeddings:
-        del state["decoder.lm_head.weight"]
-    return state
+    save_model(model, str(folder / "model.safetensors"))
 
 
 # ------------------------------------------------------------------------------ parts from a config
@@ -259,20 +215,19 @@ def pretrained_parts(
             "encoders must be 2 or more of different names, and decoder a hub id or directory, got "
             f"{encoders} and {decoder}"
         )
-    dtype = floating_dtype(dtype)
     if device_map is not None and importlib.util.find_spec("accelerate") is None:
         raise ValueError('device_map needs accelerate: pip install -e ".[train]"')
     built, specs = {}, {}
     for short, name in named.items():
         built[short], specs[short] = fetch_encoder(name, grid, **hub)
     placed = {} if device_map is None else {"device_map": device_map}
-    llm = fetched(
+    llm = fetch(
         decoder,
         lambda: AutoModelForCausalLM.from_pretrained(
             decoder, dtype=dtype, use_safetensors=True, **placed, **hub
         ),
     )
-    tokenizer = fetched(decoder, lambda: AutoTokenizer.from_pretrained(decoder, **hub))
+    tokenizer = fetch(decoder, lambda: AutoTokenizer.from_pretrained(decoder, **hub))
     config = {
         "encoders": specs,
         "decoder": llm.config.to_dict(),
@@ -283,17 +238,6 @@ def pretrained_parts(
     }
     config = json.loads(json.dumps(config, default=str))  # as it will be read again
     return config, tokenizer, built, llm
-
-
-def floating_dtype(dtype: torch.dtype | str) -> torch.dtype:
-    """A floating-point type of torch, given as such or by its name."""
-    if isinstance(dtype, str):
-        dtype = getattr(torch, dtype, dtype)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ValueError(
-            f"dtype must be a floating-point type of torch or its name, as bfloat16, got {dtype!r}"
-        )
-    return dtype
 
 
 def fetch_encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.Module, list]:
@@ -308,16 +252,14 @@ def fetch_encoder(name: str, grid: list[int] | None = None, **hub) -> tuple[nn.M
         return fetch_from_hub_by_open_clip(name, hub.get("cache_dir"))
     if name.split("/")[0] in open_clip.list_models():
         return fetch_by_tag_of_open_clip(name, hub.get("cache_dir"))
-    config = fetched(name, lambda: AutoConfig.from_pretrained(name, **hub))
+    config = fetch(name, lambda: AutoConfig.from_pretrained(name, **hub))
     if config.model_type == "pix2struct":
         # Pix2StructVisionModel.from_pretrained would load nothing from a whole model, silently.
         whole = Pix2StructForConditionalGeneration
-        load_model = partial(whole.from_pretrained, name, use_safetensors=True, **hub)
-        model = fetched(name, load_model).encoder
+        load_whole = partial(whole.from_pretrained, name, use_safetensors=True, **hub)
+        model = fetch(name, load_whole).encoder
     elif config.model_type == "dinov2":
-        model = fetched(
-            name, partial(Dinov2Model.from_pretrained, name, use_safetensors=True, **hub)
-        )
+        model = fetch(name, partial(Dinov2Model.from_pretrained, name, use_safetensors=True, **hub))
     else:
         raise TypeError(
             f"{name} must be a Pix2Struct or a DINOv2, or a model of open_clip, "
@@ -336,7 +278,7 @@ def fetch_from_hub_by_open_clip(name: str, cache_dir: str | None) -> tuple[nn.Mo
     def both() -> tuple[str, str]:
         return download(filename="open_clip_config.json"), download()
 
-    config_file, weights_file = fetched(name, both, repository)
+    config_file, weights_file = fetch(name, both, repository)
     model_cfg = json.loads(Path(config_file).read_text())["model_cfg"]
     return open_clip_tower(name, weights_file, model_cfg, {"cache_dir": cache_dir})
 
@@ -350,7 +292,7 @@ def fetch_by_tag_of_open_clip(name: str, cache_dir: str | None) -> tuple[nn.Modu
         raise ValueError(f"open_clip knows no weights {tag!r} of {architecture}, but {tags}")
     repository = "/".join(known.get("hf_hub", name).split("/")[:2])
     download = partial(open_clip.download_pretrained, known, cache_dir=cache_dir)
-    weights_file = fetched(name, download, repository)
+    weights_file = fetch(name, download, repository)
     quick_gelu = known.get("quick_gelu", False)
     model_cfg = open_clip.get_model_config(architecture) | {"quick_gelu": quick_gelu}
     options = {
@@ -385,8 +327,10 @@ def short_name(name: str) -> str:
 # ------------------------------------------------------------------------------------------ the hub
 
 
-def fetched(name: str, load_it: Callable[[], T], repository: str | None = None) -> T:
+def fetch(name: str, load_it: Callable[[], T], repository: str | None = None) -> T:
     """load_it(), or one sentence that says what could not be fetched and how to bring it here."""
+    if Path(name).is_dir():
+        return load_it()
     try:
         with hub_or_cache(name):
             return load_it()
@@ -422,20 +366,14 @@ def hub_or_cache(name: str) -> Iterator[None]:
 
 def find_file(model_id: str, file: str, hub: dict) -> str:
     """The file in a directory, or fetched from the hub (its cache where that is warm)."""
-    if Path(model_id).is_dir():
-        if not (Path(model_id) / file).is_file():
+    folder = Path(model_id)
+    if folder.is_dir():
+        if not (folder / file).is_file():
             raise ValueError(
-                f"model directory {model_id} has no {file}; a directory that save_pretrained wrote "
-                "has one"
+                f"model directory {model_id} has no {file}; one that save_pretrained wrote has"
             )
-        return str(Path(model_id) / file)
-    try:
-        with hub_or_cache(model_id):
-            return hf_hub_download(model_id, file, **hub)
-    except Exception as error:  # a dozen kinds: offline, unknown repository, bad name
+        return str(folder / file)
+    if not HUB_ID.fullmatch(model_id):
         known = ", ".join([*CHECKPOINTS, *PRESETS])
-        raise ValueError(
-            f"model {model_id!r} is no preset ({known}), no directory, and {file} could not be "
-            f"fetched from the hub: run `hf download {model_id}` where there is a network and copy "
-            "the cache folder here (HF_HOME), or give the directory"
-        ) from error
+        raise ValueError(f"model {model_id!r} is no preset ({known}), directory or hub id")
+    return fetch(model_id, lambda: hf_hub_download(model_id, file, **hub))

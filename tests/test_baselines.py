@@ -7,10 +7,8 @@ import torch.nn.functional as F
 
 import stage1_encode
 from meteor_mini import Budget, baselines, load
-from meteor_mini.toy.evaluate import images_and_questions, make_example
-from meteor_mini.toy.questions import FAMILIES
+from meteor_mini.toy.questions import FAMILIES, images_and_questions, make_example
 from meteor_mini.toy.world import SIZE
-from meteor_mini.lab import tables
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +43,7 @@ def prompt_of_24(model, batch, pictures):
     [
         (baselines.fastv(7, layer=2), 2, 8, True),
         (baselines.fastv(7, layer=3, eager=True), 3, 8, True),
-        (baselines.pyramid_drop([7, 5, 3], 8), 2, 8, True),
+        (baselines.pyramid_drop({2: 7, 4: 5, 6: 3}), 2, 8, True),
         (baselines.fixed({1: 7, 3: 4}, k=2), 1, 2, False),
         (baselines.fixed({1: 7}, k=None), 1, 8, False),
     ],
@@ -314,9 +312,30 @@ def test_tome_refuses_what_is_no_plain_vit(model):
 def test_pyramid_drop_drops_after_each_quarter(model, batch):
     images, questions = batch
     answers = model.answer(
-        images, questions, Budget(stage1=60, stage2=40), baselines.pyramid_drop([20, 10, 5], 8)
+        images,
+        questions,
+        Budget(stage1=60, stage2=40),
+        baselines.pyramid_drop(baselines.pyramid_counts(40, 75 / 4, 8)),
     )
     assert all(a.layers == [40] * 2 + [20] * 2 + [10] * 2 + [5] * 2 for a in answers)
+
+
+def test_pyramid_counts_where_4_does_not_divide_the_layers():
+    counts = baselines.pyramid_counts(1000, 400, 30)
+    assert list(counts) == [7, 15, 22]
+    a, b, c = counts.values()
+    assert (7 * 1000 + 8 * a + 7 * b + 8 * c) / 30 == pytest.approx(400, abs=0.5)
+    assert a / 1000 == pytest.approx(b / a, abs=0.01) == pytest.approx(c / b, abs=0.01)
+    assert baselines.pyramid_counts(64, (64 + 32 + 16 + 8) / 4, 8) == {2: 32, 4: 16, 6: 8}
+    with pytest.raises(ValueError, match="average 20 is out of reach with 100 tokens"):
+        baselines.pyramid_counts(100, 20, 8)
+
+
+def test_fastv_counts_make_the_average():
+    assert baselines.fastv_count(100, 40, 2, 8) == 20  # (2 * 100 + 6 * 20) / 8
+    assert baselines.fastv_count(576, 297, 1, 32) == 288  # the paper's row
+    with pytest.raises(ValueError, match="average 20 is out of reach with 100 tokens"):
+        baselines.fastv_count(100, 20, 2, 8)
 
 
 @pytest.mark.parametrize("k", [1, 5, None])
@@ -364,7 +383,7 @@ def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     features, kept = stage1_encode.encode_all(
         [model.encoders["eva"]], [pixels], 20, model.ranks[:, [2]]
     )
-    encoded = tables.alone("eva", 20)(model, images)
+    encoded = baselines.only(model, ["eva"], features, kept)
     torch.testing.assert_close(encoded.fused.tokens, model.projectors["eva"](features[0]))
     answer = model.answer(encoded, questions, Budget.none())[3]
     assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}

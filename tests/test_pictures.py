@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from meteor_mini.pictures import (
-    CLIP_MEAN,
-    CLIP_STD,
-    IMAGENET_MEAN,
+    IMAGENET_DEFAULT_MEAN,
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
     deep_grey,
     load_picture,
     pixels_for,
@@ -131,20 +131,6 @@ def test_exif_rotation_is_applied(tmp_path):
     assert tuple(column[:, 4].tolist()) == RED and tuple(column[:, 28].tolist()) == WHITE
 
 
-@pytest.mark.parametrize("name", ["x.gif", "x.webp", "x.png", "x.tif"])
-def test_of_an_animation_the_first_frame_is_used_and_noted(tmp_path, capsys, name):
-    frames = [Image.new("RGB", (16, 16), color) for color in (RED, (0, 0, 255))]
-    lossless = {"lossless": True} if name == "x.webp" else {}
-    path = save(tmp_path, frames[0], name, save_all=True, append_images=frames[1:], **lossless)
-    assert middle(load_picture(path)) == RED
-    assert capsys.readouterr().err == f"note: {path} has several frames, the first one is used\n"
-
-
-def test_no_note_on_a_still_picture(tmp_path, capsys):
-    load_picture(save(tmp_path, Image.new("RGB", (16, 16)), "x.gif"))
-    assert capsys.readouterr() == ("", "")
-
-
 def test_padding_keeps_the_picture_in_the_middle_of_its_mean_colour():
     image = Image.new("RGB", (40, 20), (100, 100, 100))
     image.paste((200, 200, 200), (20, 0, 40, 20))
@@ -154,29 +140,11 @@ def test_padding_keeps_the_picture_in_the_middle_of_its_mean_colour():
     assert (square[:, :10] == 150).all() and (square[:, 30:] == 150).all()
 
 
-@pytest.mark.parametrize(
-    "size, side", [((8, 8), 8), ((160, 8), 160), ((8, 160), 160), ((3000, 200), 1024)]
-)
-def test_sizes_inside_the_limits(tmp_path, size, side):
-    assert load_picture(save(tmp_path, Image.new("RGB", size))).shape == (1, 3, side, side)
-
-
-@pytest.mark.parametrize(
-    "w, h", [(1, 1), (7, 8), (8, 7), (20_000, 10), (168, 8), (8, 161), (10_001, 600)]
-)
-def test_sizes_outside_the_limits(tmp_path, w, h):
-    path = save(tmp_path, Image.new("RGB", (w, h)), "odd.png")
-    with pytest.raises(
-        ValueError, match=rf"odd.png has {w} x {h} px; sides of 8 to 10000 px and .*20:1"
-    ):
-        load_picture(path)
-
-
 def test_a_decompression_bomb_is_refused(tmp_path):
     header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
     signed = struct.pack(">I", len(header) - 4) + header + struct.pack(">I", zlib.crc32(header))
     (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + signed + b"\0\0\0\0IDAT" + bytes(40))
-    with pytest.raises(ValueError, match="bomb.png is too large; sides of 8 to 10000 px"):
+    with pytest.raises(ValueError, match="bomb.png cannot be decoded: .*decompression bomb"):
         load_picture(tmp_path / "bomb.png")
 
 
@@ -185,9 +153,9 @@ def test_missing_directory_empty_and_text(tmp_path):
     (tmp_path / "text.png").write_text("this is no picture\n" * 20)
     for name, message in {
         "none.png": "none.png does not exist",
-        ".": "is not a file",
+        ".": "or is no file",
         "empty.png": "empty.png is an empty file",
-        "text.png": "text.png is in no picture format that Pillow can read",
+        "text.png": "text.png cannot be decoded: cannot identify",
     }.items():
         with pytest.raises(ValueError, match=message):
             load_picture(tmp_path / name)
@@ -200,26 +168,8 @@ def test_truncated_files(tmp_path, name):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
     path = save(tmp_path, noise, name)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(
-        ValueError, match=rf"{name} (cannot be decoded: \S|is in no picture format)"
-    ):
+    with pytest.raises(ValueError, match=rf"{name} cannot be decoded: \S"):
         load_picture(path)
-
-
-@pytest.mark.parametrize("kind", [RuntimeError, SyntaxError, IndexError, struct.error, zlib.error])
-def test_what_decoders_raise_names_the_file_a_fault_of_the_program_comes_through(
-    tmp_path, monkeypatch, kind
-):
-    def fail(path):
-        raise kind("odd bytes")
-
-    monkeypatch.setattr(Image, "open", fail)
-    (tmp_path / "x.avif").write_bytes(b"x")
-    with pytest.raises(ValueError, match="x.avif cannot be decoded: odd bytes"):
-        load_picture(tmp_path / "x.avif")
-    kind = AttributeError
-    with pytest.raises(AttributeError):
-        load_picture(tmp_path / "x.avif")
 
 
 def test_random_damage_is_a_value_error_or_a_picture(tmp_path):
@@ -281,11 +231,13 @@ def test_resize_and_normalise_as_open_clip_does():
     want = torch.stack([transform(Image.fromarray(n)) for n in noise])
     pixels = view_of(clip())(torch.from_numpy(noise).permute(0, 3, 1, 2).float() / 255)
     # Pillow rounds to bytes, twice
-    assert pixels.shape == (3, 3, 32, 32) and (pixels - want).abs().mean() < 1 / 255 / max(CLIP_STD)
+    assert pixels.shape == (3, 3, 32, 32) and (pixels - want).abs().mean() < 1 / 255 / max(
+        OPENAI_CLIP_STD
+    )
 
 
 def test_a_picture_of_the_right_size_is_only_normalised():
-    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (CLIP_MEAN, CLIP_STD))
+    mean, std = (torch.tensor(c).view(3, 1, 1) for c in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
     assert torch.equal(view_of(clip())(images()), (images() - mean) / std)
 
 
@@ -305,33 +257,33 @@ def test_a_picture_of_one_colour_is_standardised_without_a_division_by_zero():
 
 def test_mean_and_std_of_open_clip_then_timm_then_clip():
     model = clip()
-    assert view_of(model).mean == CLIP_MEAN and view_of(model).std == CLIP_STD
+    assert view_of(model).mean == OPENAI_CLIP_MEAN and view_of(model).std == OPENAI_CLIP_STD
     model.preprocess_cfg = {"mean": (0.5, 0.5, 0.25), "std": [0.5, 0.25, 0.5]}
     assert view_of(model).mean == (0.5, 0.5, 0.25) and view_of(model).std == (0.5, 0.25, 0.5)
     vit = timm.create_model("test_vit", num_classes=0)
     assert view_of(vit).mean == tuple(vit.pretrained_cfg["mean"])
     vit.preprocess_cfg = {"mean": (0.25,) * 3, "std": (0.5,) * 3}
     assert view_of(vit).mean == (0.25,) * 3
-    assert view_of(dinov2()).mean == IMAGENET_MEAN
+    assert view_of(dinov2()).mean == IMAGENET_DEFAULT_MEAN
 
 
 def test_sizes_grids_and_widths():
-    def seen(model):
+    def read(model):
         view = view_of(model)
         return view.size, view.grid, view.width
 
-    assert seen(clip()) == ((32, 32), (8, 8), 32)
-    assert seen(pix2struct()) == ((32, 32), (8, 8), 32)  # the largest square below 80 patches
-    assert seen(pix2struct((4, 16))) == ((16, 64), (4, 16), 32)
-    assert seen(dinov2()) == ((32, 32), (8, 8), 32)
+    assert read(clip()) == ((32, 32), (8, 8), 32)
+    assert read(pix2struct()) == ((32, 32), (8, 8), 32)  # the largest square below 80 patches
+    assert read(pix2struct((4, 16))) == ((16, 64), (4, 16), 32)
+    assert read(dinov2()) == ((32, 32), (8, 8), 32)
     wide = dinov2()
     wide.config.meteor_grid = (6, 10)
-    assert seen(wide) == ((24, 40), (6, 10), 32)
+    assert read(wide) == ((24, 40), (6, 10), 32)
     tower = TimmModel("test_convnext", 16, image_size=64, pool="", proj="linear")
-    assert seen(tower)[:2] == ((64, 64), (2, 2))
+    assert read(tower)[:2] == ((64, 64), (2, 2))
     assert view_of(tower.trunk).size == (160, 160)  # timm's pretrained_cfg
     eva = TimmModel("eva02_tiny_patch14_224", 16, image_size=224, pool="token", proj=None)
-    assert seen(eva) == ((224, 224), (16, 16), 192)
+    assert read(eva) == ((224, 224), (16, 16), 192)
     with pytest.raises(ValueError, match="ConvNeXt must tell its input: set pretrained_cfg"):
         view_of(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
 

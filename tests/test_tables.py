@@ -53,27 +53,9 @@ def numbers_in(method):
 # ------------------------------------------------------------------------ counts that make averages
 
 
-def test_fastv_makes_the_wanted_average():
-    for K, average, layer, L in ((576, 297, 1, 32), (110, 33, 1, 8), (2880, 1500, 2, 32)):
-        keep = tables.fastv_count(K, average, layer, L)
-        assert abs((K * layer + keep * (L - layer)) / L - average) <= 0.5
-    assert tables.fastv_count(576, 297, 1, 32) == 288  # the paper's row
-    with pytest.raises(ValueError, match="average must be 73 to 576"):
-        tables.fastv_count(576, 60, 4, 32)
-
-
-def test_pyramid_counts_make_the_wanted_average_in_geometric_steps():
-    assert tables.pyramid_counts(64, (64 + 32 + 16 + 8) / 4) == [32, 16, 8]
-    for K, average in ((110, 33), (576, 288), (144, 100), (50, 50)):
-        assert abs((K + sum(tables.pyramid_counts(K, average))) / 4 - average) <= 0.5
-    assert tables.pyramid_counts(50, 50) == [50, 50, 50]
-    with pytest.raises(ValueError, match="average must be 10.75 to 40"):
-        tables.pyramid_counts(40, 10)
-
-
 def test_pyramid_drop_that_halves_starts_with_as_many_as_make_the_average():
     K = tables.pyramid_start(576, 60)
-    assert tables.pyramid_counts(K, 60) == [K // 2, K // 4, K // 8]
+    assert [*baselines.pyramid_counts(K, 60, 8).values()] == [K // 2, K // 4, K // 8]
     assert tables.pyramid_start(100, 60) == 100  # no more than there are
 
 

@@ -17,8 +17,8 @@ from tiny_models import EYES, IMAGE, TEXT, VLMS, batch
 from tiny_models import vlm as tiny_vlm
 
 from meteor_mini import cli, vlm
+from meteor_mini.pictures import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from meteor_mini.toy.parts import build_tokenizer
-from meteor_mini.pictures import CLIP_MEAN, CLIP_STD
 from stage3_decode import AdaptivePruner, find_cache
 
 OPTIONS = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, pad_token_id=0)
@@ -217,8 +217,8 @@ def llava_batch(prompts):
             32,
             generator=torch.Generator().manual_seed(2),
         )
-        - torch.tensor(CLIP_MEAN).view(3, 1, 1)
-    ) / torch.tensor(CLIP_STD).view(3, 1, 1)
+        - torch.tensor(OPENAI_CLIP_MEAN).view(3, 1, 1)
+    ) / torch.tensor(OPENAI_CLIP_STD).view(3, 1, 1)
     return dict(input_ids=ids, attention_mask=mask, pixel_values=pixels)
 
 
@@ -303,20 +303,26 @@ def folder(tmp_path_factory):
     return path
 
 
-def test_ask_answers_as_the_model_with_the_wanted_tokens(folder):
+def test_ask_answers_as_the_model_and_keeps_the_tokens_that_lambda_was_calibrated_for(folder):
     model, processor = vlm.load_vlm(str(folder))
     image = Image.new("RGB", (40, 30), "red")
-    everything = vlm.ask(model, processor, image, "what is this", keep_all=True, max_new_tokens=5)
-    inputs = vlm.inputs_of(model, processor, image, "what is this")
+    with pytest.raises(ValueError, match="lam must be given"):
+        vlm.ask(model, processor, image, "what is this")
+    everything = vlm.ask(
+        model, processor, image, "what is this", lam=float("inf"), max_new_tokens=5
+    )
+    inputs = vlm.prepare(model, processor, image, "what is this")
     ids = model.generate(**inputs, max_new_tokens=5, do_sample=False)[
         :, inputs["input_ids"].shape[1] :
     ]
     assert everything["answer"] == processor.batch_decode(ids, skip_special_tokens=True)[0].strip()
     assert everything["visual_tokens"] == everything["average_tokens"] == 16
-    some = vlm.ask(model, processor, image, "what is this", tokens=8, max_new_tokens=5)
+
+    vlm.calibrate_lambda(model, [inputs], tokens=8)
+    some = vlm.ask(model, processor, image, "what is this", max_new_tokens=5)
     assert some["average_tokens"] == pytest.approx(8, abs=0.5) and list(some["counts"]) == [1, 3, 5]
     with pytest.raises(ValueError, match="target_average must be"):
-        vlm.ask(model, processor, image, "what is this", tokens=17)
+        vlm.calibrate_lambda(model, [inputs], tokens=17)
 
 
 def test_a_processor_without_a_chat_template_gets_the_question_alone(folder):
@@ -324,7 +330,7 @@ def test_a_processor_without_a_chat_template_gets_the_question_alone(folder):
     model, processor = vlm.load_vlm(str(folder))
     processor.chat_template = None
     image = Image.new("RGB", (40, 30), "red")
-    inputs = vlm.inputs_of(model, processor, image, "<image> what is this")
+    inputs = vlm.prepare(model, processor, image, "<image> what is this")
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == 16
     words = processor.tokenizer.decode(inputs["input_ids"][0], skip_special_tokens=True)
     assert words.split() == ["what", "is", "this"]
@@ -335,17 +341,31 @@ def test_every_family_of_these_tests_is_loaded_by_its_name():
     assert names | {"deepseek_vl"} == set(vlm.FAMILIES)
 
 
-def test_the_command_line_asks_it(folder, tmp_path, capsys):
-    Image.new("RGB", (40, 30), "red").save(tmp_path / "photo.png")
-    command = ["ask", "--model", str(folder), str(tmp_path / "photo.png"), "what is this"]
-    assert cli.main([*command, "--json", "--tokens", "8"]) == 0
-    assert json.loads(capsys.readouterr().out)["visual_tokens"] == 16
-    assert (
-        cli.main([*command, "--plot", str(tmp_path / "x.png")]) == 2
-        and not (tmp_path / "x.png").exists()
-    )
-    assert "--plot draws the encoders of a Meteor model" in capsys.readouterr().err
-    assert cli.main(["ask", "--model", "me/nothing", *command[3:]]) == 2
+def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys):
+    (tmp_path / "pictures").mkdir()
+    for color in ("red", "blue"):
+        Image.new("RGB", (40, 30), color).save(tmp_path / "pictures" / f"{color}.png")
+    photo = str(tmp_path / "pictures" / "red.png")
+    ask = ["ask", photo, "what is this", "--json", "--model"]
+    assert cli.main([*ask, str(folder), "--tokens", "8"]) == 0
+    solved = json.loads(capsys.readouterr().out)
+    assert solved["visual_tokens"] == 16 and abs(solved["average_tokens"] - 8) <= 0.5
+
+    calibrate = ["calibrate", str(tmp_path / "pictures"), "--question", "what is this"]
+    calibrate += ["--tokens", "8", "--model", str(folder), "--out", str(tmp_path / "own")]
+    assert cli.main(calibrate) == 0
+    lam = re.match(r"--lam ([\d.e+-]+) keeps 8.0 of 16.0 ", capsys.readouterr().out).group(1)
+    assert cli.main([*ask, str(folder), "--lam", lam]) == 0
+    by_lambda = json.loads(capsys.readouterr().out)
+    assert cli.main([*ask, str(tmp_path / "own")]) == 0  # lambda travels with the configuration
+    assert json.loads(capsys.readouterr().out) == by_lambda
+    assert abs(by_lambda["average_tokens"] - 8) <= 2
+
+    assert cli.main([*ask, str(folder)]) == 2
+    assert "`meteor-mini calibrate` finds it" in capsys.readouterr().err
+    assert cli.main([*ask, str(folder), "--plot", str(tmp_path / "x.png")]) == 2
+    assert "--plot draws the encoders of a Meteor" in capsys.readouterr().err
+    assert cli.main([*ask, "me/nothing"]) == 2
     assert "could not be fetched from the hub" in capsys.readouterr().err
 
 

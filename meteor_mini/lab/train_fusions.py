@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..finetune import answer_loss
+from ..model import Meteor
 from ..toy.evaluate import accuracy
 from ..toy.pool import load_facts, load_state, progress, save_state, schedule, update
 from ..toy.train import (
@@ -32,7 +33,6 @@ from ..toy.train import (
     optimizers_of,
     trained,
 )
-from ..model import Meteor
 from ..weights import CHECKPOINTS
 from .fusions import (
     FILE,

@@ -8,7 +8,7 @@ Neither kind occurs in training; the questions are worded as those of `questions
 
 import numpy as np
 
-from .questions import joined
+from .questions import TEXTS, joined
 from .world import (
     CELL,
     CELLS,
@@ -63,7 +63,7 @@ def draw_color_clip(canvas: Canvas) -> tuple[str, str]:
         color, answer = (before, after)[rng.integers(2)], "yes"
     else:
         color, answer = never[rng.integers(len(never))], "no"
-    return f"is there a {color} {shape} in the picture ? yes or no ?", answer
+    return TEXTS["presence"].format(color=color, shape=shape), answer
 
 
 def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
@@ -79,4 +79,4 @@ def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
         top = row * CELL // PATCH + middle
         canvas.paper(left, top, 1, 1)
         canvas.print_character(str(digit), (left, top), size)
-    return "read the number .", joined(digits)
+    return TEXTS["number"], joined(digits)

@@ -66,10 +66,10 @@ DECODER = {
 }
 
 SPECIALS = ["<pad>", "<bos>", "<eos>", "<unk>", "<ans>"]  # <ans> ends the question
-# a system text, the picture, the question, <ans>
+SYSTEM_TEXT = "look at the picture and answer the question with a word or a number."
+# the system text, the picture, the question, <ans>
 CHAT_TEMPLATE = (
-    "{% for m in messages %}{{ '<bos> look at the picture and answer the question with a word or a "
-    "number . ' + m['content'] + '<ans>' }}{% endfor %}"
+    "{% for m in messages %}{{ '<bos> " + SYSTEM_TEXT + " ' + m['content'] + '<ans>' }}{% endfor %}"
 )
 
 

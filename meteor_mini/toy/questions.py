@@ -5,6 +5,7 @@ reads the print below it; "tag" does so from a color, so it needs two encoders.
 """
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .parts import SYSTEM_TEXT
 from .world import (
     COLORS,
     COLUMNS,
@@ -50,19 +52,56 @@ KIND_OF_FAMILY = dict.fromkeys(FAMILIES, "scene") | {
 NAMES_OF_COLORS = list(COLORS)
 EXAMPLES_FROM = 10_000_000  # pictures from this number on are examples, and never train
 
-QUESTION_WORDS = (
-    "is there a in the picture yes or no what color has pattern of how many shapes are left right "
-    "above below read number label shape with row column value bar which tallest shortest "
-    "describe where answer look at and question word , ? ."
-).split()
-WORDS = sorted({word for slot in SLOTS.values() for word in slot} | set(QUESTION_WORDS))
+PLURALS = {
+    "circle": "circles",
+    "square": "squares",
+    "triangle": "triangles",
+    "star": "stars",
+    "cross": "crosses",
+}
+TEXTS = {
+    "presence": "is there a {color} {shape}?",
+    "color": "what color is the {shape}?",
+    "pattern": "what pattern does the {shape} have?",
+    "count": "how many {shapes} are there?",
+    "relation": "is the {shape} {relation} the {other}?",
+    "number": "what number is printed in the picture?",
+    "label": "what is the label below the {shape}?",
+    "tag": "what is the label below the {color} shape?",
+    "cell": "what is in row {row}, column {column}?",
+    "row": "what numbers are in row {row}?",
+    "value": "how tall is the {color} bar?",
+    "extreme": "what color is the {extreme} bar?",
+    # these two train, and are not measured
+    "describe": "describe the picture.",
+    "where": "where are the {shapes}?",
+}
+RELATIONS = {"vertical": ("above", "below"), "horizontal": ("to the left of", "to the right of")}
+
+
+def split_words(text: str) -> list[str]:
+    """Words, digits one by one, and punctuation: the tokens of a text."""
+    return re.findall(r"\d|[^\W\d]+|[^\w\s]", text)
+
+
+def collect_words() -> list[str]:
+    """The vocabulary: the words of patches, of questions, and of the text before the picture."""
+    words = {word for slot in SLOTS.values() for word in slot} | set(PLURALS.values())
+    texts = [re.sub(r"\{\w+\}", "", text) for text in TEXTS.values()]
+    texts += [SYSTEM_TEXT, "yes", "no", *RELATIONS["vertical"], *RELATIONS["horizontal"]]
+    for text in texts:
+        words.update(split_words(text))
+    return sorted(words)
+
+
+WORDS = collect_words()
 
 
 class Question(NamedTuple):
     """A text, its true answer, and the things that it is about.
 
     about: for each thing the words of its patches, {slot: word}; the word is None in a slot that
-    the question asks for, as the color in "what color has the star?".
+    the question asks for, as the color in "what color is the star?".
     """
 
     text: str
@@ -146,7 +185,7 @@ def ask_presence(things: list[Thing], rng: np.random.Generator, split: str) -> Q
         pool = near if near and rng.random() < 0.5 else absent
         color, shape = pool[rng.integers(len(pool))]
         answer, about = "no", []
-    return Question(f"is there a {color} {shape} in the picture ? yes or no ?", answer, about)
+    return Question(TEXTS["presence"].format(color=color, shape=shape), answer, about)
 
 
 def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
@@ -154,7 +193,7 @@ def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    text = f"what color has the {thing.shape} in the picture ?"
+    text = TEXTS["color"].format(shape=thing.shape)
     return Question(text, thing.color, [{"what": thing.shape, "color": None}])
 
 
@@ -163,7 +202,7 @@ def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | Non
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    text = f"what pattern has the {thing.shape} in the picture ?"
+    text = TEXTS["pattern"].format(shape=thing.shape)
     return Question(text, thing.pattern, [{"what": thing.shape, "pattern": None}])
 
 
@@ -175,7 +214,7 @@ def ask_count(things: list[Thing], rng: np.random.Generator) -> Question:
     if many and rng.random() < 0.5:
         pool = many
     shape = pool[rng.integers(len(pool))]
-    text = f"how many {shape} shapes are there in the picture ?"
+    text = TEXTS["count"].format(shapes=PLURALS[shape])
     return Question(text, str(how_many(things, shape)), [{"what": shape}])
 
 
@@ -194,19 +233,21 @@ def ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | No
     first, second = pairs[rng.integers(len(pairs))]
     asks_before = rng.integers(2) == 0
     if vertical:
-        relation, is_before = "above" if asks_before else "below", first.row < second.row
+        before, after = RELATIONS["vertical"]
+        is_before = first.row < second.row
     else:
-        relation = "left of" if asks_before else "right of"
+        before, after = RELATIONS["horizontal"]
         is_before = first.column < second.column
+    relation = before if asks_before else after
     answer = "yes" if is_before == asks_before else "no"
-    text = f"is the {first.shape} {relation} the {second.shape} in the picture ? yes or no ?"
+    text = TEXTS["relation"].format(shape=first.shape, relation=relation, other=second.shape)
     return Question(text, answer, [{"what": first.shape}, {"what": second.shape}])
 
 
 def ask_number(number: list[int]) -> Question | None:
     if not number:
         return None
-    return Question("read the number .", joined(number), [{"what": "number"}])
+    return Question(TEXTS["number"], joined(number), [{"what": "number"}])
 
 
 def ask_label(things: list[Thing], rng: np.random.Generator) -> Question | None:
@@ -216,7 +257,8 @@ def ask_label(things: list[Thing], rng: np.random.Generator) -> Question | None:
         return None
     thing = once[rng.integers(len(once))]
     about = [{"what": thing.shape}, {"what": "label"} | at_place(thing)]
-    return Question(f"read the label below the {thing.shape} .", joined(thing.label), about)
+    text = TEXTS["label"].format(shape=thing.shape)
+    return Question(text, joined(thing.label), about)
 
 
 def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
@@ -228,7 +270,8 @@ def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
     thing = once[rng.integers(len(once))]
     shape = {"what": thing.shape, "color": thing.color} | at_place(thing)
     about = [shape, {"what": "label"} | at_place(thing)]
-    return Question(f"read the label below the {thing.color} shape .", joined(thing.label), about)
+    text = TEXTS["tag"].format(color=thing.color)
+    return Question(text, joined(thing.label), about)
 
 
 # ------------------------------------------------------------------------------- tables and charts
@@ -238,7 +281,8 @@ def ask_cell(cells: list[list[list[int]]], rng: np.random.Generator) -> Question
     r, c = int(rng.integers(len(cells))), int(rng.integers(len(cells[0])))
     row, column = TABLE_ROWS[r], TABLE_COLUMNS[c]
     about = [{"what": "cell", "row": row, "column": column}]
-    return Question(f"read row {row} column {column} .", joined(cells[r][c]), about)
+    text = TEXTS["cell"].format(row=row, column=column)
+    return Question(text, joined(cells[r][c]), about)
 
 
 def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
@@ -246,13 +290,14 @@ def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
     r = int(rng.integers(len(cells)))
     digits = [digit for cell in cells[r] for digit in cell]
     about = [{"what": "cell", "row": TABLE_ROWS[r]}]
-    return Question(f"read row {TABLE_ROWS[r]} .", joined(digits), about)
+    text = TEXTS["row"].format(row=TABLE_ROWS[r])
+    return Question(text, joined(digits), about)
 
 
 def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
     color, value = bars[rng.integers(len(bars))]
     about = [{"what": "bar", "color": color, "value": None}]
-    return Question(f"what value has the {color} bar ?", str(value), about)
+    return Question(TEXTS["value"].format(color=color), str(value), about)
 
 
 def ask_extreme(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
@@ -262,7 +307,7 @@ def ask_extreme(bars: list[tuple[str, int]], rng: np.random.Generator) -> Questi
         ("tallest", by_value[-1]) if rng.random() < 0.5 else ("shortest", by_value[0])
     )
     about = [{"what": "bar", "extreme": word, "color": None}]
-    return Question(f"which bar is the {word} ?", color, about)
+    return Question(TEXTS["extreme"].format(extreme=word), color, about)
 
 
 def bar_value(bar: tuple[str, int]) -> int:
@@ -291,7 +336,7 @@ def describe(picture: Picture) -> tuple[str, str]:
     else:
         for color, value in facts["bars"]:
             parts.append(f"{color} bar {value}")
-    return "describe the picture .", " , ".join(parts)
+    return TEXTS["describe"], ", ".join(parts)
 
 
 def where(picture: Picture, rng: np.random.Generator) -> tuple[str, str]:
@@ -303,7 +348,8 @@ def where(picture: Picture, rng: np.random.Generator) -> tuple[str, str]:
     things = picture.facts["things"]
     shape = things[rng.integers(len(things))].shape
     found = sorted((thing for thing in things if thing.shape == shape), key=cell_of)
-    return f"where are the {shape} shapes ?", " , ".join(place_name(thing) for thing in found)
+    text = TEXTS["where"].format(shapes=PLURALS[shape])
+    return text, ", ".join(place_name(thing) for thing in found)
 
 
 def in_short(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str]]:
@@ -321,7 +367,7 @@ def in_short(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str]
                 pairs.append((f"{row} {column}", joined(digits)))
         return pairs
     if picture.kind == "chart":
-        return [(f"{color} value", str(value)) for color, value in facts["bars"]]
+        return [(f"{color} bar", str(value)) for color, value in facts["bars"]]
     things = facts["things"]
     pairs = shapes_in_short(things) + places_in_short(things) + pairs_in_short(things, rng)
     if facts["number"]:

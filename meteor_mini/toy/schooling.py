@@ -34,9 +34,9 @@ from ..baselines import RandomPatches
 from ..pictures import view_of
 from ..weights import build_encoder
 from . import world
-from .evaluate import to_images
 from .parts import ENCODERS
 from .pool import Pool, labels, load_state, progress, save_state, save_whole, schedule, update
+from .questions import to_images
 from .world import PRINT, SHAPES, SLOTS
 
 # encoder -> (things, the slots of words that it learns of them)

@@ -40,7 +40,7 @@ from ..finetune import Dialogue, answer_loss, filled_up, pack_dialogue, training
 from ..model import Encoded, Meteor
 from ..weights import CHECKPOINTS, own_weights
 from . import questions, world
-from .evaluate import accuracy, batches, print_recall, recall, to_images
+from .evaluate import accuracy, print_recall, recall
 from .parts import DECODER, ENCODERS, build_tokenizer
 from .pool import (
     Pool,
@@ -54,6 +54,7 @@ from .pool import (
     schedule,
     update,
 )
+from .questions import example_batches, to_images
 from .schooling import TOLD, TOLD_SLOTS, seen, showing, told_words, train_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -413,7 +414,7 @@ def fitting(asked: list[questions.Question], most: int) -> list[questions.Questi
     """The questions in their order, none twice, that have at most `most` words together."""
     chosen, texts, words = [], set(), 0
     for question in asked:
-        more = tokens_in(question.text) + tokens_in(question.answer) + 2  # <ans>, <eos>
+        more = len(questions.split_words(question.text + " " + question.answer)) + 2  # <ans>, <eos>
         if question.text not in texts and words + more <= most:
             chosen.append(question)
             texts.add(question.text)
@@ -423,11 +424,6 @@ def fitting(asked: list[questions.Question], most: int) -> list[questions.Questi
 
 def as_pairs(asked: list[questions.Question]) -> Dialogue:
     return [(question.text, question.answer) for question in asked]
-
-
-def tokens_in(text: str) -> int:
-    """Words, and digits one by one."""
-    return sum(len(word) if word.isdigit() else 1 for word in text.split())
 
 
 def weighted_families(kind: str) -> list[str]:
@@ -740,7 +736,7 @@ def calibrate_ranks(model: Meteor, pictures: int = 128) -> None:
 
 def calibrate_lambda(model: Meteor, count: int = 96) -> None:
     """The table of lambdas, measured on validation questions of all families."""
-    parts = batches("val", count, first=50_000)
+    parts = example_batches("val", count, first=50_000)
     examples = [example for part in parts for example in part]
     images = to_images([example.picture.image for example in examples])
     asked = [example.question for example in examples]

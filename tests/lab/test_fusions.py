@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
+from meteor_mini.toy.evaluate import images_and_questions, make_example
 
 import stage1_encode
 from meteor_mini import load
-from meteor_mini.toy.evaluate import images_and_questions, make_example
-from meteor_mini.toy.questions import FAMILIES
 from meteor_mini.lab import fusions as room
+from meteor_mini.toy.questions import FAMILIES
 
 
 @pytest.fixture(scope="module")

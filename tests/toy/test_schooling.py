@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import stage1_encode
+from meteor_mini.pictures import view_of
 from meteor_mini.toy import schooling, world
 from meteor_mini.toy.parts import ENCODERS
-from meteor_mini.pictures import view_of
 from meteor_mini.weights import build_encoder
 
 

@@ -14,8 +14,8 @@ import stage1_encode
 from meteor_mini import load
 from meteor_mini.budgets import Budget
 from meteor_mini.finetune import answer_loss, pack
-from meteor_mini.toy import evaluate, questions, schooling, train, world
 from meteor_mini.lab import fusions, tables, train_fusions
+from meteor_mini.toy import evaluate, questions, schooling, train, world
 
 
 @pytest.fixture(scope="module")
