@@ -272,46 +272,41 @@ def table_figure(frame: pandas.DataFrame, title: str = "") -> Figure:
     """
     groups = [group for group in GROUPS if group in set(frame["family"])]
     methods = list(frame["method"].unique())
-    figure = new_figure(8, 0.28 * len(methods) + 1.2, title)
+    tokens = frame[frame["family"] == groups[0]].groupby("method")["tokens"].mean()
+    labels = [f"{method} ({tokens[method]:.0f} tokens)" for method in methods]
+    longest = max(len(label) for label in labels)
+    figure = new_figure(5.5 + 0.07 * longest, 0.28 * len(methods) + 1.2, title)
     panels = add_panels(figure, groups, "right answers, percent", "")
     for ax, group in zip(panels, groups):
         for place, method in enumerate(methods):
             rows = frame[(frame["family"] == group) & (frame["method"] == method)]
-            spread = min(0.15, 0.6 / len(rows)) if len(rows) else 0
+            spread = min(0.15, 0.6 / max(1, len(rows)))  # between the dots of its seeds
             y = place + spread * (np.arange(len(rows)) - (len(rows) - 1) / 2)
             color = COLORS[0] if method.startswith("METEOR") else GREY
             ax.hlines(y, rows["low"], rows["high"], color=color, linewidth=1)
             ax.plot(rows["accuracy"], y, "o", color=color, markersize=4)
         ax.grid(axis="y", color="#eeeeee")
         ax.set_axisbelow(True)
-    tokens = frame[frame["family"] == groups[0]].groupby("method")["tokens"].mean()
-    labels = [f"{method} ({tokens[method]:.0f} tokens)" for method in methods]
     panels[0].set_yticks(range(len(methods)), labels)
     panels[0].invert_yaxis()
     return figure
 
 
 def finding_figure(frame: pandas.DataFrame, ylabel: str = "value", title: str = "") -> Figure:
-    """Draw a finding: lines by depth, a panel for each encoder; bars where no depth is given.
+    """Draw a finding: lines by layer, a panel for each encoder; bars where there are no layers.
 
-    Args: frame: the columns criterion and value; block or layer (the depth); encoder; low and high,
-        the ends of an interval. All but the first two may be missing or empty.
+    Args: frame: the columns criterion and value; encoder; layer; low and high, the ends of an
+        interval. All but the first two may be missing or empty.
     """
     frame = frame.dropna(axis="columns", how="all")
     frame = frame if "encoder" in frame else frame.assign(encoder="")
     numbers = ["value", "low", "high"] if {"low", "high"} <= set(frame) else ["value"]
-    panels = {}  # encoder -> {criterion: its rows}
+    lines, bars = {}, {}  # encoder -> {criterion: numbers}
     for (encoder, criterion), rows in frame.groupby(["encoder", "criterion"], sort=False):
-        panels.setdefault(encoder, {})[criterion] = rows
-    for depth in ("block", "layer"):
-        if depth in frame:
-            lines = {
-                encoder: {name: rows[[depth, *numbers]].T.to_numpy() for name, rows in of.items()}
-                for encoder, of in panels.items()
-            }
-            return line_figure(lines, depth, ylabel, title)
-    bars = {
-        encoder: {name: tuple(rows[numbers].iloc[0]) for name, rows in of.items()}
-        for encoder, of in panels.items()
-    }
+        if "layer" in frame:
+            lines.setdefault(encoder, {})[criterion] = rows[["layer", *numbers]].to_numpy().T
+        else:
+            bars.setdefault(encoder, {})[criterion] = tuple(rows[numbers].iloc[0])
+    if lines:
+        return line_figure(lines, "layer", ylabel, title)
     return bar_figure(bars, "", ylabel, title)

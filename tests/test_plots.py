@@ -82,22 +82,22 @@ def test_a_table_has_a_dot_with_its_interval_for_each_seed():
     assert labels == ["METEOR (48 tokens)", "random (48 tokens)"]
 
 
-def test_a_finding_is_lines_by_depth_or_bars():
+def test_a_finding_is_lines_by_layer_or_bars():
     frame = pandas.DataFrame(
         [
-            {"encoder": encoder, "block": block, "layer": np.nan, "criterion": criterion}
-            | {"value": block + 1.0, "low": block + 0.5, "high": block + 2.0}
+            {"encoder": encoder, "layer": layer, "kind": np.nan, "criterion": criterion}
+            | {"value": layer + 1.0, "low": layer + 0.5, "high": layer + 2.0}
             for encoder in ("clip", "eva")
             for criterion in ("similarity", "attention")
-            for block in range(3)
+            for layer in range(3)
         ]
     )
-    by_block = plots.finding_figure(frame, "percent")
-    assert [ax.get_title(loc="left") for ax in by_block.axes] == ["clip", "eva"]
-    for ax in by_block.axes:
+    by_layer = plots.finding_figure(frame, "percent")
+    assert [ax.get_title(loc="left") for ax in by_layer.axes] == ["clip", "eva"]
+    for ax in by_layer.axes:
         assert [line.get_label() for line in ax.lines] == ["similarity", "attention"]
         assert all(line.get_ydata().tolist() == [1, 2, 3] for line in ax.lines)
         assert len(ax.collections) == 2  # bands
-    last = frame[frame.block == 2].drop(columns=["block", "low", "high"])
+    last = frame[frame.layer == 2].drop(columns=["layer", "low", "high"])
     (ax,) = plots.finding_figure(last).axes
     assert [bar.get_height() for bar in ax.patches] == [3] * 4
