@@ -8,6 +8,8 @@ import pytest
 
 # Before huggingface_hub is imported: no test may reach a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Before torch is imported: as many processes as cores run tests, each on one thread.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 LAMBDA_TABLE = {

@@ -29,8 +29,17 @@ def test_links_lead_somewhere():
 
 @pytest.mark.slow
 def test_runs_offline_and_gives_its_stored_outputs_again():
-    pytest.importorskip("nbval", reason="nbval is not installed: pip install -e '.[dev]'")
-    command = [sys.executable, "-m", "pytest", "-q", "--nbval", "--nbval-current-env", NOTEBOOK]
+    pytest.importorskip("nbval", reason="nbval is not installed: pip install -e '.[tutorial]'")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-n0",
+        "--nbval",
+        "--nbval-current-env",
+        NOTEBOOK,
+    ]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
     run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout
