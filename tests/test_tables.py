@@ -278,9 +278,10 @@ def test_the_page_is_written_from_the_csv_files_alone(small, tmp_path):
     assert "![Table 1: how encoders share the budget](1.png)" in text
     assert (tmp_path / "1.png").exists()
     first, random = text.split("```")[1].splitlines()[2:4]
-    clip = small.iloc[0]
+    stored = page.read(tmp_path, "1")
+    clip = stored.iloc[0]
     assert f"{clip['accuracy']:.1f} [{clip['low']:.1f}, {clip['high']:.1f}]" in first
-    seeds = small[(small["method"] == "random") & (small["family"] == "all")]
+    seeds = stored[(stored["method"] == "random") & (stored["family"] == "all")]
     gain = seeds["difference"]
     assert f"{gain.mean():+.1f} [{gain.min():+.1f}, {gain.max():+.1f}]" in random
 
