@@ -298,7 +298,8 @@ def finding_figure(frame: pandas.DataFrame, ylabel: str = "value", title: str = 
     Args: frame: the columns criterion and value; encoder; layer; low and high, the ends of an
         interval. All but the first two may be missing or empty.
     """
-    frame = frame.dropna(axis="columns", how="all")
+    empty = frame.columns[frame.isna().all()].difference(["value"])
+    frame = frame.drop(columns=empty)
     frame = frame if "encoder" in frame else frame.assign(encoder="")
     numbers = ["value", "low", "high"] if {"low", "high"} <= set(frame) else ["value"]
     lines, bars = {}, {}  # encoder -> {criterion: numbers}
