@@ -1,8 +1,9 @@
 """meteor_mini: METEOR (ICCV 2025), three-stage visual token pruning for VLMs with several encoders.
 
 The method is in three files at the top level, each of which stands alone: `stage1_encode`,
-`stage2_fuse` and `stage3_decode`. `model.py` composes them. Two wings hold the rest: `toy/`, the
-embedded model and the world that it was trained on, and `lab/`, what is measured and drawn.
+`stage2_fuse` and `stage3_decode`. `model.py` composes them. `baselines.py`, `evaluate.py`,
+`tables.py`, `findings.py` and `bench.py` compare and measure; `toy/` is the embedded model and its
+world.
 """
 
 import stage1_encode
