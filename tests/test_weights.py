@@ -316,7 +316,7 @@ def test_unpruned_it_is_the_plain_concatenation(model, hub, images):
 
 
 def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, images, tmp_path):
-    own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    own = Meteor.from_pretrained(encoders=FAST, decoder="me/tiny-llama", cache_dir=hub[0])
     with pytest.raises(ValueError, match="stage1 needs ranks"):
         own.encode(images)
     with pytest.raises(ValueError, match="questions must be one for each of the 3 pictures"):
