@@ -21,7 +21,7 @@ LAMBDA_TABLE = {
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """A directory with an untrained model of the embedded one's parts."""
+    """A directory with an untrained model of the toy model's parts."""
     import torch
 
     from meteor_mini import Meteor

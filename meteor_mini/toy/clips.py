@@ -8,7 +8,7 @@ Neither kind occurs in training; the questions are worded as those of `questions
 
 import numpy as np
 
-from .questions import TEXTS, joined
+from .questions import TEXTS, join_digits
 from .world import (
     CELL,
     CELLS,
@@ -17,7 +17,7 @@ from .world import (
     SHAPES,
     Canvas,
     draw_shape,
-    varied,
+    vary_color,
 )
 
 CLIPS = ["colors", "counter"]
@@ -56,7 +56,7 @@ def draw_color_clip(canvas: Canvas) -> tuple[str, str]:
     for frame in range(COLOR_FRAMES):
         row, column = frame_cell(frame)
         color = before if frame < change else after
-        fill = varied(COLORS[color], 18, rng)
+        fill = vary_color(COLORS[color], 18, rng)
         x, y = (column + 0.5) * CELL, row * CELL + 24  # where the shapes of a scene stand
         draw_shape(canvas.draw, shape, x, y, radius, fill)
     if rng.random() < 0.5:
@@ -79,4 +79,4 @@ def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
         top = row * CELL // PATCH + middle
         canvas.paper(left, top, 1, 1)
         canvas.print_character(str(digit), (left, top), size)
-    return TEXTS["number"], joined(digits)
+    return TEXTS["number"], join_digits(digits)

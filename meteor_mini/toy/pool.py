@@ -1,140 +1,125 @@
-"""The training pictures, drawn once, and what all trainings of the embedded model share."""
+"""The training pictures, drawn once, and the resumable loop in which every stage trains on them."""
 
-import json
-import math
-import multiprocessing
+import pickle
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate import Accelerator
+from safetensors.torch import save_model
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import get_wsd_schedule
 
-from . import world
+from .questions import to_images
+from .world import SIZE, make_picture
+
+SAVE_EVERY = 200  # steps
+WARMUP = 100  # steps in which the learning rate rises
+
+
+# ------------------------------------------------------------------------------------- the pictures
 
 
 def draw_pool(folder: Path, size: int) -> None:
-    """Write images.npy (size, 192, 192, 3), words.npy (size, 144, slots), clutter.npy (size, 144),
-    all uint8, and facts.json.
+    """Draw training pictures 0 .. size - 1.
 
-    They grow on the disk, not in memory.
+    Writes images.npy (size, 192, 192, 3) uint8, which grows on the disk and not in memory, and
+    pictures.pickle, the `Picture`s without their pixels.
     """
-    shape = (world.SIZE, world.SIZE, 3)
-    create = np.lib.format.open_memmap
-    images = create(folder / "images.npy", "w+", np.uint8, (size, *shape))
-    words = create(folder / "words.npy", "w+", np.uint8, (size, world.GRID**2, len(world.SLOTS)))
-    clutter = create(folder / "clutter.npy", "w+", np.uint8, (size, world.GRID**2))
-    facts = []
-    with multiprocessing.get_context("spawn").Pool() as workers:
-        drawn = workers.imap(world.make_picture, range(size), chunksize=64)
-        for i, picture in enumerate(tqdm(drawn, total=size, desc="pictures", mininterval=5)):
-            images[i] = picture.image
-            words[i] = picture.patch_words
-            clutter[i] = picture.patch_clutter
-            facts.append([picture.kind, picture.facts])
+    shape = (size, SIZE, SIZE, 3)
+    images = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, shape)
+    pictures = []
+    for i in tqdm(range(size), desc="pictures", mininterval=10):
+        picture = make_picture(i)
+        images[i] = picture.image
+        pictures.append(replace(picture, image=None))
     images.flush()
-    words.flush()
-    clutter.flush()
-    (folder / "facts.json").write_text(json.dumps(facts))
+    (folder / "pictures.pickle").write_bytes(pickle.dumps(pictures))
 
 
 class Pool:
-    """The drawn pictures: images and words as `draw_pool` writes them, read from the disk."""
+    """What `draw_pool` wrote.
+
+    images (size, 192, 192, 3) uint8, read from the disk; pictures [`Picture`] without pixels;
+    words (size, 144, slots) and clutter (size, 144) int64: those of all pictures.
+    """
 
     def __init__(self, folder: Path):
         self.images = np.load(folder / "images.npy", mmap_mode="r")
-        self.words = np.load(folder / "words.npy", mmap_mode="r")
-        self.clutter = np.load(folder / "clutter.npy", mmap_mode="r")
+        self.pictures = pickle.loads((folder / "pictures.pickle").read_bytes())
+        self.words = torch.from_numpy(np.stack([p.patch_words for p in self.pictures]))
+        self.clutter = torch.from_numpy(np.stack([p.patch_clutter for p in self.pictures]))
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.pictures)
+
+    def load_images(self, rows: Sequence[int]) -> Tensor:
+        """(B, 3, 192, 192) float in [0, 1]."""
+        return to_images(self.images[np.asarray(rows)])
 
 
-def load_facts(folder: Path) -> list[world.Picture]:
-    """The pool's pictures without their pixels: all that questions need."""
-    pictures, words = [], np.load(folder / "words.npy")
-    for (kind, facts), patch_words in zip(json.loads((folder / "facts.json").read_text()), words):
-        if kind == "scene":
-            facts["things"] = [world.Thing(*thing) for thing in facts["things"]]
-        pictures.append(world.Picture(None, patch_words, kind, facts))
-    return pictures
+# ----------------------------------------------------------------------------------------- the loop
 
 
-def labels(words: np.ndarray, device: torch.device) -> Tensor:
-    """Words (B, N, slots) uint8 -> int64."""
-    return torch.from_numpy(words.astype(np.int64)).to(device)
+def train(
+    stage: str,
+    work: Path,
+    model: nn.Module,
+    optimizers: list[torch.optim.Optimizer],
+    compute_loss: Callable[[int, np.random.Generator], Tensor],
+    steps: int,
+    hold: float = 0.0,
+) -> None:
+    """Train for some steps, and write the model to WORK/STAGE.safetensors.
 
+    Everything random in a step is drawn from the step's number. So a run that was stopped goes on
+    from its last saved state as if nothing had happened.
 
-def schedule(step: int, steps: int, warmup: int = 100, hold: float = 0.0) -> float:
-    """Learning-rate factor.
-
-    Linear warm-up, 1 up to the fraction `hold` of the steps, then a cosine down to 2 %.
+    Args: compute_loss: (step, rng) -> loss; hold: the share of steps after which the learning rate
+        falls.
     """
-    if step < warmup:
-        return (step + 1) / warmup
-    start = max(warmup, hold * steps)
-    if step <= start:
-        return 1.0
-    angle = math.pi * (step - start) / (steps - start)  # 0 to pi
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(angle))
-
-
-def update(
-    optimizers: list[torch.optim.Optimizer], loss: Tensor, rate: float, clip: float | None = None
-) -> None:
-    """One step of all optimizers; clip: the gradient's largest norm."""
-    parameters = []
+    accelerator = Accelerator()
+    warmup = min(WARMUP, steps // 10)
+    decay = steps - max(warmup, round(hold * steps))
+    schedules = []
     for optimizer in optimizers:
-        optimizer.zero_grad()
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-            parameters += group["params"]
-    loss.backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(parameters, clip)
-    for optimizer in optimizers:
-        optimizer.step()
+        schedules.append(get_wsd_schedule(optimizer, warmup, decay, steps, min_lr_ratio=0.02))
+    accelerator.prepare(model, *optimizers, *schedules)
+    state = work / f"{stage}.state"
+    if state.exists():
+        accelerator.load_state(state)
+    start = schedules[0].last_epoch
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=10)
+    for step in bar:
+        torch.manual_seed(step)
+        loss = compute_loss(step, np.random.default_rng([*stage.encode(), step]))
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer, schedule in zip(optimizers, schedules):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
+        if (step + 1) % SAVE_EVERY == 0:
+            save_state(accelerator, state)
+    write_model(model, work / f"{stage}.safetensors")
+    shutil.rmtree(state, ignore_errors=True)
 
 
-def save_whole(arrays: dict[str, Tensor], path: Path) -> None:
-    """A file that exists is whole, also when the training is stopped while it is written."""
-    part = path.with_suffix(".part")
-    save_file({name: array.cpu().contiguous() for name, array in arrays.items()}, part)
-    part.replace(path)
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Write beside the old state, then swap: a run stopped in between can still resume."""
+    part = folder.with_suffix(".part")
+    accelerator.save_state(part)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
 
 
-def save_state(
-    path: Path, weights: dict[str, Tensor], optimizers: list[torch.optim.Optimizer], step: int
-) -> None:
-    """What a training needs to go on from `step`: weights and moments, as safetensors."""
-    arrays = {"step": torch.tensor(step)}
-    for name, weight in weights.items():
-        arrays[f"model.{name}"] = weight
-    for number, optimizer in enumerate(optimizers):
-        for i, moments in optimizer.state_dict()["state"].items():
-            for name, moment in moments.items():
-                arrays[f"optimizer.{number}.{i}.{name}"] = moment
-    save_whole(arrays, path)
-
-
-def load_state(path: Path, model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> int:
-    """Load what `save_state` wrote, where it is there. Returns: the step to go on from."""
-    if not path.exists():
-        return 0
-    arrays = load_file(path)
-    weights, states = {}, [optimizer.state_dict() for optimizer in optimizers]
-    for name, array in arrays.items():
-        if name.startswith("model."):
-            weights[name.removeprefix("model.")] = array
-        elif name.startswith("optimizer."):
-            _, number, i, moment = name.split(".")
-            states[int(number)]["state"].setdefault(int(i), {})[moment] = array
-    model.load_state_dict(weights, strict=False)  # tied word embeddings are stored once
-    for optimizer, state in zip(optimizers, states):
-        optimizer.load_state_dict(state)
-    return int(arrays["step"])
-
-
-def progress(start: int, steps: int, name: str) -> tqdm:
-    return tqdm(range(start, steps), initial=start, total=steps, desc=name, mininterval=10)
+def write_model(model: nn.Module, file: Path) -> None:
+    """A file that exists is whole: it says that its stage is done."""
+    part = file.with_suffix(".part")
+    save_model(model, str(part))
+    part.rename(file)

@@ -1,7 +1,10 @@
-"""Questions about GlyphWorld's pictures, with true answers and the patches they are about.
+"""Questions about the toy world's pictures, with true answers and the patches they are about.
 
 Twelve families in the paper's two groups. Two of them need two steps: "label" finds a shape and
 reads the print below it; "tag" does so from a color, so it needs two encoders.
+
+A new family: its group in `FAMILIES`, its text in `TEXTS`, a function that asks it, and a line in
+`make_question`.
 """
 
 import functools
@@ -49,7 +52,6 @@ KIND_OF_FAMILY = dict.fromkeys(FAMILIES, "scene") | {
     "value": "chart",
     "extreme": "chart",
 }
-NAMES_OF_COLORS = list(COLORS)
 EXAMPLES_FROM = 10_000_000  # pictures from this number on are examples, and never train
 
 PLURALS = {
@@ -72,7 +74,7 @@ TEXTS = {
     "row": "what numbers are in row {row}?",
     "value": "how tall is the {color} bar?",
     "extreme": "what color is the {extreme} bar?",
-    # these two train, and are not measured
+    # these two only train: see dialogues.py
     "describe": "describe the picture.",
     "where": "where are the {shapes}?",
 }
@@ -121,7 +123,7 @@ def asked_patches(picture: Picture, question: Question) -> np.ndarray:
     return asked
 
 
-def ask(
+def make_question(
     picture: Picture, family: str, rng: np.random.Generator, split: str = "train"
 ) -> Question | None:
     """A question of a family, or None where the picture has nothing to ask about."""
@@ -156,16 +158,16 @@ def ask(
 # ------------------------------------------------------------------------------------------- scenes
 
 
-def how_many(things: list[Thing], shape: str) -> int:
+def count_shapes(things: list[Thing], shape: str) -> int:
     return sum(thing.shape == shape for thing in things)
 
 
-def single(things: list[Thing]) -> list[Thing]:
+def find_single(things: list[Thing]) -> list[Thing]:
     """The things whose shape occurs once: "the star" means one of them."""
-    return [thing for thing in things if how_many(things, thing.shape) == 1]
+    return [thing for thing in things if count_shapes(things, thing.shape) == 1]
 
 
-def at_place(thing: Thing) -> dict[str, str]:
+def words_of_cell(thing: Thing) -> dict[str, str]:
     """The words of its cell, that its patches and those of its label have in common."""
     return {"row": ROWS[thing.row], "column": COLUMNS[thing.column]}
 
@@ -189,7 +191,7 @@ def ask_presence(things: list[Thing], rng: np.random.Generator, split: str) -> Q
 
 
 def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    once = single(things)
+    once = find_single(things)
     if not once:
         return None
     thing = once[rng.integers(len(once))]
@@ -198,7 +200,7 @@ def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
 
 
 def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    once = single(things)
+    once = find_single(things)
     if not once:
         return None
     thing = once[rng.integers(len(once))]
@@ -209,17 +211,17 @@ def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | Non
 def ask_count(things: list[Thing], rng: np.random.Generator) -> Question:
     """Mostly of a shape that is there, and often of one that is there more than once."""
     present = sorted({thing.shape for thing in things})
-    many = [shape for shape in present if how_many(things, shape) > 1]
+    many = [shape for shape in present if count_shapes(things, shape) > 1]
     pool = present if rng.random() < 0.8 else SHAPES
     if many and rng.random() < 0.5:
         pool = many
     shape = pool[rng.integers(len(pool))]
     text = TEXTS["count"].format(shapes=PLURALS[shape])
-    return Question(text, str(how_many(things, shape)), [{"what": shape}])
+    return Question(text, str(count_shapes(things, shape)), [{"what": shape}])
 
 
 def ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    once = single(things)
+    once = find_single(things)
     vertical = rng.integers(2) == 0
     pairs = []
     for first in once:
@@ -247,18 +249,18 @@ def ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | No
 def ask_number(number: list[int]) -> Question | None:
     if not number:
         return None
-    return Question(TEXTS["number"], joined(number), [{"what": "number"}])
+    return Question(TEXTS["number"], join_digits(number), [{"what": "number"}])
 
 
 def ask_label(things: list[Thing], rng: np.random.Generator) -> Question | None:
     """Two steps: find the shape, read the label below it."""
-    once = [thing for thing in single(things) if thing.label]
+    once = [thing for thing in find_single(things) if thing.label]
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    about = [{"what": thing.shape}, {"what": "label"} | at_place(thing)]
+    about = [{"what": thing.shape}, {"what": "label"} | words_of_cell(thing)]
     text = TEXTS["label"].format(shape=thing.shape)
-    return Question(text, joined(thing.label), about)
+    return Question(text, join_digits(thing.label), about)
 
 
 def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
@@ -268,10 +270,10 @@ def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    shape = {"what": thing.shape, "color": thing.color} | at_place(thing)
-    about = [shape, {"what": "label"} | at_place(thing)]
+    shape = {"what": thing.shape, "color": thing.color} | words_of_cell(thing)
+    about = [shape, {"what": "label"} | words_of_cell(thing)]
     text = TEXTS["tag"].format(color=thing.color)
-    return Question(text, joined(thing.label), about)
+    return Question(text, join_digits(thing.label), about)
 
 
 # ------------------------------------------------------------------------------- tables and charts
@@ -282,7 +284,7 @@ def ask_cell(cells: list[list[list[int]]], rng: np.random.Generator) -> Question
     row, column = TABLE_ROWS[r], TABLE_COLUMNS[c]
     about = [{"what": "cell", "row": row, "column": column}]
     text = TEXTS["cell"].format(row=row, column=column)
-    return Question(text, joined(cells[r][c]), about)
+    return Question(text, join_digits(cells[r][c]), about)
 
 
 def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
@@ -291,7 +293,7 @@ def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
     digits = [digit for cell in cells[r] for digit in cell]
     about = [{"what": "cell", "row": TABLE_ROWS[r]}]
     text = TEXTS["row"].format(row=TABLE_ROWS[r])
-    return Question(text, joined(digits), about)
+    return Question(text, join_digits(digits), about)
 
 
 def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
@@ -302,158 +304,20 @@ def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question
 
 def ask_extreme(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
     """Half of the questions ask for the shortest."""
-    by_value = sorted(bars, key=bar_value)
-    word, (color, _) = (
-        ("tallest", by_value[-1]) if rng.random() < 0.5 else ("shortest", by_value[0])
-    )
-    about = [{"what": "bar", "extreme": word, "color": None}]
-    return Question(TEXTS["extreme"].format(extreme=word), color, about)
+    colors = {value: color for color, value in bars}
+    if rng.random() < 0.5:
+        extreme, color = "tallest", colors[max(colors)]
+    else:
+        extreme, color = "shortest", colors[min(colors)]
+    about = [{"what": "bar", "extreme": extreme, "color": None}]
+    return Question(TEXTS["extreme"].format(extreme=extreme), color, about)
 
 
-def bar_value(bar: tuple[str, int]) -> int:
-    return bar[1]
-
-
-def joined(digits: list[int]) -> str:
+def join_digits(digits: list[int]) -> str:
     return "".join(str(digit) for digit in digits)
 
 
-# ------------------------------------------------------- questions that train, and are not measured
-
-
-def describe(picture: Picture) -> tuple[str, str]:
-    """The whole picture in words, in raster order: a question with many supervised tokens."""
-    facts, parts = picture.facts, []
-    if picture.kind == "scene":
-        for thing in sorted(facts["things"], key=cell_of):
-            label = f" {joined(thing.label)}" if thing.label else ""
-            parts.append(f"{thing.color} {thing.pattern} {thing.shape} {place_name(thing)}{label}")
-        if facts["number"]:
-            parts.append("number " + joined(facts["number"]))
-    elif picture.kind == "table":
-        for name, cells in zip(TABLE_ROWS, facts["cells"]):
-            parts.append(f"row {name} " + "".join(joined(cell) for cell in cells))
-    else:
-        for color, value in facts["bars"]:
-            parts.append(f"{color} bar {value}")
-    return TEXTS["describe"], ", ".join(parts)
-
-
-def where(picture: Picture, rng: np.random.Generator) -> tuple[str, str]:
-    """Where all shapes of a kind stand, in raster order.
-
-    To count is to find all of a kind: without being asked where things are, the model learns it
-    late.
-    """
-    things = picture.facts["things"]
-    shape = things[rng.integers(len(things))].shape
-    found = sorted((thing for thing in things if thing.shape == shape), key=cell_of)
-    text = TEXTS["where"].format(shapes=PLURALS[shape])
-    return text, ", ".join(place_name(thing) for thing in found)
-
-
-def in_short(picture: Picture, rng: np.random.Generator) -> list[tuple[str, str]]:
-    """All that can be looked up in a picture, each asked in two to four words.
-
-    Most tokens of such questions are answers: a model learns to look things up from them, long
-    before it would from whole sentences. Questions of two steps, and those that end on yes or no,
-    have their steps here: where a pair of color and shape is, in which row a shape is.
-    """
-    facts = picture.facts
-    if picture.kind == "table":
-        pairs = []
-        for row, cells in zip(TABLE_ROWS, facts["cells"]):
-            for column, digits in zip(TABLE_COLUMNS, cells):
-                pairs.append((f"{row} {column}", joined(digits)))
-        return pairs
-    if picture.kind == "chart":
-        return [(f"{color} bar", str(value)) for color, value in facts["bars"]]
-    things = facts["things"]
-    pairs = shapes_in_short(things) + places_in_short(things) + pairs_in_short(things, rng)
-    if facts["number"]:
-        pairs.append(("number", joined(facts["number"])))
-    return pairs
-
-
-def shapes_in_short(things: list[Thing]) -> list[tuple[str, str]]:
-    """What is true of "the star"."""
-    pairs = []
-    for thing in single(things):
-        pairs.append((f"color {thing.shape}", thing.color))
-        pairs.append((f"pattern {thing.shape}", thing.pattern))
-        pairs.append((f"row {thing.shape}", ROWS[thing.row]))
-        pairs.append((f"column {thing.shape}", COLUMNS[thing.column]))
-        if thing.label:
-            pairs.append((f"label {thing.shape}", joined(thing.label)))
-    return pairs
-
-
-def places_in_short(things: list[Thing]) -> list[tuple[str, str]]:
-    """What stands at a place, and by a color that is there once."""
-    pairs, colors = [], [thing.color for thing in things]
-    for thing in things:
-        pairs.append((f"shape {place_name(thing)}", thing.shape))
-        pairs.append((f"color {place_name(thing)}", thing.color))
-        if colors.count(thing.color) == 1:
-            pairs.append((f"shape {thing.color}", thing.shape))
-            if thing.label:
-                pairs.append((f"label {thing.color}", joined(thing.label)))
-        if thing.label:
-            pairs.append((f"label {place_name(thing)}", joined(thing.label)))
-    return pairs
-
-
-def pairs_in_short(things: list[Thing], rng: np.random.Generator) -> list[tuple[str, str]]:
-    """Where a color and a shape are together: as many pairs that are nowhere as such that are."""
-    there = {(thing.color, thing.shape): thing for thing in reversed(things)}
-    pairs = []
-    for (color, shape), thing in there.items():
-        pairs.append((f"where {color} {shape}", place_name(thing)))
-        other = NAMES_OF_COLORS[rng.integers(len(NAMES_OF_COLORS))]
-        if (other, shape) not in there and not held_out((other, shape), "train"):
-            pairs.append((f"where {other} {shape}", "no"))
-    return pairs
-
-
-def cell_of(thing: Thing) -> tuple[int, int]:
-    return thing.row, thing.column
-
-
-def place_name(thing: Thing) -> str:
-    return f"{ROWS[thing.row]} {COLUMNS[thing.column]}"
-
-
 # --------------------------------------------------------------------- what accuracy is measured on
-
-
-def example(index: int, split: str, family: str) -> tuple[Picture, Question]:
-    """Picture and question number `index` of a family.
-
-    Each index has a picture of its own; where a picture has no question of the family the next seed
-    is tried.
-
-    Raises: ValueError for an unknown family or split.
-    """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {list(FAMILIES)}, got {family!r}")
-    code = list(FAMILIES).index(family)
-    first = EXAMPLES_FROM + (index * len(FAMILIES) + code) * 100
-    for attempt in range(100):
-        picture = make_picture(first + attempt, split, KIND_OF_FAMILY[family])
-        rng = np.random.default_rng([SPLIT_SEED[split], index, code])
-        question = ask(picture, family, rng, split)
-        if question:
-            return picture, question
-    # cannot happen: most pictures have one
-    raise RuntimeError(f"no {family} question in 100 pictures")
-
-
-# ------------------------------------------------------------------------------------- as a dataset
-
-
-def to_images(pixels: Sequence[np.ndarray]) -> Tensor:
-    """Pictures (H, W, 3) uint8 of one size -> (B, 3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 class Example(NamedTuple):
@@ -470,10 +334,31 @@ class Example(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)  # the rows of all tables ask the same questions
 def make_example(index: int, split: str, family: str) -> Example:
-    """Example number `index` of a family."""
-    picture, question = example(index, split, family)
-    asked = asked_patches(picture, question)
-    return Example(family, picture, question.text, question.answer, asked)
+    """Example number `index` of a family.
+
+    Each index has a picture of its own; where a picture has no question of the family the next seed
+    is tried.
+
+    Raises: ValueError for an unknown family or split.
+    """
+    if family not in FAMILIES:
+        raise ValueError(f"family must be one of {list(FAMILIES)}, got {family!r}")
+    code = list(FAMILIES).index(family)
+    first = EXAMPLES_FROM + (index * len(FAMILIES) + code) * 100
+    for attempt in range(100):
+        picture = make_picture(first + attempt, split, KIND_OF_FAMILY[family])
+        rng = np.random.default_rng([SPLIT_SEED[split], index, code])
+        question = make_question(picture, family, rng, split)
+        if question is not None:
+            asked = asked_patches(picture, question)
+            return Example(family, picture, question.text, question.answer, asked)
+    # cannot happen: most pictures have one
+    raise RuntimeError(f"no {family} question in 100 pictures")
+
+
+def to_images(pixels: Sequence[np.ndarray]) -> Tensor:
+    """Pictures (H, W, 3) uint8 of one size -> (B, 3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float() / 255
 
 
 def images_and_questions(examples: list[Example]) -> tuple[Tensor, list[str]]:

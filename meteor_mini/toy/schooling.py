@@ -1,26 +1,29 @@
 """What each encoder learns, and how: different things, as CLIP, EVA and Pix2Struct did.
 
-CLIP learns colors, ConvNeXt patterns, EVA how high bars are, Pix2Struct print. What things are and
-where they stand is known to several, so that some questions can be answered without any one
-encoder; the rest only one knows.
+CLIP learns colors, ConvNeXt patterns, EVA how tall bars are, Pix2Struct print. Several encoders
+learn what things are and where they stand, so some questions can be answered without any one of
+them; the rest only one encoder knows.
 
-Four losses train an encoder.
+An encoder is trained with four losses (a ConvNeXt, which is pruned by similarity alone, with the
+first two):
 
-- Caption: which words does each ninth of the picture hold? It is read from CLS, or from blank
-  patches where there is no CLS, as captions of photographs tell of things and not of the ground.
-- Words: each patch tells its own. A patch without words is asked nothing.
-- Clutter: a patch of clutter tells which kind it is. Real encoders know grass from gravel, though
-  no caption tells. So clutter comes to be as unlike the ground as things are (Finding 2).
-- Looks: each patch tells roughly what it looks like, as in masked image modelling: features of
-  real encoders tell more than is ever asked.
+- Caption: the CLS token names the words in each ninth of the picture, as captions of photographs
+  name things and not the ground. Where there is no CLS token, a few blank patches do.
+- Words: each patch names its own. A patch without words learns nothing.
+- Clutter: a patch of clutter names its kind. Real encoders tell grass from gravel, though no
+  caption does. So clutter becomes as unlike the ground as things are (the paper's Finding 2).
+- Looks: each patch predicts its own pixels, coarsely, as in masked image modelling: features of
+  real encoders hold more than any question needs.
 
-In most steps of the first part half of the patches are dropped at random, and none in the last
-part, as FLIP does [arXiv 2212.00794]: it is faster, and the caption has to be found in all patches
-of a thing. In most steps, too, those who read the caption enter late.
+Two more habits make late attention a better guide than similarity, as Finding 2 says:
+
+- In most steps half of the patches are dropped at random, as in FLIP [arXiv 2212.00794].
+- In most steps the tokens that read the caption enter late, as CLS does in CaiT [arXiv 2103.17239]:
+  what they learned in earlier blocks is taken away, so the attention of one late block has to find
+  everything that the caption names. Blank patches must enter late, too: otherwise earlier blocks
+  store information in them, and all attention goes there.
 """
 
-import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -33,11 +36,9 @@ import stage1_encode
 from ..baselines import RandomPatches
 from ..pictures import view_of
 from ..weights import build_encoder
-from . import world
 from .parts import ENCODERS
-from .pool import Pool, labels, load_state, progress, save_state, save_whole, schedule, update
-from .questions import to_images
-from .world import PRINT, SHAPES, SLOTS
+from .pool import Pool, train
+from .world import CELLS, CLUTTER, GRID, PRINT, SHAPES, SLOTS
 
 # encoder -> (things, the slots of words that it learns of them)
 SCHOOLING = {
@@ -54,162 +55,136 @@ SCHOOLING = {
         (["bar"], "what"),
     ],
 }
-RATE, BATCH = 1.5e-3, 32
-DROPPED_TO = 72  # patches, of 144
-WHOLE_SHARE = 0.15  # of the steps: all patches are there
-WHOLE_FROM = 0.7  # of the training: from here on, in all steps
-READERS = 12  # blank patches from which a caption is read where there is no CLS
-LATE_SHARE, LATE_BLOCKS = 0.85, [4, 5]  # of the steps: the readers enter at one of these blocks
-CAPTION, CLUTTER, LOOKS = 1.0, 1.0, 1.0  # weights of the losses
-# ConvNeXt can be pruned by similarity to the mean alone. So it is asked neither for clutter nor for
-# looks, and tells that a patch is blank, in each slot with this weight: clutter is ground to it.
-BLANK = 0.3
-# At first the caption leads, so that attention finds what it tells; then the words.
-WORDS, WORDS_LATER, WORDS_FROM = 0.3, 3.0, 0.6
-# Half of the pictures of these encoders show this print. It is rare, and the place of a digit in a
-# long number is what Pix2Struct learns last.
-OFTEN = {"pix2struct": "number"}
-SLOT_SIZES = [len(words) + 1 for words in SLOTS.values()]
-LOOK = 4  # pixels per side of what a patch tells of its looks
-
-
-# What the projector of each encoder tells the Llama. Stage 2 drops what several tell alike: if all
-# four told of bars, it would drop their heights too, which EVA alone knows.
+# What each encoder's projector passes on to the Llama. Stage 2 drops what several encoders share:
+# if all four passed on bars, it would drop their heights too, which only EVA knows.
 TOLD = {
     "clip": [(SHAPES, "what color row column")],
     "convnext": [(SHAPES, "what pattern row column")],
     "eva": [(SHAPES, "what row column"), (["bar"], "color value extreme")],
     "pix2struct": [(PRINT, "what digit place row column"), (SHAPES, "what row column")],
 }
+STEPS = {"clip": 2400, "convnext": 2100, "eva": 2800, "pix2struct": 4800}
+RATE, BATCH = 1.5e-3, 32
+DROPPED_TO = 72  # patches, of 144
+WHOLE_SHARE, WHOLE_FROM = 0.15, 0.7  # of the steps all patches stay, and in the last 30 %
+LATE_SHARE, LATE_BLOCKS = 0.85, [4, 5]  # of the steps the readers enter at one of these blocks
+READERS = 12  # blank patches that read the caption where there is no CLS
+# At first the caption leads, so that attention finds what it names; then the words.
+WORDS, WORDS_LATER, WORDS_FROM = 0.3, 3.0, 0.6
+BLANK = 0.3  # weight of "no word" in a ConvNeXt's loss: it has no other way to know the ground
+# Half of Pix2Struct's pictures show a number: the place of a digit is what it learns last.
+OFTEN = {"pix2struct": "number"}
+COARSE = 4  # pixels per side of what a patch predicts of its looks
+SLOT_SIZES = [len(words) + 1 for words in SLOTS.values()]
 
 
-def slots_of_things(subjects: list[tuple[list[str], str]]) -> np.ndarray:
-    """(words of slot "what" + 1, slots) uint8: 1 for the slots of each thing, as in `SCHOOLING`."""
-    table = np.zeros((SLOT_SIZES[0], len(SLOTS)), np.uint8)
+def mark_slots(subjects: list[tuple[list[str], str]]) -> Tensor:
+    """(words of slot "what" + 1, slots) int64: 1 for the slots of each thing, as in `SCHOOLING`."""
+    table = torch.zeros(SLOT_SIZES[0], len(SLOTS), dtype=torch.int64)
     for things, slots in subjects:
-        rows = [1 + SLOTS["what"].index(thing) for thing in things]
-        columns = [list(SLOTS).index(slot) for slot in slots.split()]
-        table[np.ix_(rows, columns)] = 1
+        for thing in things:
+            for slot in slots.split():
+                table[1 + SLOTS["what"].index(thing), list(SLOTS).index(slot)] = 1
     return table
 
 
-LEARNED_SLOTS = {name: slots_of_things(subjects) for name, subjects in SCHOOLING.items()}
-TOLD_SLOTS = {name: slots_of_things(subjects) for name, subjects in TOLD.items()}
+LEARNED_SLOTS = {name: mark_slots(subjects) for name, subjects in SCHOOLING.items()}
+TOLD_SLOTS = {name: mark_slots(subjects) for name, subjects in TOLD.items()}
 
 
-def learned_words(words: np.ndarray, name: str) -> np.ndarray:
-    """The words (..., slots) of patches that an encoder learns; 0 for the others."""
-    return words * LEARNED_SLOTS[name][words[..., 0]]
+def select_words(words: Tensor, slots: Tensor) -> Tensor:
+    """The words (..., slots) of patches that are in a table of `mark_slots`; 0 for the others."""
+    return words * slots[words[..., 0]]
 
 
-def told_words(words: np.ndarray, name: str) -> np.ndarray:
-    """Of the words (..., slots) of patches, those that an encoder's projector tells; 0 for the
-    others.
+def find_pictures(pool: Pool, thing: str) -> np.ndarray:
+    """Numbers of the pictures that show a thing, a word of slot "what"."""
+    word = 1 + SLOTS["what"].index(thing)
+    return np.flatnonzero((pool.words[..., 0] == word).any(dim=1))
+
+
+def read_pixels(images: Tensor, encoder: nn.Module) -> Tensor:
+    """Pictures (B, 3, 192, 192) as an encoder reads them.
+
+    All but Pix2Struct see half the size: averaging is faster than the resizing of their view.
     """
-    return words * TOLD_SLOTS[name][words[..., 0]]
+    view = view_of(encoder)
+    if view.size[0] < images.shape[-1]:
+        images = F.avg_pool2d(images, 2)
+    return view(images)
 
 
-def random_pruner(
-    encoder: nn.Module, rng: np.random.Generator, done: float
-) -> stage1_encode.EncoderPruner:
-    """What is dropped in a step: nothing, or random patches after the first block.
-
-    done: share of the training that lies behind.
-    """
-    if rng.random() < WHOLE_SHARE or done >= WHOLE_FROM:
-        return stage1_encode.EncoderPruner(encoder, [None])
-    later_blocks = len(stage1_encode.EncoderPruner(encoder, [None]).blocks) - 1
-    return RandomPatches(encoder, [DROPPED_TO, *[None] * later_blocks])
+# ------------------------------------------------------------------- an encoder that drops patches
 
 
-@contextlib.contextmanager
-def late_readers(pruner: stage1_encode.EncoderPruner, block: int, blank: Tensor) -> Iterator[None]:
-    """CLS and blank patches enter at a late block: what they learned before is taken away.
-
-    The caption is read as soon as that block is done. So its attention has to find all that the
-    caption tells, as in CaiT [arXiv 2103.17239], where CLS enters late for good.
-
-    Blank patches would else be where things are noted for CLS, and all attention goes there.
-
-    Args: blank (B, 144) bool.
-    """
-    start = []
-
-    def note(first_block, args):
-        start.append(args[0])
-
-    def reset(late_block, args):
-        x = args[0]
-        prefix = pruner.prefix  # CLS, where there is one
-        kept = pruner.keep_idx[..., None]
-        first = start[0][:, prefix:].take_along_dim(kept, dim=1)
-        reads = blank[..., None].take_along_dim(kept, dim=1)
-        patches = torch.where(reads, first, x[:, prefix:])
-        x = torch.cat([start[0][:, :prefix], patches], dim=1)
-        return (x, *args[1:])
-
-    first, late = pruner.blocks[0], pruner.blocks[block]
-    handles = [first.register_forward_pre_hook(note), late.register_forward_pre_hook(reset)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def tokens_of(
-    encoder: nn.Module,
-    pixels: Tensor,
-    pruner: stage1_encode.EncoderPruner | None,
-    late_block: int = 0,
-    blank: Tensor | None = None,
+def run_encoder(
+    pruner: stage1_encode.EncoderPruner, pixels: Tensor, blank: Tensor, late_block: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Run an encoder under a pruner (None for a ConvNeXt).
+    """Run an encoder under a pruner; CLS and the blank patches enter at a late block, or the first.
 
-    Args: late_block: where the readers enter, 0 for the first block; blank (B, 144) bool: patches
-        without words, which are the readers where there is no CLS.
-    Returns: the token that stands for the whole: CLS, the mean of a few blank patches, or that of
-        all patches (B, D); patches (B, n, D); their numbers (B, n).
+    Args: blank (B, 144) bool: patches without words.
+    Returns: what reads the caption (B, D), after the late block or the last: CLS, or the mean of a
+        few blank patches; patches (B, n, D); their numbers (B, n).
     """
-    if pruner is None:
-        patches, kept = stage1_encode.encode(encoder, pixels)
-        return patches.mean(dim=1), patches, kept
-    outputs = []
+    first_input, read_output = [], []
 
-    def note(block, args, output):
-        outputs.append(output[0] if isinstance(output, tuple) else output)
+    def note_input(block, args):
+        first_input.append(args[0])
 
-    # readers that enter late have read when that block is done
-    last_read = pruner.blocks[late_block if late_block > 0 else -1]
-    handle = last_read.register_forward_hook(note)
-    entrance = contextlib.nullcontext()
-    if late_block > 0:
-        entrance = late_readers(pruner, late_block, blank)
+    def reset_readers(block, args):
+        """As they were at the first block: what they have read since is taken away."""
+        x = args[0]  # (B, prefix + n, D); the prefix is CLS, where there is one
+        kept = pruner.keep_idx[..., None]  # (B, n, 1)
+        cls, patches = first_input[0].tensor_split([pruner.prefix], dim=1)
+        is_reader = blank[..., None].take_along_dim(kept, dim=1)
+        patches = torch.where(is_reader, patches.take_along_dim(kept, dim=1), x[:, pruner.prefix :])
+        return (torch.cat([cls, patches], dim=1), *args[1:])
+
+    def note_output(block, args, output):
+        read_output.append(output[0] if isinstance(output, tuple) else output)
+
+    blocks = pruner.blocks
+    hooks = [blocks[0].register_forward_pre_hook(note_input)]
+    if late_block is not None:
+        hooks.append(blocks[late_block].register_forward_pre_hook(reset_readers))
+    last_read = len(blocks) - 1 if late_block is None else late_block
+    hooks.append(blocks[last_read].register_forward_hook(note_output))
     try:
-        with entrance, pruner:
+        with pruner:
             pruner.encoder(pixels)
     finally:
-        handle.remove()
-    x = pruner.norm(outputs[0])
-    patches, kept = pruner.tokens, pruner.keep_idx
+        for hook in hooks:
+            hook.remove()
+
+    x = pruner.norm(read_output[0])  # (B, prefix + n, D)
     if pruner.has_cls:
-        return x[:, 0], patches, kept
-    lots = torch.rand(kept.shape, device=kept.device) + blank.take_along_dim(kept, dim=1)
-    some = lots.topk(READERS, dim=1).indices  # (B, 12)
-    whole = x.take_along_dim(some[..., None], dim=1).mean(dim=1)
-    return whole, patches, kept
+        return x[:, 0], pruner.tokens, pruner.keep_idx
+    lots = torch.rand(x.shape[:2], device=x.device)
+    lots = lots + blank.take_along_dim(pruner.keep_idx, dim=1)  # blank patches come first
+    readers = lots.topk(READERS, dim=1).indices[..., None]  # (B, 12, 1)
+    return x.take_along_dim(readers, dim=1).mean(dim=1), pruner.tokens, pruner.keep_idx
+
+
+def choose_pruner(
+    encoder: nn.Module, rng: np.random.Generator, progress: float
+) -> stage1_encode.EncoderPruner:
+    """Nothing is dropped, or random patches after the first block. progress: 0 to 1."""
+    whole = stage1_encode.EncoderPruner(encoder, [None])
+    if rng.random() < WHOLE_SHARE or progress >= WHOLE_FROM:
+        return whole
+    return RandomPatches(encoder, [DROPPED_TO, *[None] * (len(whole.blocks) - 1)])
 
 
 # ------------------------------------------------------------------------------------------- losses
 
 
-def ninths(words: Tensor) -> Tensor:
+def caption_of(words: Tensor) -> Tensor:
     """Which words does each ninth of the picture hold?
 
     Args: words (B, 144, slots) int64. Returns: (B, 9, all words of all slots) float, 0 or 1.
     """
-    n, wide = world.CELLS, world.GRID // world.CELLS
-    cells = words.unflatten(1, (n, wide, n, wide)).transpose(2, 3)  # (B, 3, 3, 4, 4, slots)
+    side = GRID // CELLS
+    cells = words.unflatten(1, (CELLS, side, CELLS, side)).transpose(2, 3)  # (B, 3, 3, 4, 4, slots)
     cells = cells.flatten(3, 4).flatten(1, 2)  # (B, 9, 16, slots)
     there = []
     for slot, size in enumerate(SLOT_SIZES):
@@ -220,7 +195,7 @@ def ninths(words: Tensor) -> Tensor:
 
 def caption_loss(scores: Tensor, words: Tensor) -> Tensor:
     """Args: scores (B, 9 * all words) float; words (B, 144, slots) int64, learned ones."""
-    target = ninths(words).flatten(1)
+    target = caption_of(words).flatten(1)
     # the sum over words of a ninth would be a hundred times the mean
     return 20 * F.binary_cross_entropy_with_logits(scores, target)
 
@@ -241,122 +216,78 @@ def word_loss(scores: Tensor, words: Tensor, blank: float = 0.0) -> Tensor:
     return torch.stack(losses).mean()
 
 
-def looks(images: Tensor) -> Tensor:
+def coarsen(images: Tensor) -> Tensor:
     """(B, 3, H, W) in [0, 1] -> (B, 144, 48): each patch in 4 x 4 pixels, about 0."""
-    small = F.adaptive_avg_pool2d(images, LOOK * world.GRID)
-    return F.unfold((small - 0.5) / 0.25, LOOK, stride=LOOK).mT
+    small = F.adaptive_avg_pool2d(images, COARSE * GRID)
+    return F.unfold((small - 0.5) / 0.25, COARSE, stride=COARSE).mT
 
 
 # ----------------------------------------------------------------------------------------- training
 
 
-class School(nn.ModuleDict):
-    """An encoder, and the heads that read the four answers from its tokens."""
-
-    def __init__(self, name: str):
-        encoder = build_encoder(name, ENCODERS[name])
-        D, all_words = view_of(encoder).width, sum(SLOT_SIZES) - len(SLOT_SIZES)
-        captions = world.CELLS**2 * all_words
-        heads = {
-            "caption": nn.Sequential(nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, captions)),
+def build_pupil(name: str) -> nn.ModuleDict:
+    """An encoder, and the heads that read its four answers."""
+    encoder = build_encoder(name, ENCODERS[name])
+    D, all_words = view_of(encoder).width, sum(SLOT_SIZES) - len(SLOT_SIZES)
+    caption = [nn.Linear(D, 2 * D), nn.GELU(), nn.Linear(2 * D, CELLS**2 * all_words)]
+    return nn.ModuleDict(
+        {
+            "encoder": encoder,
+            "caption": nn.Sequential(*caption),
             "words": nn.Linear(D, sum(SLOT_SIZES)),
-            "clutter": nn.Linear(D, len(world.CLUTTER) + 1),
-            "looks": nn.Linear(D, 3 * LOOK**2),
+            "clutter": nn.Linear(D, len(CLUTTER) + 1),
+            "looks": nn.Linear(D, 3 * COARSE**2),
         }
-        super().__init__({"encoder": encoder} | heads)
-
-
-def seen(images: np.ndarray, name: str) -> Tensor:
-    """What an encoder is shown of pictures (B, 192, 192, 3) uint8: all but Pix2Struct half of it.
-
-    Averaging two by two pixels is faster than the resizing that the view would do.
-    """
-    shown = to_images(images)
-    return shown if name == "pix2struct" else F.avg_pool2d(shown, 2)
-
-
-def showing(pool: Pool, thing: str) -> np.ndarray:
-    """Numbers of the pictures that show a thing, a word of slot "what"."""
-    number = 1 + SLOTS["what"].index(thing)
-    return np.flatnonzero((pool.words[..., 0] == number).any(axis=1))
-
-
-def losses_of(
-    model: School,
-    name: str,
-    pool: Pool,
-    often: np.ndarray,
-    rng: np.random.Generator,
-    done: float,
-) -> dict[str, Tensor]:
-    """One batch's losses, by name.
-
-    Args: often: numbers of the pictures from which half are drawn; rng: chooses the pictures, and
-        what is dropped; done: share of the training that lies behind.
-    """
-    encoder, device = model["encoder"], next(model.parameters()).device
-    half = BATCH // 2
-    rows = np.concatenate([rng.integers(len(pool), size=half), rng.choice(often, size=half)])
-    rows = np.sort(rows)
-    images = seen(pool.images[rows], name).to(device)
-    words = labels(learned_words(pool.words[rows], name), device)  # (B, 144, slots)
-    dense = not stage1_encode.can_prune_inside(encoder)
-    pruner = None if dense else random_pruner(encoder, rng, done)
-    late_block = int(rng.choice(LATE_BLOCKS)) if rng.random() < LATE_SHARE else 0
-    blank = words[..., 0] == 0
-    whole, patches, kept = tokens_of(encoder, view_of(encoder)(images), pruner, late_block, blank)
-    of_words = WORDS if done < WORDS_FROM else WORDS_LATER
-    of_patches = words.take_along_dim(kept[..., None], dim=1)  # (B, n, slots)
-    losses = {
-        "caption": CAPTION * caption_loss(model["caption"](whole), words),
-        "words": of_words * word_loss(model["words"](patches), of_patches, BLANK if dense else 0.0),
-    }
-    if not dense:
-        kinds = labels(pool.clutter[rows], device).take_along_dim(kept, dim=1)  # (B, n)
-        scores = model["clutter"](patches).flatten(0, 1)
-        losses["clutter"] = CLUTTER * F.cross_entropy(scores, kinds.flatten(), ignore_index=0)
-        target = looks(images).take_along_dim(kept[..., None], dim=1)  # (B, n, 48)
-        losses["looks"] = LOOKS * F.mse_loss(model["looks"](patches), target)
-    return losses
-
-
-def train_encoder(name: str, folder: Path, steps: int, device: torch.device) -> None:
-    """Train one encoder, resumable; writes its weights to folder."""
-    torch.manual_seed(list(ENCODERS).index(name))
-    pool, model = Pool(folder), School(name).to(device).train()
-    often = showing(pool, OFTEN[name]) if name in OFTEN else np.arange(len(pool))
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=RATE, weight_decay=0.02, betas=(0.9, 0.98), fused=True
     )
-    state = folder / f"{name}.resume.safetensors"
-    bar = progress(load_state(state, model, [optimizer]), steps, name)
-    for step in bar:
-        torch.manual_seed(step)  # of the patches dropped
-        losses = losses_of(model, name, pool, often, np.random.default_rng([7, step]), step / steps)
-        rate = RATE * schedule(step, steps, hold=0.3)
-        update([optimizer], sum(losses.values()), rate, clip=1.0)
-        if step % 50 == 49:
-            bar.set_postfix({key: f"{loss.item():.3f}" for key, loss in losses.items()})
-        if step % 200 == 199 or step == steps - 1:
-            save_state(state, model.state_dict(), [optimizer], step + 1)
-    probe(name, model, device)
-    save_whole(model["encoder"].state_dict(), folder / f"{name}.safetensors")
 
 
-@torch.no_grad()
-def probe(name: str, model: School, device: torch.device, pictures: int = 128) -> None:
-    """Print, per slot, the share of validation patches whose word the linear head names."""
-    model.eval()
-    drawn = [world.make_picture(i, "val") for i in range(pictures)]
-    images = seen(np.stack([picture.image for picture in drawn]), name).to(device)
-    words = np.stack([picture.patch_words for picture in drawn]).astype(np.uint8)
-    target = labels(learned_words(words, name), device)
-    patches, _ = stage1_encode.encode(model["encoder"], view_of(model["encoder"])(images))
-    scores = model["words"](patches).split(SLOT_SIZES, dim=-1)
-    line = []
-    for slot, slot_name in enumerate(SLOTS):
-        has_word = target[..., slot] > 0
-        if has_word.any():
-            right = scores[slot].argmax(dim=-1) == target[..., slot]
-            line.append(f"{slot_name} {right[has_word].float().mean():.2f}")
-    print(f"{name}: " + ", ".join(line), flush=True)
+def compute_loss(
+    pupil: nn.ModuleDict,
+    images: Tensor,
+    words: Tensor,
+    clutter: Tensor,
+    rng: np.random.Generator,
+    progress: float,
+) -> Tensor:
+    """All losses of a batch.
+
+    Args: images (B, 3, 192, 192); words (B, 144, slots): those that the encoder learns; clutter
+        (B, 144); progress: the share of the training that is done.
+    """
+    encoder = pupil["encoder"]
+    pixels = read_pixels(images, encoder)
+    word_weight = WORDS if progress < WORDS_FROM else WORDS_LATER
+    if not stage1_encode.can_prune_inside(encoder):
+        patches, _ = stage1_encode.encode(encoder, pixels)  # (B, 144, D)
+        loss = caption_loss(pupil["caption"](patches.mean(dim=1)), words)
+        return loss + word_weight * word_loss(pupil["words"](patches), words, BLANK)
+
+    pruner = choose_pruner(encoder, rng, progress)
+    late_block = int(rng.choice(LATE_BLOCKS)) if rng.random() < LATE_SHARE else None
+    reader, patches, kept = run_encoder(pruner, pixels, words[..., 0] == 0, late_block)
+    loss = caption_loss(pupil["caption"](reader), words)
+    own_words = words.take_along_dim(kept[..., None], dim=1)  # (B, n, slots)
+    loss = loss + word_weight * word_loss(pupil["words"](patches), own_words)
+    kinds = clutter.take_along_dim(kept, dim=1)  # (B, n), 0 for none
+    scores = pupil["clutter"](patches).flatten(0, 1)
+    loss = loss + F.cross_entropy(scores, kinds.flatten(), ignore_index=0)
+    looks = coarsen(images).take_along_dim(kept[..., None], dim=1)  # (B, n, 48)
+    return loss + F.mse_loss(pupil["looks"](patches), looks)
+
+
+def train_encoder(name: str, work: Path, device: torch.device) -> None:
+    """Train one encoder; writes it with its heads."""
+    torch.manual_seed(list(ENCODERS).index(name))
+    pool, pupil = Pool(work), build_pupil(name).to(device).train()
+    often = find_pictures(pool, OFTEN[name]) if name in OFTEN else np.arange(len(pool))
+    optimizer = torch.optim.AdamW(pupil.parameters(), RATE, betas=(0.9, 0.98), weight_decay=0.02)
+
+    def loss_of_step(step: int, rng: np.random.Generator) -> Tensor:
+        anywhere = rng.integers(len(pool), size=BATCH // 2)
+        rows = np.concatenate([anywhere, rng.choice(often, size=BATCH // 2)])
+        words = select_words(pool.words[rows], LEARNED_SLOTS[name])
+        batch = [pool.load_images(rows), words, pool.clutter[rows]]
+        batch = [part.to(device) for part in batch]
+        return compute_loss(pupil, *batch, rng, step / STEPS[name])
+
+    train(name, work, pupil, [optimizer], loss_of_step, STEPS[name], hold=0.3)

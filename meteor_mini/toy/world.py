@@ -1,4 +1,4 @@
-r"""GlyphWorld: seeded pictures of shapes, small print, tables and bar charts.
+"""The toy world: seeded pictures of shapes, small print, tables and bar charts.
 
 The embedded model is trained and measured on this world. Everything is drawn with Pillow from a
 seed, no file is read. `questions.py` asks about the pictures.
@@ -123,13 +123,13 @@ class Canvas:
         dark = rng.random() < 0.4
         self.ink = (235, 235, 235) if dark else (25, 25, 25)
         self.grey = rng.uniform(30, 75) if dark else rng.uniform(170, 230)
-        self.image = Image.fromarray(background(rng, self.grey))
+        self.image = Image.fromarray(draw_background(rng, self.grey))
         self.draw = ImageDraw.Draw(self.image)
         self.ids = Image.new("L", (SIZE, SIZE), 0)
         self.id_draw = ImageDraw.Draw(self.ids)
         self.words = [{}]  # of each object: slot -> word
         self.clutter_ids = Image.new("L", (SIZE, SIZE), 0)  # 1 + place in CLUTTER
-        clutter(self)
+        draw_clutter(self)
 
     def faint_ink(self, strength: float, rest: int) -> tuple[int, ...]:
         """The ink, thinned, for lines that carry no meaning."""
@@ -137,7 +137,7 @@ class Canvas:
 
     def paper(self, column: int, row: int, columns: int, rows: int) -> None:
         """Blank paper over some patches, 2 pixels more on each side: print stands on it."""
-        shade = varied((self.grey,) * 3, 8, self.rng)
+        shade = vary_color((self.grey,) * 3, 8, self.rng)
         left, top = column * PATCH - 2, row * PATCH - 2
         right, bottom = (column + columns) * PATCH + 1, (row + rows) * PATCH + 1
         self.draw.rectangle([left, top, right, bottom], fill=shade)
@@ -166,8 +166,8 @@ class Canvas:
 
     def patch_words(self) -> np.ndarray:
         """Per patch the words of the object that covers most of it: a quarter of it at least."""
-        words = np.array([word_numbers(said) for said in self.words])  # (objects, slots)
-        covered = pixels_of_each(self.ids, len(words))  # (144, objects)
+        words = np.array([number_words(words) for words in self.words])  # (objects, slots)
+        covered = count_pixels(self.ids, len(words))  # (144, objects)
         covered[:, 0] = 0
         owner = covered.argmax(axis=1)  # (144,)
         labels = words[owner]
@@ -179,7 +179,7 @@ class Canvas:
 
         A patch is cluttered where a twelfth of its pixels are, as lines are thin.
         """
-        covered = pixels_of_each(self.clutter_ids, 1 + len(CLUTTER))  # (144, 1 + kinds)
+        covered = count_pixels(self.clutter_ids, 1 + len(CLUTTER))  # (144, 1 + kinds)
         covered[:, 0] = 0
         kinds = covered.argmax(axis=1)
         kinds[covered.max(axis=1) < PATCH * PATCH / 12] = 0
@@ -191,7 +191,7 @@ class Canvas:
         return Picture(self.pixels(), words, kind, facts, clutter)
 
 
-def pixels_of_each(numbers: Image.Image, count: int) -> np.ndarray:
+def count_pixels(numbers: Image.Image, count: int) -> np.ndarray:
     """(144, count) int64: how many pixels of each patch have each number of a canvas ("L")."""
     of_pixel = np.asarray(numbers, np.int64).reshape(GRID, PATCH, GRID, PATCH)
     patches = of_pixel.transpose(0, 2, 1, 3).reshape(GRID * GRID, PATCH * PATCH)
@@ -205,7 +205,7 @@ def print_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def word_numbers(words: dict[str, str]) -> list[int]:
+def number_words(words: dict[str, str]) -> list[int]:
     """One number per slot: the word's place in `SLOTS`, from 1; 0 for none."""
     numbers = []
     for slot, vocabulary in SLOTS.items():
@@ -214,7 +214,7 @@ def word_numbers(words: dict[str, str]) -> list[int]:
     return numbers
 
 
-def varied(color: tuple[float, ...], most: float, rng: np.random.Generator) -> tuple[int, ...]:
+def vary_color(color: tuple[float, ...], most: float, rng: np.random.Generator) -> tuple[int, ...]:
     """A colour near another, so that no colour is one exact value."""
     changed = []
     for value in color:
@@ -248,7 +248,7 @@ def make_picture(index: int, split: str = "train", kind: str | None = None) -> P
 # ------------------------------------------------------------------------------ ground and clutter
 
 
-def background(rng: np.random.Generator, grey: float) -> np.ndarray:
+def draw_background(rng: np.random.Generator, grey: float) -> np.ndarray:
     """(192, 192, 3) uint8: a grey that rises in some direction, with a tint and noise."""
     ramp = np.linspace(-1, 1, SIZE)
     angle = rng.uniform(0, 2 * np.pi)
@@ -261,7 +261,7 @@ def background(rng: np.random.Generator, grey: float) -> np.ndarray:
     return np.clip(ground[:, :, None] + tint + loudness * noise, 0, 255).astype(np.uint8)
 
 
-def clutter(canvas: Canvas) -> None:
+def draw_clutter(canvas: Canvas) -> None:
     """Nine to fifteen pieces of what is unlike the ground and means nothing, anywhere."""
     rng = canvas.rng
     for _ in range(rng.integers(9, 16)):
@@ -287,18 +287,18 @@ def draw_piece(canvas: Canvas, kind: str, x: int, y: int) -> None:
     canvas.clutter_ids.paste(1 + CLUTTER.index(kind), mask=changed)
 
 
-def any_color(rng: np.random.Generator) -> tuple[int, ...]:
+def choose_color(rng: np.random.Generator) -> tuple[int, ...]:
     """Mostly a colour that things have too: colour alone tells nothing."""
     if rng.random() < 0.3:
-        return dull_color(rng)
+        return choose_dull_color(rng)
     names = list(COLORS)
-    return varied(COLORS[names[rng.integers(len(names))]], 25, rng)
+    return vary_color(COLORS[names[rng.integers(len(names))]], 25, rng)
 
 
-def dull_color(rng: np.random.Generator) -> tuple[int, ...]:
+def choose_dull_color(rng: np.random.Generator) -> tuple[int, ...]:
     """A grey with a tint: no colour that a question names."""
     grey = rng.uniform(30, 225)
-    return varied((grey, grey, grey), 25, rng)
+    return vary_color((grey, grey, grey), 25, rng)
 
 
 def draw_texture(canvas: Canvas, x: int, y: int) -> None:
@@ -307,18 +307,20 @@ def draw_texture(canvas: Canvas, x: int, y: int) -> None:
     width, height = (int(side) for side in rng.integers(24, 65, size=2))
     box = [x - width // 2, y - height // 2, x + width // 2, y + height // 2]
     if rng.random() < 0.5:
-        canvas.draw.rectangle(box, fill=dull_color(rng))
+        canvas.draw.rectangle(box, fill=choose_dull_color(rng))
     mask = Image.new("L", (SIZE, SIZE), 0)
     ImageDraw.Draw(mask).rectangle(box, fill=255)
     pattern = PATTERNS[rng.integers(1, len(PATTERNS))]
-    paint(canvas, dull_color(rng), mask, pattern_mask(pattern, rng))
+    paint(canvas, choose_dull_color(rng), mask, pattern_mask(pattern, rng))
 
 
 def draw_scribble(canvas: Canvas, x: int, y: int) -> None:
     """Four to eight strokes within 60 pixels."""
     rng = canvas.rng
     corners = rng.integers(-30, 31, size=(rng.integers(5, 10), 2)) + (x, y)
-    canvas.draw.line([tuple(corner) for corner in corners.tolist()], fill=any_color(rng), width=2)
+    canvas.draw.line(
+        [tuple(corner) for corner in corners.tolist()], fill=choose_color(rng), width=2
+    )
 
 
 def draw_outline(canvas: Canvas, x: int, y: int) -> None:
@@ -328,7 +330,7 @@ def draw_outline(canvas: Canvas, x: int, y: int) -> None:
     outer, inner = Image.new("L", (SIZE, SIZE), 0), Image.new("L", (SIZE, SIZE), 0)
     draw_shape(ImageDraw.Draw(outer), shape, x, y, radius, 255)
     draw_shape(ImageDraw.Draw(inner), shape, x, y, radius - 5, 255)
-    paint(canvas, any_color(rng), outer, ~np.asarray(inner, bool))
+    paint(canvas, choose_color(rng), outer, ~np.asarray(inner, bool))
 
 
 def draw_signs(canvas: Canvas, x: int, y: int) -> None:
@@ -336,7 +338,7 @@ def draw_signs(canvas: Canvas, x: int, y: int) -> None:
     rng = canvas.rng
     font = print_font(int(rng.integers(13, 18)))
     signs = [SIGNS[i] for i in rng.integers(len(SIGNS), size=rng.integers(3, 9))]
-    canvas.draw.text((x, y), " ".join(signs), font=font, fill=any_color(rng), anchor="mm")
+    canvas.draw.text((x, y), " ".join(signs), font=font, fill=choose_color(rng), anchor="mm")
 
 
 def paint(canvas: Canvas, color: tuple[int, ...], shape: Image.Image, where: np.ndarray) -> None:
@@ -383,7 +385,7 @@ def draw_scene(rng: np.random.Generator, split: str) -> Picture:
         pattern = PATTERNS[rng.integers(len(PATTERNS))]
         things.append(Thing(color, shape, pattern, *cells[place], digits))
     for thing in things:
-        stand(canvas, thing)
+        draw_thing(canvas, thing)
     return canvas.finish("scene", {"things": things, "number": number})
 
 
@@ -423,7 +425,7 @@ def random_kinds(rng: np.random.Generator, split: str) -> list[tuple[str, str]]:
     return chosen
 
 
-def stand(canvas: Canvas, thing: Thing) -> None:
+def draw_thing(canvas: Canvas, thing: Thing) -> None:
     """Draw a shape in the upper three quarters of its cell, its label below it."""
     rng = canvas.rng
     row, column = ROWS[thing.row], COLUMNS[thing.column]
@@ -433,7 +435,7 @@ def stand(canvas: Canvas, thing: Thing) -> None:
     radius = rng.uniform(18, 22)
     x = (thing.column + 0.5) * CELL + rng.uniform(-6, 6)
     y = thing.row * CELL + 24 + rng.uniform(-2, 2)
-    fill = varied(COLORS[thing.color], 18, rng)
+    fill = vary_color(COLORS[thing.color], 18, rng)
     mask = Image.new("L", (SIZE, SIZE), 0)
     draw_shape(ImageDraw.Draw(mask), thing.shape, x, y, radius, 255)
     paint(canvas, fill, mask, np.ones((SIZE, SIZE), bool))
@@ -535,7 +537,7 @@ def draw_chart(rng: np.random.Generator) -> Picture:
             words["extreme"] = "shortest"
         x = left + i * step + (step - width) / 2
         box = [x, bottom - PATCH * value, x + width, bottom - 1]  # one unit is a patch high
-        canvas.draw.rectangle(box, fill=varied(COLORS[color], 18, rng))
+        canvas.draw.rectangle(box, fill=vary_color(COLORS[color], 18, rng))
         canvas.id_draw.rectangle(box, fill=canvas.add_object(**words))
     return canvas.finish("chart", {"bars": list(zip(colors, values))})
 

@@ -25,22 +25,22 @@ def pixels_of(name, batch=2):
     return encoder, view_of(encoder)(torch.rand(batch, 3, world.SIZE, world.SIZE))
 
 
-def test_a_projector_tells_only_what_its_encoder_learned():
-    for name, told in schooling.TOLD_SLOTS.items():
-        assert (told <= schooling.LEARNED_SLOTS[name]).all()
+def test_a_projector_passes_on_only_what_its_encoder_learned():
+    for name, passed_on in schooling.TOLD_SLOTS.items():
+        assert (passed_on <= schooling.LEARNED_SLOTS[name]).all()
 
 
-@pytest.mark.parametrize("table, words_of", [("SCHOOLING", "learned"), ("TOLD", "told")])
-def test_an_encoder_has_its_slots_of_its_things_and_nothing_else(table, words_of):
+@pytest.mark.parametrize("table, slots", [("SCHOOLING", "LEARNED_SLOTS"), ("TOLD", "TOLD_SLOTS")])
+def test_an_encoder_has_its_slots_of_its_things_and_nothing_else(table, slots):
     for name, subjects in getattr(schooling, table).items():
         for thing in world.SLOTS["what"]:
-            words = np.ones(len(world.SLOTS), np.uint8)
+            words = torch.ones(len(world.SLOTS), dtype=torch.int64)
             words[0] = 1 + world.SLOTS["what"].index(thing)
-            found = getattr(schooling, f"{words_of}_words")(words, name)
+            found = schooling.select_words(words, getattr(schooling, slots)[name])
             expected = set()
-            for things, slots in subjects:
+            for things, names in subjects:
                 if thing in things:
-                    expected |= set(slots.split())
+                    expected |= set(names.split())
             assert {slot for slot, word in zip(world.SLOTS, found) if word} == expected
 
 
@@ -62,9 +62,9 @@ def test_word_loss_equals_a_loop_over_patches_and_slots(blank):
     assert got.item() == pytest.approx(np.mean(losses), rel=1e-5)
 
 
-def test_ninths_equal_a_loop_over_cells():
+def test_captions_equal_a_loop_over_cells():
     words = some_words(2, world.GRID**2)
-    got = schooling.ninths(words)
+    got = schooling.caption_of(words)
     grid, starts = (
         words.view(2, 12, 12, -1),
         np.cumsum([0, *(len(w) for w in world.SLOTS.values())]),
@@ -81,14 +81,14 @@ def test_ninths_equal_a_loop_over_cells():
 
 def test_caption_loss_of_no_opinion_is_that_of_a_coin():
     words = some_words(2, world.GRID**2)
-    scores = torch.zeros_like(schooling.ninths(words)).flatten(1)
+    scores = torch.zeros_like(schooling.caption_of(words)).flatten(1)
     assert schooling.caption_loss(scores, words).item() == pytest.approx(20 * math.log(2))
 
 
-def test_looks_are_the_patch_in_four_by_four_pixels():
+def test_coarse_looks_are_the_patch_in_four_by_four_pixels():
     torch.manual_seed(0)
     images = torch.rand(1, 3, 96, 96)
-    got = schooling.looks(images)[0, 13].view(3, 4, 4)  # row 1, column 1
+    got = schooling.coarsen(images)[0, 13].view(3, 4, 4)  # row 1, column 1
     patch = images[0, :, 8:16, 8:16]
     expected = patch.view(3, 4, 2, 4, 2).mean(dim=(2, 4))
     torch.testing.assert_close(got, (expected - 0.5) / 0.25)
@@ -109,28 +109,28 @@ def test_patch_dropout_keeps_patches_at_random():
     assert len({tuple(kept) for kept in pruner.keep_idx.tolist()}) == 8
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_tokens_are_the_librarys_own_where_nothing_is_dropped(name):
+IN_PARTS = [name for name in ENCODERS if name != "convnext"]  # that can be pruned inside
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_patches_are_the_librarys_own_where_nothing_is_dropped(name):
     encoder, pixels = pixels_of(name)
-    dense = not stage1_encode.can_prune_inside(encoder)
-    pruner = None if dense else stage1_encode.EncoderPruner(encoder, [None])
+    pruner = stage1_encode.EncoderPruner(encoder.eval(), [None])
     blank = torch.ones(2, world.GRID**2, dtype=torch.bool)
     with torch.no_grad():
-        whole, patches, kept = schooling.tokens_of(encoder.eval(), pixels, pruner, 0, blank)
+        _, patches, kept = schooling.run_encoder(pruner, pixels, blank, None)
         expected, _ = stage1_encode.encode(encoder, pixels)
     torch.testing.assert_close(patches, expected, atol=1e-5, rtol=1e-5)
     assert torch.equal(kept, torch.arange(144).expand(2, -1))
-    if dense:
-        assert torch.equal(whole, patches.mean(dim=1))
 
 
-@pytest.mark.parametrize("name", [name for name in ENCODERS if name != "convnext"])
+@pytest.mark.parametrize("name", IN_PARTS)
 def test_gradients_reach_the_blocks_and_no_hook_stays(name):
     encoder, pixels = pixels_of(name)
     pruner = random_patches(encoder.train(), 40)
     blank = torch.ones(2, world.GRID**2, dtype=torch.bool)
-    whole, patches, _ = schooling.tokens_of(encoder, pixels, pruner, 4, blank)
-    (whole.sum() + (patches**2).sum()).backward()
+    reader, patches, _ = schooling.run_encoder(pruner, pixels, blank, 4)
+    (reader.sum() + (patches**2).sum()).backward()
     assert all(p.grad is not None for p in pruner.blocks.parameters())
     hooks = [(m._forward_hooks, m._forward_pre_hooks) for m in encoder.modules()]
     assert not any(after or before for after, before in hooks)
@@ -138,25 +138,21 @@ def test_gradients_reach_the_blocks_and_no_hook_stays(name):
 
 @pytest.mark.parametrize("name", ["clip", "pix2struct"])
 def test_late_readers_forget_what_they_read_before(name):
-    """What a reader says depends on no block before its own but through the other patches: with
-    these made equal, it depends on none.
-    """
+    """At the late block the readers are as at the first, and the other patches as without that."""
     encoder, pixels = pixels_of(name)
     encoder.eval()
     pruner = stage1_encode.EncoderPruner(encoder, [None])
     blank = torch.zeros(2, world.GRID**2, dtype=torch.bool)
     blank[:, :20] = True
-    at_block = []
-    handle = pruner.blocks[4].register_forward_hook(
-        lambda block, args, out: at_block.append(args[0])
-    )
-    first = []
-    start = pruner.blocks[0].register_forward_pre_hook(lambda block, args: first.append(args[0]))
+    at_first, at_late = [], []
+    first = pruner.blocks[0].register_forward_pre_hook(lambda _, args: at_first.append(args[0]))
+    late = pruner.blocks[4].register_forward_hook(lambda _, args, out: at_late.append(args[0]))
     with torch.no_grad():
-        schooling.tokens_of(encoder, pixels, pruner, 4, blank)
-        schooling.tokens_of(encoder, pixels, pruner, 0, blank)
-    handle.remove(), start.remove()
+        schooling.run_encoder(pruner, pixels, blank, 4)
+        schooling.run_encoder(pruner, pixels, blank, None)
+    first.remove()
+    late.remove()
     readers, others = slice(0, pruner.prefix + 20), slice(pruner.prefix + 20, None)
-    assert torch.equal(at_block[0][:, readers], first[0][:, readers])
-    torch.testing.assert_close(at_block[0][:, others], at_block[1][:, others])
-    assert not torch.allclose(at_block[0][:, readers], at_block[1][:, readers])
+    assert torch.equal(at_late[0][:, readers], at_first[0][:, readers])
+    torch.testing.assert_close(at_late[0][:, others], at_late[1][:, others])
+    assert not torch.allclose(at_late[0][:, readers], at_late[1][:, readers])

@@ -1,4 +1,4 @@
-"""GlyphWorld's pictures: seeds, splits, and labels against what Pillow was told to draw."""
+"""The toy world's pictures: seeds, splits, and labels against what Pillow was told to draw."""
 
 import functools
 
@@ -26,7 +26,7 @@ def word(picture, slot, patch):
 
 
 def near_color(pixel, name, strength=1.0):
-    """Whether a pixel is a named color, as `varied` draws it."""
+    """Whether a pixel is a named color, as `vary_color` draws it."""
     return np.abs(pixel.astype(float) - strength * np.array(g.COLORS[name])).max() <= 19
 
 
@@ -61,7 +61,7 @@ def test_all_kinds_are_drawn():
 
 def test_held_out_pairs_and_numbers_never_occur_outside_test():
     for split in ("train", "val"):
-        for picture in pictures(150, split, "scene"):
+        for picture in pictures(60, split, "scene"):
             pairs = {(thing.color, thing.shape) for thing in picture.facts["things"]}
             assert not g.HELD_OUT_PAIRS & pairs
             number = picture.facts["number"]
@@ -69,7 +69,7 @@ def test_held_out_pairs_and_numbers_never_occur_outside_test():
 
 
 def test_in_test_every_number_is_held_out_and_held_out_pairs_occur():
-    drawn = pictures(150, "test", "scene")
+    drawn = pictures(60, "test", "scene")
     numbers = [picture.facts["number"] for picture in drawn if picture.facts["number"]]
     assert numbers and all(g.held_out_number(number) for number in numbers)
     pairs = {(thing.color, thing.shape) for p in drawn for thing in p.facts["things"]}
@@ -78,7 +78,7 @@ def test_in_test_every_number_is_held_out_and_held_out_pairs_occur():
 
 @pytest.mark.parametrize("split", g.SPLIT_SEED)
 def test_numbers_of_all_lengths_occur(split):
-    lengths = {len(p.facts["number"]) for p in pictures(150, split, "scene")}
+    lengths = {len(p.facts["number"]) for p in pictures(60, split, "scene")}
     assert lengths == {0, 4, 5, 6}
 
 
@@ -166,7 +166,7 @@ def test_labels_of_shapes_are_of_their_cell_their_color_and_what_stands_there():
 
 
 def test_labels_of_bars_are_of_their_color_and_as_high_as_their_value():
-    for picture in pictures(30, kind="chart"):
+    for picture in pictures(10, kind="chart"):
         bars = dict(picture.facts["bars"])
         assert len(bars) == len(picture.facts["bars"]) == len(set(bars.values()))
         heights = dict.fromkeys(bars, 0)
@@ -195,12 +195,12 @@ def test_ground_and_clutter_have_no_words():
     rng = np.random.default_rng(0)
     canvas = g.Canvas(rng)
     assert canvas.patch_words().sum() == 0
-    plain = g.background(np.random.default_rng(0), canvas.grey)
+    plain = g.draw_background(np.random.default_rng(0), canvas.grey)
     assert np.abs(canvas.pixels().astype(int) - plain).max() > 50  # clutter was drawn
 
 
 def test_clutter_is_known_where_it_was_drawn_and_not_covered(monkeypatch):
-    monkeypatch.setattr(g, "clutter", lambda canvas: None)
+    monkeypatch.setattr(g, "draw_clutter", lambda canvas: None)
     canvas = g.Canvas(np.random.default_rng(0))
     assert not canvas.patch_clutter().any()
     for kind, (x, y) in zip(g.CLUTTER, [(40, 40), (150, 40), (40, 150), (150, 150)]):
@@ -246,9 +246,9 @@ def test_bad_input_gets_one_sentence(arguments, message):
         g.make_picture(*arguments)
 
 
-def test_pixels_of_each_number_equal_a_loop_over_patches():
+def test_count_pixels_number_equal_a_loop_over_patches():
     numbers = np.random.default_rng(0).integers(0, 7, size=(g.SIZE, g.SIZE)).astype(np.uint8)
-    counted = g.pixels_of_each(Image.fromarray(numbers), 7)
+    counted = g.count_pixels(Image.fromarray(numbers), 7)
     for place in range(g.GRID**2):
         top, left = g.PATCH * (place // g.GRID), g.PATCH * (place % g.GRID)
         patch = numbers[top : top + g.PATCH, left : left + g.PATCH]

@@ -1,1 +1,0 @@
-"""What is measured and drawn: tables, peers, speed, figures."""
