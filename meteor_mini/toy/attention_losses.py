@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..finetune import Dialogue, filled_up, pack_dialogue
+from ..finetune import Dialogue, pad_rows, pack_dialogue
 from ..model import Encoded, Meteor
 from .questions import Question, asked_patches
 from .schooling import TOLD_SLOTS
@@ -132,7 +132,7 @@ def number_questions(model: Meteor, dialogues: list[Dialogue]) -> Tensor:
         for number, label in zip(packed["owner"], packed["labels"]):
             numbers.append(number if label == -100 else 0)
         rows.append(numbers)
-    return filled_up(rows, 0, model.device)
+    return pad_rows(rows, 0, model.device)
 
 
 def aside_loss(attention: list[Tensor], targets: Targets, question_of_token: Tensor) -> Tensor:
