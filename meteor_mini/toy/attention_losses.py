@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from ..finetune import Dialogue, pad_rows, pack_dialogue
+from ..finetune import Dialogue, pack_dialogue, pad_rows
 from ..model import Encoded, Meteor
 from .questions import Question, asked_patches
 from .schooling import TOLD_SLOTS
