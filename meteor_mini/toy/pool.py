@@ -65,7 +65,7 @@ class Pool:
 # ----------------------------------------------------------------------------------------- the loop
 
 
-def train(
+def fit(
     stage: str,
     work: Path,
     model: nn.Module,
@@ -112,7 +112,7 @@ def train(
 
 def save_state(accelerator: Accelerator, folder: Path) -> None:
     """Write beside the old state, then swap: a run stopped in between can still resume."""
-    part = folder.with_suffix(".part")
+    part = folder.with_suffix(".saving")
     accelerator.save_state(part)
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)

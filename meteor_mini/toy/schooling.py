@@ -37,7 +37,7 @@ from ..baselines import RandomPatches
 from ..pictures import view_of
 from ..weights import build_encoder
 from .parts import ENCODERS
-from .pool import Pool, train
+from .pool import Pool, fit
 from .world import CELLS, CLUTTER, GRID, PRINT, SHAPES, SLOTS
 
 # encoder -> (things, the slots of words that it learns of them)
@@ -290,4 +290,4 @@ def train_encoder(name: str, work: Path, device: torch.device) -> None:
         batch = [part.to(device) for part in batch]
         return compute_loss(pupil, *batch, rng, step / STEPS[name])
 
-    train(name, work, pupil, [optimizer], loss_of_step, STEPS[name], hold=0.3)
+    fit(name, work, pupil, [optimizer], loss_of_step, STEPS[name], hold=0.3)

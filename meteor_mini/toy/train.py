@@ -43,7 +43,7 @@ from ..model import Encoded, Meteor
 from . import attention_losses, schooling, world
 from .dialogues import make_dialogue
 from .parts import DECODER, ENCODERS, build_tokenizer
-from .pool import Pool, draw_pool, train
+from .pool import Pool, draw_pool, fit
 from .questions import WORDS, Question, example_batches, images_and_questions, to_images
 from .schooling import TOLD_SLOTS, build_pupil, select_words, train_encoder
 
@@ -58,7 +58,7 @@ FIRST_LAYERS = 4  # of the Llama that learns words
 KEYWORDS, KEYWORDS_LATER = 0.5, 0.3  # share of pictures asked in keywords: at first, and later
 NOISE = 0.2  # of a token made of true words, in standard deviations of the word embeddings
 BLANK_WEIGHT = 0.3  # in `align_loss`, of a patch without words
-STAGE1_TOKENS = (100, 260)  # that stage 1 leaves in training, at random; in a quarter of steps: all
+STAGE1_TOKENS = (100, 260)  # that stage 1 leaves in training, at random; in some steps all stay
 STAGE2_TOKENS = (40, 120)  # that stage 2 leaves in training, at random
 # How stage 2 chooses in training: so that the same Llama serves every strategy of the tables.
 STRATEGIES = {"collaborative": 0.7, "greedy": 0.1, "separate": 0.1, "random": 0.1}
@@ -190,7 +190,7 @@ def train_words(work: Path) -> None:
         return answer_loss(model, tokens, to_pairs(asked))["loss"]
 
     optimizers = llama_optimizers(model.decoder, rate=3e-3)
-    train("words", work, model, optimizers, compute_loss, STEPS["words"], hold=0.8)
+    fit("words", work, model, optimizers, compute_loss, STEPS["words"], hold=0.8)
 
 
 def to_pairs(asked: list[list[Question]]) -> list[list[tuple[str, str]]]:
@@ -257,7 +257,7 @@ def train_projectors(work: Path) -> None:
         return loss
 
     optimizer = torch.optim.AdamW(projectors.parameters(), 3e-3, weight_decay=0.01)
-    train("align", work, both, [optimizer], compute_loss, STEPS["align"])
+    fit("align", work, both, [optimizer], compute_loss, STEPS["align"])
 
 
 # ------------------------------------------------------------------------------------------ answers
@@ -311,7 +311,7 @@ def train_answers(work: Path) -> None:
 
     optimizers = llama_optimizers(model.decoder, rate=2e-3)
     optimizers.append(torch.optim.AdamW(eagle.parameters(), 2e-3, weight_decay=0.02))
-    train("answer", work, both, optimizers, compute_loss, STEPS["answer"], hold=0.6)
+    fit("answer", work, both, optimizers, compute_loss, STEPS["answer"], hold=0.6)
     print_accuracies(both.eval())
 
 
@@ -384,7 +384,7 @@ def distill_eva(work: Path) -> None:
         return distill_loss(eva, teacher, project, pixels, has_words, plan[place])
 
     optimizer = torch.optim.AdamW(eva.parameters(), 8e-4, betas=(0.9, 0.98), weight_decay=0.0)
-    train("distill", work, both, [optimizer], compute_loss, STEPS["distill"], hold=0.3)
+    fit("distill", work, both, [optimizer], compute_loss, STEPS["distill"], hold=0.3)
 
 
 # -------------------------------------------------------------------------------------- calibration
