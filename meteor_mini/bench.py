@@ -428,7 +428,8 @@ counts are given: the paper's, in proportion to the visual tokens.
 
 Batch 1. Solid: measured, from the least to the most of the rounds; dotted: the ratio of FLOPs.
 
-The contenders of a comparison take turns in one process. `ms`: milliseconds to the first token, or
+The contenders of a comparison take turns in one process; of a comparison that has one round of
+`rounds`, it is the first, and cold. `ms`: milliseconds to the first token, or
 of the encoding, median of the rounds. `speed_up`: the unpruned model's time over the row's in the
 same round, median, `least` and `most`. `realised`: `speed_up` over `flops_ratio`, 1 where time
 falls as FLOPs do. `mean_tokens`: visual tokens, mean over the layers; `tokens_out`: in the last

@@ -223,9 +223,9 @@ def run_ask(args: Namespace) -> None:
         return ask_vlm(args, images)
     if args.lam is not None:
         raise ValueError("--lam is for a vision-language model; a Meteor is calibrated: --tokens")
+    model = Meteor.from_pretrained(args.model)
     from . import demo  # it brings the toy's pictures, which no other model needs
 
-    model = Meteor.from_pretrained(args.model)
     budget = model.budget
     if args.keep_all:
         budget = Budget.none()
