@@ -208,7 +208,7 @@ def test_the_prompt_of_the_embedded_model_is_its_own_chat_template(model):
 
 
 def test_digits_are_joined_and_case_does_not_matter(model):
-    ids = model.tokenize(["Read the NUMBER .", "read the number ."])
+    ids = model.tokenize(["What NUMBER is printed?", "what number is printed?"])
     assert ids[0] == ids[1]
     row = model.tokenizer("number 407 , red", add_special_tokens=False).input_ids
     assert model.decode([row]) == ["number 407 , red"]
@@ -220,13 +220,13 @@ def test_digits_are_joined_and_case_does_not_matter(model):
         ([""], ValueError, "at least one word"),
         (["  "], ValueError, "at least one word"),
         (
-            ["is there a zebra or a giraffe ?"],
+            ["is there a zebra or a giraffe?"],
             ValueError,
             "does not know: giraffe, zebra; it knows: .*circle",
         ),
         ("what", TypeError, "list of str"),
         ([3], TypeError, "list of str"),
-        (["read the number ."] * 2, ValueError, "one for each of the 1 pictures, got 2"),
+        (["what number is printed?"] * 2, ValueError, "one for each of the 1 pictures, got 2"),
     ],
 )
 def test_bad_questions_get_one_sentence(model, batch, questions, kind, message):
@@ -273,14 +273,14 @@ def test_threads_that_share_a_model_get_the_answers_that_they_get_alone(model, b
 
 def test_nan_pictures_are_refused(model):
     with pytest.raises(ValueError, match="images"):
-        model.answer(torch.full((1, 3, 96, 96), float("nan")), ["read the number ."])
+        model.answer(torch.full((1, 3, 96, 96), float("nan")), ["what number is printed?"])
 
 
 def test_a_file_name_in_place_of_a_picture_says_how_to_load_it(model):
     with pytest.raises(
         TypeError, match="images must be a tensor .*load_picture.file. gives, .* got str"
     ):
-        model.answer("picture.png", ["read the number ."])
+        model.answer("picture.png", ["what number is printed?"])
 
 
 # ------------------------------------------------------------------------------------ the house
@@ -330,7 +330,7 @@ def test_a_checkpoint_of_another_shape_is_refused(model, tmp_path):
     weights = load_file(tmp_path / "model.safetensors")
     weights["projectors.clip.0.weight"] = torch.zeros(3, 3)
     save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match="does not fit .*projectors.clip.0.weight"):
+    with pytest.raises(ValueError, match="(?s)does not fit .*projectors.clip.0.weight"):
         Meteor.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="is not the configuration of a Meteor"):
