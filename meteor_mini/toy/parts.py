@@ -8,6 +8,8 @@ the stage files runs on them as it does there. Each encoder has 12 x 12 tokens.
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from .world import PRINT, SHAPES
+
 # name -> keywords of the library's class; see weights.build_encoder
 ENCODERS = {
     "clip": {
@@ -51,6 +53,14 @@ ENCODERS = {
         "seq_len": 144,
         "initializer_range": 0.02,  # the default is 1e-10, which leaves its MLPs dead
     },
+}
+# What each encoder's projector passes on to the Llama. Stage 2 drops what several encoders share:
+# if all four passed on bars, it would drop their heights too, which only EVA knows.
+TOLD = {
+    "clip": [(SHAPES, "what color row column")],
+    "convnext": [(SHAPES, "what pattern row column")],
+    "eva": [(SHAPES, "what row column"), (["bar"], "color value extreme")],
+    "pix2struct": [(PRINT, "what digit place row column"), (SHAPES, "what row column")],
 }
 DECODER = {
     "hidden_size": 128,

@@ -36,7 +36,7 @@ import stage1_encode
 from ..baselines import RandomPatches
 from ..pictures import view_of
 from ..weights import build_encoder
-from .parts import ENCODERS
+from .parts import ENCODERS, TOLD
 from .pool import Pool, fit
 from .world import CELLS, CLUTTER, GRID, PRINT, SHAPES, SLOTS
 
@@ -54,14 +54,6 @@ SCHOOLING = {
         (SHAPES, "what row column"),
         (["bar"], "what"),
     ],
-}
-# What each encoder's projector passes on to the Llama. Stage 2 drops what several encoders share:
-# if all four passed on bars, it would drop their heights too, which only EVA knows.
-TOLD = {
-    "clip": [(SHAPES, "what color row column")],
-    "convnext": [(SHAPES, "what pattern row column")],
-    "eva": [(SHAPES, "what row column"), (["bar"], "color value extreme")],
-    "pix2struct": [(PRINT, "what digit place row column"), (SHAPES, "what row column")],
 }
 STEPS = {"clip": 2400, "convnext": 2100, "eva": 2800, "pix2struct": 4800}
 RATE, BATCH = 1.5e-3, 32
