@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from meteor_mini import Budget, Meteor, cli, load
+from meteor_mini import Budget, Meteor, budgets, cli, load
 from meteor_mini.finetune import (
     Dialogues,
     collate,
@@ -27,6 +27,13 @@ from meteor_mini.finetune import (
 from meteor_mini.toy.questions import FAMILIES, images_and_questions, make_example
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    """Lambda is measured at four points: its table is tested elsewhere."""
+    monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0])
+    monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
 
 
 @pytest.fixture
