@@ -46,11 +46,10 @@ def load_picture(path: str | Path) -> torch.Tensor:
     if path.stat().st_size == 0:
         raise ValueError(f"picture {path} is an empty file")
     try:
-        with warnings.catch_warnings(), Image.open(path) as image:
-            warnings.simplefilter(
-                "ignore"
-            )  # Pillow's remarks on odd headers: what matters is raised
-            rgb = to_rgb(ImageOps.exif_transpose(image))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Pillow's remarks on odd headers
+            with Image.open(path) as image:
+                rgb = to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # on broken bytes Pillow's decoders raise a dozen kinds
         raise ValueError(f"picture {path} cannot be decoded: {error}") from error
     return to_square(rgb)

@@ -48,3 +48,16 @@ def untrained(folder):
     from meteor_mini import Meteor
 
     return Meteor.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def one_word(untrained):
+    """Answers of one token: an untrained model does not stop."""
+    generate = type(untrained).generate
+
+    def generate_one(model, *args):
+        return generate(model, *args, max_new_tokens=1)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(untrained), "generate", generate_one)
+        yield

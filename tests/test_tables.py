@@ -18,17 +18,7 @@ from meteor_mini.toy.questions import FAMILIES, example_batches, images_and_ques
 KINDS = list(families_by_kind())
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_word(untrained):
-    """Answers of one token: an untrained model does not stop."""
-    generate = type(untrained).generate
-
-    def generate_one(model, *args):
-        return generate(model, *args, max_new_tokens=1)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(untrained), "generate", generate_one)
-        yield
+pytestmark = pytest.mark.usefixtures("one_word")
 
 
 @pytest.fixture(scope="module")
