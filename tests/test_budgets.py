@@ -3,10 +3,10 @@ measures.
 """
 
 import pytest
-from meteor_mini.evaluate import accuracy
 
 from meteor_mini import Budget, load
 from meteor_mini.budgets import budget_for, lambda_from_table, stage3_lambda
+from meteor_mini.evaluate import accuracy
 
 
 @pytest.fixture(scope="module")
