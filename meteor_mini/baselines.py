@@ -1,12 +1,13 @@
 """What METEOR is compared with, each a few lines through the doors that the stage files leave open.
 
 Inside the LLM, subclasses of `TokenPruner` for `Meteor.generate(pruner=...)`: `fixed`, `fastv`,
-`pyramid_drop`, `RandomPruner`, `drop_all`. In place of stage 2: `separate`, `greedy`,
-`random_fusion`. Inside an encoder: `tome`, `RandomPatches`; at the encoders' outputs: `prumerge`.
-How encoders share a budget: `reranked`. Each is named after the paper whose idea it follows; what
-differs from that paper's own code is said.
+`pyramid_drop`, `RandomPruner`, `drop_all`. In place of stage 2: those of `FUSIONS`. In place of
+both: `pool`, `shrink`, and EAGLE's `encode_channels`. Inside an encoder: `tome`, `RandomPatches`;
+at the encoders' outputs: `prumerge`. How encoders share a budget: `reranked`. Each is named after
+the paper whose idea it follows; what differs from that paper's own code is said.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -108,21 +109,26 @@ def fastv_count(K: int, average: float, layer: int, num_layers: int) -> int:
     return count
 
 
-def pyramid_counts(K: int, average: float, num_layers: int) -> dict[int, int]:
-    """{layer: tokens from it on} of `pyramid_drop`: K r, K r^2 and K r^3 after each quarter of the
-    layers, with the r at which K before them make the wanted average.
+def pyramid_counts(
+    K: int, average: float, num_layers: int, layers: Sequence[int] | None = None
+) -> dict[int, int]:
+    """{layer: tokens from it on}: K r, K r^2, ... from each of `layers` on, with the r at which K
+    before them make the wanted average.
 
-    Raises: ValueError where K in the first quarter alone are too many, or K everywhere too few.
+    Args: layers: where tokens go; PyramidDrop's, after each quarter of the layers, where None.
+    Raises: ValueError where K before the first alone are too many, or K everywhere too few.
     """
-    starts = [num_layers * quarter // 4 for quarter in range(4)]
-    lengths = np.diff([*starts, num_layers])  # layers in each quarter
+    layers = layers or [num_layers * quarter // 4 for quarter in (1, 2, 3)]
+    lengths = np.diff([0, *layers, num_layers])  # layers with K tokens, with K r, ...
     polynomial = K * lengths[::-1] / num_layers  # of r, the highest power first
     polynomial[-1] -= average
     roots = np.roots(polynomial)
     r = max((root.real for root in roots if abs(root.imag) < 1e-9), default=0)  # one is positive
     if not 0 < r <= 1:
-        raise ValueError(f"average {average} is out of reach with {K} tokens in the first quarter")
-    return {start: max(1, round(K * r**power)) for power, start in enumerate(starts) if power > 0}
+        raise ValueError(
+            f"average {average} is out of reach with {K} tokens before layer {layers[0]}"
+        )
+    return {layer: max(1, round(K * r**power)) for power, layer in enumerate(layers, 1)}
 
 
 class RandomPruner(FixedPruner):
@@ -221,7 +227,47 @@ def random_fusion(tokens: Sequence[Tensor], budget: int) -> Fused:
     return gather(tokens, lowest(noise, budget).to(tokens[0].device))
 
 
-FUSIONS = {"collaborative": fuse, "separate": separate, "greedy": greedy, "random": random_fusion}
+def regular(tokens: Sequence[Tensor], budget: int) -> Fused:
+    """Every n-th patch of each encoder in raster order; encoders share as in `separate`.
+
+    Source: [our choice]
+    """
+    sizes = [z.shape[1] for z in tokens]
+    places, start = [], 0
+    for N_l, K_l in zip(sizes, allocate_budget(budget, sizes, sizes)):
+        places.append(start + torch.linspace(0, N_l - 1, K_l).round().long())
+        start += N_l
+    keep_idx = torch.cat(places).to(tokens[0].device)
+    return gather(tokens, keep_idx.expand(len(tokens[0]), -1))
+
+
+def divprune(tokens: Sequence[Tensor], budget: int) -> Fused:
+    """DivPrune (CVPR 2025): one after the other, the token that is farthest from those chosen.
+
+    Distance: 1 - cosine, to the nearest of them. The first is the one farthest from all others.
+    Source: [arXiv 2503.02175]
+    """
+    unit = F.normalize(torch.cat(list(tokens), dim=1).float(), dim=-1)  # (B, N, D)
+    distance = 1 - unit @ unit.mT  # (B, N, N)
+    batch = torch.arange(len(unit), device=unit.device)
+    to_others = distance + 2 * torch.eye(unit.shape[1], device=unit.device)  # 2: the largest
+    chosen = [to_others.amin(dim=2).argmax(dim=1)]  # (B,) each
+    nearest = distance[batch, chosen[0]]  # (B, N): of each token to the chosen ones
+    for _ in range(budget - 1):
+        nearest[batch, chosen[-1]] = -1  # not again
+        chosen.append(nearest.argmax(dim=1))
+        nearest = nearest.minimum(distance[batch, chosen[-1]])
+    return gather(tokens, torch.stack(chosen, dim=1).sort(dim=1).values)
+
+
+FUSIONS = {
+    "collaborative": fuse,
+    "separate": separate,
+    "greedy": greedy,
+    "random": random_fusion,
+    "regular grid": regular,
+    "DivPrune": divprune,
+}
 
 
 # ---------------------------------------------------------------------- how encoders share a budget
@@ -396,6 +442,80 @@ def only(model: Meteor, names: list[str], features: list[Tensor], kept: list[Ten
     return Encoded(Fused(fused.tokens, number[fused.encoder_id], fused.keep_idx), all_kept)
 
 
+# ------------------------------------------------------- fewer tokens without a choice among them
+
+
+def grids_for(budget: int, grids: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A smaller grid (r, c) for each encoder, `budget` cells together, as alike as can be.
+
+    Args: grids: (h, w) of the encoders' patches. No side of a cell is longer than twice the other.
+    Raises: ValueError where there are none.
+    """
+    share = budget / len(grids)
+    options = []
+    for h, w in grids:
+        of_area = {}
+        for r, c in itertools.product(range(1, h + 1), range(1, w + 1)):
+            if 0.5 <= (h / r) / (w / c) <= 2:
+                of_area[r * c] = (r, c)
+        nearest = sorted(of_area, key=lambda area: abs(area - share))[:8]
+        options.append([of_area[area] for area in nearest])
+
+    def unevenness(chosen: tuple) -> float:
+        return sum((r * c - share) ** 2 for r, c in chosen)
+
+    fitting = [
+        chosen for chosen in itertools.product(*options) if sum(r * c for r, c in chosen) == budget
+    ]
+    if not fitting:
+        raise ValueError(f"budget {budget} is no sum of grids for {len(grids)} encoders")
+    return list(min(fitting, key=unevenness))
+
+
+def pool(model: Meteor, images: Tensor, budget: int) -> Encoded:
+    """Average pooling of each encoder's projected tokens to a smaller grid.
+
+    Source: [our choice]
+    """
+    encoders, views = list(model.encoders.values()), list(model.views.values())
+    features, _ = encode_all(encoders, model.pixels(images), None)
+    pooled = []
+    grids = grids_for(budget, [view.grid for view in views])
+    for project, x, view, grid in zip(model.projectors.values(), features, views, grids):
+        plane = project(x).mT.unflatten(2, view.grid)  # (B, D, h, w)
+        pooled.append(F.adaptive_avg_pool2d(plane, grid).flatten(2).mT)  # (B, r c, D)
+    return of_no_patch(model, torch.cat(pooled, dim=1))
+
+
+def shrink(model: Meteor, images: Tensor, budget: int) -> Encoded:
+    """A smaller picture: so small that all its patches are as many as the budget.
+
+    It lies in the upper left corner of a picture of its mean color, so that the encoders' positions
+    are those that they know; the patches outside of it go.
+    Source: [our choice]
+    """
+    H, W = images.shape[2:]
+    views = list(model.views.values())
+    tokens = []
+    for number, grid in enumerate(grids_for(budget, [view.grid for view in views])):
+        name, (h, w), (r, c) = list(model.views)[number], views[number].grid, grid
+        size = [round(H * r / h), round(W * c / w)]
+        small = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
+        canvas = images.mean(dim=(2, 3), keepdim=True).expand_as(images).clone()
+        canvas[:, :, : size[0], : size[1]] = small
+        x, _ = encode(model.encoders[name], model.pixels(canvas)[number])
+        corner = model.projectors[name](x).unflatten(1, (h, w))[:, :r, :c]  # (B, r, c, D)
+        tokens.append(corner.flatten(1, 2))
+    return of_no_patch(model, torch.cat(tokens, dim=1))
+
+
+def of_no_patch(model: Meteor, tokens: Tensor) -> Encoded:
+    """Tokens (B, K, D) for the LLM that are no patches of one encoder: no map shows them."""
+    place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
+    fused = Fused(tokens, torch.zeros_like(place), place)
+    return Encoded(fused, [place[:, :0] for _ in model.encoders])
+
+
 # ----------------------------------------------------------- in place of all stages: EAGLE's fusion
 
 
@@ -421,11 +541,6 @@ def channel_fusion(model: Meteor) -> ChannelFusion:
 
 
 def encode_channels(model: Meteor, fusion: ChannelFusion, images: Tensor) -> Encoded:
-    """The model's encoders, unpruned, and their fused channels. A token is no patch of one encoder,
-    so no map shows it.
-    """
+    """The model's encoders, unpruned, and their fused channels."""
     features, _ = encode_all(list(model.encoders.values()), model.pixels(images), None)
-    tokens = fusion(features)  # (B, N, D)
-    place = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[:2])
-    fused = Fused(tokens, torch.zeros_like(place), place)
-    return Encoded(fused, [place[:, :0] for _ in model.encoders])
+    return of_no_patch(model, fusion(features))  # (B, N, D)

@@ -160,11 +160,13 @@ def adaptive_pruner(budget: Budget, lam: float) -> baselines.Pruner:
 
 
 @torch.no_grad()
-def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: Budget) -> float:
-    """lambda that keeps `average` tokens, solved on 96 validation questions, those of calibration
+def solve_on_validation(
+    model: Meteor, encode: Encode, average: float, budget: Budget, samples: int = 96
+) -> float:
+    """lambda that keeps `average` tokens, solved on validation questions, those of calibration
     among them.
     """
-    examples = list(itertools.chain(*example_batches("val", 96, first=50_000)))
+    examples = list(itertools.chain(*example_batches("val", samples, first=50_000)))
     images, questions = images_and_questions(examples)
     embeds, attention_mask, visual_mask = model.prompt(encode(model, images), questions)
 
@@ -177,10 +179,10 @@ def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: B
 
 
 def pruner_for_average(
-    model: Meteor, encode: Encode, average: float, budget: Budget
+    model: Meteor, encode: Encode, average: float, budget: Budget, samples: int = 96
 ) -> baselines.Pruner:
     """Stage 3 that keeps an average of the tokens that `encode` makes, solved on validation."""
-    return adaptive_pruner(budget, solve_on_validation(model, encode, average, budget))
+    return adaptive_pruner(budget, solve_on_validation(model, encode, average, budget, samples))
 
 
 def fastv_row(model: Meteor, encode: Encode, K: int, average: float, against=None, name="") -> Row:
@@ -438,14 +440,24 @@ def measure(
     """
     check_model(model)
     return pd.concat(
-        [measure_table(model, name, samples, list(seeds)) for name in names], ignore_index=True
+        [measure_rows(model, name, TABLES[name](model), samples, list(seeds)) for name in names],
+        ignore_index=True,
     )
 
 
 @torch.no_grad()
-def measure_table(model: Meteor, table: str, samples: int, seeds: list[int]) -> pd.DataFrame:
-    """`measure` for one table."""
-    rows = TABLES[table](model)
+def measure_rows(
+    model: Meteor,
+    table: str,
+    rows: list[Row],
+    samples: int,
+    seeds: list[int],
+    easy: str | None = None,
+) -> pd.DataFrame:
+    """`measure` for the rows of one table.
+
+    Args: easy: the method of a row; a family "hard" holds the questions that it gets wrong.
+    """
     encoding = {row.method: encoding_flops(model, row) for row in rows}
     runs = [(row, seed) for row in rows for seed in (seeds if row.random else seeds[:1])]
     graded = {(row.method, seed): [] for row, seed in runs}
@@ -459,10 +471,11 @@ def measure_table(model: Meteor, table: str, samples: int, seeds: list[int]) -> 
         stage1_features.cache_clear()
 
     answers = {run: pd.concat(parts, ignore_index=True) for run, parts in graded.items()}
+    hard = None if easy is None else ~answers[easy, seeds[0]]["right"]
     records = []
     for row, seed in runs:
         other = answers.get((row.against, seeds[0]))
-        for line in compare(answers[row.method, seed], other, encoding[row.method]):
+        for line in compare(answers[row.method, seed], other, encoding[row.method], hard):
             head = {"table": table, "method": row.method, "against": row.against, "seed": seed}
             records.append(head | line)
     return pd.DataFrame(records)[COLUMNS]
@@ -474,15 +487,24 @@ COLUMNS = (
 ).split()
 
 
-def compare(answers: pd.DataFrame, other: pd.DataFrame | None, encoding: float) -> list[dict]:
+def compare(
+    answers: pd.DataFrame,
+    other: pd.DataFrame | None,
+    encoding: float,
+    hard: pd.Series | None = None,
+) -> list[dict]:
     """A line for each kind of question that occurs.
 
     Args: answers: of `evaluate.grade`, other: of the row it is compared with, on the same
-        questions; encoding: FLOPs of making the visual tokens.
+        questions; encoding: FLOPs of making the visual tokens; hard: (bool) one more kind.
     """
     lines = []
-    for kind, families in families_by_kind().items():
-        asked = answers["family"].isin(families)
+    kinds = {
+        kind: answers["family"].isin(families) for kind, families in families_by_kind().items()
+    }
+    if hard is not None:
+        kinds["hard"] = hard
+    for kind, asked in kinds.items():
         if not asked.any():
             continue
         right = 100 * answers["right"][asked]

@@ -84,6 +84,10 @@ def build_model(cls: type[T], name: str | Path = "toy", **hub) -> T:
     Raises: ValueError for a directory without config.json or model.safetensors, or whose weights do
         not fit, and where the hub cannot be reached.
     """
+    if name == "smol":
+        from .smol.build import load_smol  # needs peft
+
+        return load_smol()
     if name in PRESETS or "encoders" in hub:
         preset = name if name in PRESETS else None
         return from_parts(cls, preset, **hub)

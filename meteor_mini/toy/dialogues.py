@@ -25,15 +25,18 @@ FAMILY_WEIGHTS = {
 
 
 def make_dialogue(
-    picture: Picture, rng: np.random.Generator, keyword_share: float = 0.0
+    picture: Picture,
+    rng: np.random.Generator,
+    keyword_share: float = 0.0,
+    most_tokens: int = MOST_TOKENS,
 ) -> list[Question]:
-    """Different questions about a picture, families mixed, of `MOST_TOKENS` together.
+    """Different questions about a picture, families mixed, of `most_tokens` together.
 
     keyword_share: share of pictures that are asked in keywords.
     """
     if rng.random() < keyword_share:
         asked = ask_in_keywords(picture, rng)
-        return choose_fitting([asked[i] for i in rng.permutation(len(asked))])
+        return choose_fitting([asked[i] for i in rng.permutation(len(asked))], most_tokens)
     kinds = questions.KIND_OF_FAMILY | {"where": "scene"}
     families = []
     for family, kind in kinds.items():
@@ -50,16 +53,16 @@ def make_dialogue(
         question = questions.make_question(picture, family, rng)
         if question is not None:
             asked.append(question)
-    return choose_fitting(asked) or [describe(picture)]
+    return choose_fitting(asked, most_tokens) or [describe(picture)]
 
 
-def choose_fitting(asked: list[Question]) -> list[Question]:
-    """The questions in their order, none twice, as long as they fit into `MOST_TOKENS`."""
+def choose_fitting(asked: list[Question], most_tokens: int) -> list[Question]:
+    """The questions in their order, none twice, as long as they fit into `most_tokens`."""
     chosen, tokens = {}, 0
     for question in asked:
         words = questions.split_words(f"{question.text} {question.answer}")
         more = len(words) + 2  # <ans> and <eos>
-        if question.text not in chosen and tokens + more <= MOST_TOKENS:
+        if question.text not in chosen and tokens + more <= most_tokens:
             chosen[question.text] = question
             tokens += more
     return list(chosen.values())

@@ -111,6 +111,10 @@ class Question(NamedTuple):
     about: list[dict[str, str | None]]
 
 
+def to_pairs(asked: list[list[Question]]) -> list[list[tuple[str, str]]]:
+    return [[(question.text, question.answer) for question in one] for one in asked]
+
+
 def asked_patches(picture: Picture, question: Question) -> np.ndarray:
     """(144,) bool: the patches that show what a question is about."""
     asked = np.zeros(len(picture.patch_words), bool)

@@ -35,16 +35,17 @@ from torch import Tensor, nn
 
 import stage1_encode
 
-from ..baselines import FUSIONS, channel_fusion, encode_channels
+from ..baselines import channel_fusion, encode_channels
 from ..budgets import Budget, measure_lambda, measure_ranks
 from ..evaluate import accuracy
 from ..finetune import answer_loss
-from ..model import Encoded, Meteor
+from ..model import Meteor
 from . import attention_losses, schooling, world
 from .dialogues import make_dialogue
 from .parts import DECODER, ENCODERS, build_tokenizer
 from .pool import Pool, draw_pool, fit
-from .questions import WORDS, Question, example_batches, images_and_questions, to_images
+from .questions import WORDS, example_batches, images_and_questions, to_images, to_pairs
+from .random_budgets import encode_randomly, fuse_randomly
 from .schooling import TOLD_SLOTS, build_pupil, select_words, train_encoder
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,11 +59,6 @@ FIRST_LAYERS = 4  # of the Llama that learns words
 KEYWORDS, KEYWORDS_LATER = 0.5, 0.3  # share of pictures asked in keywords: at first, and later
 NOISE = 0.2  # of a token made of true words, in standard deviations of the word embeddings
 BLANK_WEIGHT = 0.3  # in `align_loss`, of a patch without words
-STAGE1_TOKENS = (100, 260)  # that stage 1 leaves in training, at random; in some steps all stay
-STAGE2_TOKENS = (40, 120)  # that stage 2 leaves in training, at random
-# How stage 2 chooses in training: so that the same Llama serves every strategy of the tables.
-STRATEGIES = {"collaborative": 0.7, "greedy": 0.1, "separate": 0.1, "random": 0.1}
-MASKED = 0.08  # share of batches with some encoders' features zero: what is each one worth?
 LOOKING, ASIDE = 0.1, 0.1  # weights of the losses on attention
 DISTILL_TOKENS = (200, 400)  # that stage 1 leaves of all encoders while EVA learns
 RANK_PICTURES = 128  # on which ranks are measured
@@ -193,21 +189,7 @@ def train_words(work: Path) -> None:
     fit("words", work, model, optimizers, compute_loss, STEPS["words"], hold=0.8)
 
 
-def to_pairs(asked: list[list[Question]]) -> list[list[tuple[str, str]]]:
-    return [[(question.text, question.answer) for question in one] for one in asked]
-
-
 # --------------------------------------------------------------------------------------- projectors
-
-
-@torch.no_grad()
-def encode_randomly(
-    model: Meteor, images: Tensor, keep_all: bool, rng: np.random.Generator
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Per encoder tokens (B, n_l, D_l) and their patches (B, n_l), at a random stage-1 budget."""
-    total = None if keep_all else int(rng.integers(*STAGE1_TOKENS))
-    encoders = list(model.encoders.values())
-    return stage1_encode.encode_all(encoders, model.pixels(images), total, model.ranks)
 
 
 def align_loss(projected: Tensor, target: Tensor, has_words: Tensor) -> Tensor:
@@ -261,24 +243,6 @@ def train_projectors(work: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------ answers
-
-
-def fuse_randomly(
-    model: Meteor,
-    features: list[Tensor],
-    kept: list[Tensor],
-    rng: np.random.Generator,
-) -> Encoded:
-    """Stage 2 with a random strategy and budget; now and then some encoders see nothing."""
-    if rng.random() < MASKED:
-        sees = rng.random(len(features)) < 0.6
-        features = [x if s else torch.zeros_like(x) for x, s in zip(features, sees)]
-    available = sum(x.shape[1] for x in features)
-    if available == model.num_tokens or rng.random() < 0.1:
-        return model.fuse(features, kept, Budget.none())
-    strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
-    K = min(int(rng.integers(*STAGE2_TOKENS)), available)
-    return model.fuse(features, kept, Budget(stage2=K), FUSIONS[strategy])
 
 
 def train_answers(work: Path) -> None:
