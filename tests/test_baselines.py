@@ -388,3 +388,72 @@ def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     answer = model.answer(encoded, questions, Budget.none())[3]
     assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}
     assert answer.kept["stage2"]["eva"].flatten().nonzero()[:, 0].tolist() == kept[0][3].tolist()
+
+
+# ------------------------------------------------------------------ fewer tokens without METEOR
+
+
+def test_divprune_equals_a_loop_over_tokens():
+    torch.manual_seed(0)
+    tokens = [torch.randn(2, 6, 5), torch.randn(2, 4, 5)]
+    fused = baselines.divprune(tokens, 4)
+    for b, rows in enumerate(torch.cat(tokens, dim=1)):
+
+        def distance(i, j, rows=rows):
+            return 1 - F.cosine_similarity(rows[i], rows[j], dim=0).item()
+
+        everyone = range(10)
+        chosen = [max(everyone, key=lambda i: min(distance(i, j) for j in everyone if j != i))]
+        while len(chosen) < 4:
+            others = [i for i in everyone if i not in chosen]
+            chosen.append(max(others, key=lambda i: min(distance(i, j) for j in chosen)))
+        assert fused.keep_idx[b].tolist() == sorted(chosen)
+
+
+def test_a_regular_grid_takes_every_nth_patch_of_each_encoder():
+    tokens = [torch.zeros(2, 9, 3), torch.zeros(2, 9, 3)]
+    fused = baselines.regular(tokens, 6)
+    assert fused.keep_idx.tolist() == [[0, 4, 8, 9, 13, 17]] * 2
+
+
+@pytest.mark.parametrize("budget", [22, 36, 58, 86])
+def test_smaller_grids_have_the_budget_together_and_are_nearly_alike(budget):
+    grids = baselines.grids_for(budget, [(12, 12)] * 4)
+    cells = [r * c for r, c in grids]
+    assert sum(cells) == budget
+    assert max(cells) - min(cells) <= 6
+
+
+def test_grids_that_do_not_exist_are_refused():
+    with pytest.raises(ValueError, match="budget 7 is no sum of grids for 1 encoders"):
+        baselines.grids_for(7, [(12, 12)])  # 7 x 1 is too long
+
+
+@torch.no_grad()
+def test_pooling_takes_the_mean_of_the_projected_tokens_of_a_cell(model, batch):
+    images, questions = batch
+    encoded = baselines.pool(model, images, 36)  # 3 x 3 of each encoder's 12 x 12
+    unpruned = model.encode(images, Budget.none()).fused.tokens.unflatten(1, (4, 12, 12))
+    corner = unpruned[:, 1, 8:12, 0:4].mean(dim=(1, 2))  # of the second encoder, below left
+    torch.testing.assert_close(encoded.fused.tokens[:, 9 + 6], corner, atol=1e-5, rtol=1e-4)
+    (answer, *_) = model.answer(encoded, questions, Budget.none())
+    assert answer.tokens["stage3"] == 36
+
+
+@torch.no_grad()
+def test_a_smaller_picture_of_all_patches_is_the_picture(model, batch):
+    images, _ = batch
+    whole = baselines.shrink(model, images[:2], 576)
+    unpruned = model.encode(images[:2], Budget.none()).fused.tokens
+    torch.testing.assert_close(whole.fused.tokens, unpruned, atol=1e-4, rtol=1e-4)
+    small = baselines.shrink(model, images[:2], 36)
+    assert small.fused.tokens.shape[1] == 36
+
+
+@torch.no_grad()
+def test_a_smaller_picture_does_not_show_what_was_cut_off_but_the_whole(model, batch):
+    images = batch[0][:1].clone()
+    other = images.clone()
+    other[:, :, 160:, 160:] = 1 - other[:, :, 160:, 160:]  # the lower right corner
+    one, two = (baselines.shrink(model, x, 36).fused.tokens for x in (images, other))
+    assert not torch.allclose(one[:, 8], two[:, 8], atol=1e-2)  # CLIP's last cell shows it
