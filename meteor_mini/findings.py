@@ -9,6 +9,7 @@ functions above it.
 
 import itertools
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -401,7 +402,40 @@ def divergence(p: Tensor, q: Tensor) -> Tensor:
     return (p * log_ratio).sum(dim=1)
 
 
-# ------------------------------------------------------------------- how deep the LLM looks; clips
+# ----------------------------------------------------- what the LLM looks at, and how deep; clips
+
+
+@torch.no_grad()
+def heads(model: Meteor, samples: int) -> list[dict]:
+    """The visual attention value of every head, in every layer but the last, nothing pruned: of
+    the layer's heads the lowest, the median and the highest; and the sum over its top heads, by
+    which stage 3 counts, by kind of question.
+
+    A layer's number is that of the layer that listens, so that stage 3 in layer i + 1 uses it.
+
+    Source: [paper, Findings 4 and 5]
+    """
+    layers = list(range(1, model.decoder.config.num_hidden_layers))
+    values, family = {i: [] for i in layers}, []
+    for examples in example_batches("test", samples):
+        images, questions = images_and_questions(examples)
+        encoded = model.encode(images, replace(model.budget, stage3=None))
+        embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
+        with baselines.AttentionRecorder(model.decoder, visual_mask, layers) as recorder:
+            model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+        for i in layers:
+            values[i].append(recorder.attention[i].sum(dim=-1).cpu().numpy())  # (B, H)
+        family += [example.family for example in examples]
+    lines = []
+    for i in layers:
+        of_heads = np.sort(np.concatenate(values[i]).mean(axis=0))  # (H,), mean over questions
+        where = {"layer": i - 1, "questions": len(family)}
+        spread = {"lowest": of_heads[0], "median": np.median(of_heads), "highest": of_heads[-1]}
+        lines += [line(float(value), f"{name} head", **where) for name, value in spread.items()]
+    for i in model.budget.layers or default_layers(layers[-1] + 1):
+        top = np.sort(np.concatenate(values[i]), axis=1)[:, -model.budget.k :].sum(axis=1)  # (n,)
+        lines += lines_by_kind(top, family, "sum over the top heads", layer=i - 1)
+    return lines
 
 
 @torch.no_grad()
@@ -457,6 +491,7 @@ def video(model: Meteor, samples: int) -> list[dict]:
 FINDINGS = {
     "figure1": figure1,
     "ranks": ranks,
+    "heads": heads,
     "redundancy": redundancy,
     "depth": depth,
     "drops": drops,

@@ -88,6 +88,13 @@ TEXTS = {  # title; what is compared, and what the paper found
         "deviation over pictures; the nuclear-norm diversity. The paper finds that the rank hardly "
         "varies with the picture, so that it can be measured once.",
     ),
+    "heads": (
+        "Findings 4 and 5: which heads look at the picture",
+        "The visual attention value of a layer's heads, mean over questions: the lowest, the "
+        "median and the highest; and the sum over the top heads, which sets how many tokens stay. "
+        "The paper: most heads hardly look (Finding 4), and the sum is high for OCR, low for "
+        "coarse questions (Finding 5).",
+    ),
     "redundancy": (
         "What each encoder is worth",
         "CUR, the share of right answers that is lost when an encoder's output is replaced by "
@@ -148,6 +155,10 @@ VIEWS = {
     "ranks": [
         View(["rank"], "encoder", "criterion", "rank"),
         View(["standard deviation of the rank, percent", "diversity"], "encoder", "criterion"),
+    ],
+    "heads": [
+        View(["lowest head", "median head", "highest head"], "criterion", "layer", "VAV"),
+        View(["sum over the top heads"], "kind", "layer"),
     ],
     "redundancy": [
         View(["CUR"], "kind", "encoder", "share of right answers lost", SOME),

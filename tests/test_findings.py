@@ -329,3 +329,36 @@ def test_every_finding_comes_to_the_page(untrained, answered, name, tmp_path, mo
     assert f"## {page.TEXTS[name][0]}" in text and (tmp_path / f"{name}.png").exists()
     for view in page.VIEWS[name]:
         assert len(page.lines_of(view, frame)) > 0
+
+
+# ------------------------------------------------------------------ heads that look at the picture
+
+
+@torch.no_grad()
+def test_attention_of_heads_is_the_librarys(untrained):
+    frame = findings.measure(untrained, "heads", 3)
+    (examples,) = findings.example_batches("test", 3)
+    images, questions = images_and_questions(examples)
+    encoded = untrained.encode(images)
+    embeds, mask, visual = untrained.prompt(encoded, questions)
+    decoder = untrained.decoder
+    decoder.set_attn_implementation("eager")
+    layers = decoder(
+        inputs_embeds=embeds, attention_mask=mask, output_attentions=True
+    ).attentions  # (B, H, S, S) each
+    decoder.set_attn_implementation("sdpa")
+
+    values = torch.zeros(len(layers), 3, decoder.config.num_attention_heads)
+    for i, weights in enumerate(layers):
+        for b in range(3):
+            end = int(visual[b].nonzero().max()) + 1
+            values[i, b] = weights[b, :, end:, visual[b]].sum(dim=-1).mean(dim=-1)
+    of_heads = frame[frame["kind"].isna()].set_index(["criterion", "layer"])["value"]
+    for i in range(len(layers) - 1):
+        mean_of_heads = values[i].mean(dim=0)
+        assert of_heads["lowest head", i] == pytest.approx(mean_of_heads.min().item(), rel=1e-4)
+        assert of_heads["highest head", i] == pytest.approx(mean_of_heads.max().item(), rel=1e-4)
+    top = frame[frame["kind"] == "all"].set_index("layer")["value"]
+    for i, value in top.items():
+        expected = values[i].topk(untrained.budget.k, dim=-1).values.sum(dim=-1).mean().item()
+        assert value == pytest.approx(expected, rel=1e-4)
