@@ -31,16 +31,17 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: pip insta
 
 @pytest.fixture(autouse=True)
 def short_calibration(monkeypatch):
-    """Lambda is measured at four points: its table is tested elsewhere."""
+    """Lambda is measured at four points on four pictures: its table is tested elsewhere."""
+    monkeypatch.setattr("meteor_mini.finetune.CALIBRATION", 4)
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0])
     monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
 
 
 @pytest.fixture
 def data(tmp_path):
-    """Sixteen pictures in LLaVA's format, and the file that lists them."""
+    """Eight pictures in LLaVA's format, and the file that lists them."""
     rows = []
-    for i in range(16):
+    for i in range(8):
         example = make_example(i, "train", "value")
         Image.fromarray(example.picture.image).save(tmp_path / f"{i}.png")
         turns = [
@@ -68,7 +69,7 @@ def untrained():
 
 SHORT = dict(
     max_steps=6,
-    per_device_train_batch_size=4,
+    per_device_train_batch_size=2,
     learning_rate=3e-3,
     warmup_steps=0,
     logging_steps=1,
@@ -112,7 +113,7 @@ def test_rows_of_both_forms():
 def test_pictures_become_squares_of_one_size(data):
     loaded = load_data(data, 64)
     batch = collate([loaded[0], loaded[3]])
-    assert len(loaded) == 16 and batch["images"].shape == (2, 3, 64, 64)
+    assert len(loaded) == 8 and batch["images"].shape == (2, 3, 64, 64)
     example = make_example(3, "train", "value")
     assert batch["dialogues"][1] == [(example.question, example.answer)]
     pillow = Dialogues(

@@ -7,10 +7,11 @@ at a time. Run: pytest tests/test_stage3_decode.py
 import copy
 import functools
 import math
+import runpy
 import shutil
-import subprocess
 import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -1405,11 +1406,16 @@ def test_attention_sinks_and_layers_without_rotary_tables_are_refused():
 # ----------------------------------------------------------------------------------------- the file
 
 
-def test_the_file_runs_alone(tmp_path):
+def test_the_file_runs_alone(tmp_path, monkeypatch, capsys):
+    """Copied into an empty folder, with nothing else of this project in reach."""
     shutil.copy(stage3_decode.__file__, tmp_path)
-    run = subprocess.run(
-        [sys.executable, "stage3_decode.py"], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("KV cache [64, ") == 3
-    assert "lambda inf: 48 -> [[48, 48]" in run.stdout
+    here = Path(stage3_decode.__file__).parent
+    monkeypatch.chdir(tmp_path)
+    elsewhere = [p for p in sys.path if p and Path(p).resolve() not in (here, here / "tests")]
+    monkeypatch.setattr(sys, "path", elsewhere)
+    for name in [n for n in sys.modules if n.split(".")[0].startswith(("stage", "meteor"))]:
+        monkeypatch.delitem(sys.modules, name)
+    runpy.run_path("stage3_decode.py", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.count("KV cache [64, ") == 3
+    assert "lambda inf: 48 -> [[48, 48]" in printed
