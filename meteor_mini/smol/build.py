@@ -63,7 +63,8 @@ def start_projectors(model: Meteor, eagle: ChannelFusion) -> None:
 
     The toy's projectors turn a patch into the sum of its words' embeddings (toy/train.py, "align").
     Its hidden units are the first of the new ones; the others are random, and add nothing yet. The
-    token of EAGLE's cell begins as the sum of what the four encoders say of it.
+    token of EAGLE's cell begins as the sum of what the four encoders say of it, halved, so that it
+    is as large as one of theirs.
     """
     toy = Meteor.from_pretrained("toy")
     M = map_words(toy, model)  # (D, D_toy)
@@ -85,8 +86,8 @@ def start_projectors(model: Meteor, eagle: ChannelFusion) -> None:
         first_of_eagle.weight[rows] = 0
         first_of_eagle.weight[rows, columns] = toy_first.weight
         first_of_eagle.bias[rows] = toy_first.bias
-        last_of_eagle.weight[:, rows] = M @ toy_last.weight
-        last_of_eagle.bias += M @ toy_last.bias - nothing
+        last_of_eagle.weight[:, rows] = M @ toy_last.weight / 2
+        last_of_eagle.bias += (M @ toy_last.bias - nothing) / 2
         column, unit = column + d, unit + n
 
 

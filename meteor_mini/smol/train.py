@@ -33,7 +33,7 @@ PICTURES = 4  # a step
 TOKENS_OF_DIALOGUE = 110  # words of all questions and answers about a picture
 KEYWORDS = 0.3  # share of pictures asked in keywords
 HOLD = 0.6  # share of steps after which the learning rates fall
-RATES = {"lora": 8e-4, "projectors": 2e-3}
+RATES = {"lora": 8e-4, "projectors": 1e-4}  # these begin with words that they should not lose
 SAVE_EVERY = 50
 
 
