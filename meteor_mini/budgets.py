@@ -93,10 +93,22 @@ def budget_for(model, tokens: float) -> Budget:
 
 
 def stage3_lambda(config: dict, budget: Budget, K: int) -> float:
-    """Lambda for the budget's average when K tokens enter the LLM; infinity where it keeps all."""
+    """Lambda for the budget's average when K tokens enter the LLM; infinity where it keeps all.
+
+    Raises: ValueError for heads or layers with which lambda was not measured.
+    """
     if budget.stage3 is None:
         return float("inf")
-    return lambda_from_table(config.get("lambda_table"), K, budget.stage3)
+    table = config.get("lambda_table")
+    if table and "k" in table:
+        asked = {"k": budget.k, "layers": budget.layers and list(budget.layers)}
+        measured = {name: table[name] for name in asked}
+        if asked != measured:
+            raise ValueError(
+                f"lambda was measured with {measured}, the budget has {asked}: "
+                "use dataclasses.replace(model.budget, ...), or calibrate the model anew"
+            )
+    return lambda_from_table(table, K, budget.stage3)
 
 
 def lambda_from_table(table: dict | None, K: int, target: float) -> float:
@@ -164,7 +176,9 @@ def measure_lambda(
                 model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
             row.append(round(float(pruner.average_tokens().mean()), 3))
         averages.append(row)
-    return {"K": list(Ks), "lam": list(lams), "average": averages}
+    layers = model.budget.layers and list(model.budget.layers)
+    with_what = {"k": model.budget.k, "layers": layers}
+    return with_what | {"K": list(Ks), "lam": list(lams), "average": averages}
 
 
 def calibrate(model, images: list[Tensor], questions: list[str]) -> None:

@@ -292,6 +292,8 @@ def run_eval(args: Namespace) -> None:
 
     if args.table is not None and args.split != "test":
         raise ValueError("--split must be test beside --table, whose rows are of the test split")
+    if args.samples < 1:
+        raise ValueError(f"--samples must be 1 or more, got {args.samples}")
     model = Meteor.from_pretrained(args.model)
     names = [*tables.TABLES, *findings.FINDINGS]
     if args.table is None:
@@ -323,9 +325,11 @@ def print_accuracy(model: Meteor, split: str, samples: int) -> None:
 
 def run_bench(args: Namespace) -> None:
     require_extra("eval")
+    on_cpu = args.device == "cpu"
+    if not on_cpu and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: torch finds no GPU here")
     from . import bench
 
-    on_cpu = args.device == "cpu"
     dtype = args.dtype or ("float32" if on_cpu else "bfloat16")
     folder = None if args.quick else RESULTS
     bench.run(args.size, args.device, getattr(torch, dtype), args.quick, folder)
@@ -386,7 +390,9 @@ def parse_settings(settings: list[str]) -> dict:
     """["bf16=true", "lr_scheduler_type=linear"] -> {"bf16": True, "lr_scheduler_type": "linear"}"""
     options = {}
     for setting in settings:
-        key, _, value = setting.partition("=")
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set must be NAME=VALUE, got {setting}")
         try:
             options[key] = json.loads(value)
         except json.JSONDecodeError:

@@ -158,12 +158,18 @@ def training_loss(
 def answer_loss(model: Meteor, visual: Tensor, dialogues: list[Dialogue]) -> dict[str, Tensor]:
     """`training_loss` from visual tokens (B, K, D), however they were made."""
     embeds, mask, position, labels = pack(model, visual, dialogues)
-    hidden = model.decoder.model(
-        inputs_embeds=embeds, attention_mask=mask, position_ids=position, use_cache=False
-    )[0]  # (B, S, D)
     labels = labels[:, 1:]  # position t predicts token t + 1
+    columns = (labels != -100).any(dim=0).nonzero()[:, 0]  # where some row is asked
+    logits = model.decoder(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        position_ids=position,
+        use_cache=False,
+        logits_to_keep=columns,
+    ).logits  # (B, columns, V): with the decoder's own scaling
+    labels = labels[:, columns]
     asked = labels != -100
-    logits = model.decoder.lm_head(hidden[:, :-1][asked])  # (n, V)
+    logits = logits[asked]  # (n, V)
     return {
         "loss": F.cross_entropy(logits, labels[asked]),
         "logits": logits,

@@ -197,11 +197,18 @@ def view_of(encoder: nn.Module) -> EncoderView:
 
     Mean and std: those of open_clip's preprocess_cfg, else of timm's pretrained_cfg, else CLIP's.
     Pix2Struct and DINOv2 take any grid: config.meteor_grid, where it is set.
+
+    Raises: ValueError for another encoder, and for a ConvNeXt without an input size.
     """
     model = find_encoder(encoder)
     if hasattr(getattr(model, "config", None), "patch_embed_hidden_size"):
         return pix2struct_view(model)
     if hasattr(model, "config"):
+        if model.config.model_type != "dinov2":
+            raise ValueError(
+                "encoder must be of open_clip or timm, a Pix2Struct or a DINOv2, "
+                f"got transformers' {type(model).__name__}"
+            )
         return dinov2_view(model)
     tower = getattr(encoder, "visual", encoder)
     open_clip_cfg = getattr(tower, "preprocess_cfg", None)
@@ -211,7 +218,7 @@ def view_of(encoder: nn.Module) -> EncoderView:
         size = getattr(tower, "image_size", None) or (timm_cfg or {}).get("input_size")
         if size is None:
             raise ValueError(
-                "ConvNeXt must tell its input: set pretrained_cfg = {'input_size': (3, H, W)}"
+                "a ConvNeXt needs an input size: set pretrained_cfg = {'input_size': (3, H, W)}"
             )
         size, width = size[-2:], model.num_features
         stride = model.feature_info[-1]["reduction"]

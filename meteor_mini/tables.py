@@ -547,22 +547,18 @@ def report(
     names: list[str],
     samples: int,
     folder: Path | None = None,
-    again: bool = False,
 ) -> None:
     """Measure and print tables of `TABLES` and findings of `FINDINGS`.
 
-    With a folder, its CSV files, figures and README.md are brought up to date after each one; what
-    they hold already is printed from there, and measured only if asked again.
+    With a folder, its CSV files, figures and README.md are brought up to date after each one.
     """
     check_model(model)
     for name in names:
-        frame = None if folder is None or again else page.read(folder, name)
-        if frame is None:
-            if name in TABLES:
-                frame = measure(model, [name], samples)
-            else:
-                frame = findings.measure(model, name, samples)
-            if folder is not None:
-                page.save(folder, name, frame)
-                page.write(folder)
+        if name in TABLES:
+            frame = measure(model, [name], samples)
+        else:
+            frame = findings.measure(model, name, samples)
+        if folder is not None:
+            page.save(folder, name, frame)
+            page.write(folder)
         print(page.section(name, frame), flush=True)

@@ -48,13 +48,17 @@ def load_vlm(name: str, dtype="auto", **hub) -> tuple:
 
 def prepare(model, processor, image: Image.Image, question: str) -> dict:
     """A prompt in the model's own words, with one picture."""
-    if processor.chat_template is None:
-        text = question  # PaliGemma has no chat: its processor puts the picture in front
+    if processor.chat_template is None:  # PaliGemma: its processor puts the picture in front
+        inputs = processor(images=[image], text=[question], return_tensors="pt")
     else:
-        content = [{"type": "image"}, {"type": "text", "text": question}]
-        user = [{"role": "user", "content": content}]
-        text = processor.apply_chat_template(user, add_generation_prompt=True)
-    inputs = processor(images=[image], text=[text], return_tensors="pt")
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,  # by the template alone: no second <bos>
+            return_dict=True,
+            return_tensors="pt",
+        )
     return inputs.to(model.device, model.dtype)
 
 

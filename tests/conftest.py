@@ -55,8 +55,8 @@ def one_word(untrained):
     """Answers of one token: an untrained model does not stop."""
     generate = type(untrained).generate
 
-    def generate_one(model, *args):
-        return generate(model, *args, max_new_tokens=1)
+    def generate_one(model, *args, **options):
+        return generate(model, *args, **options | {"max_new_tokens": 1})
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(untrained), "generate", generate_one)

@@ -2,11 +2,16 @@
 measures.
 """
 
+from dataclasses import replace
+
 import pytest
+import torch
 
 from meteor_mini import Budget, load
-from meteor_mini.budgets import budget_for, lambda_from_table, stage3_lambda
+from meteor_mini.budgets import budget_for, lambda_from_table, measure_lambda, stage3_lambda
 from meteor_mini.evaluate import accuracy
+from meteor_mini.toy.questions import example_batches, images_and_questions
+from stage3_decode import AdaptivePruner
 
 
 @pytest.fixture(scope="module")
@@ -50,3 +55,30 @@ def test_lambda_is_read_off_the_table_linearly():
         lambda_from_table(table, 30, 5.0)
     with pytest.raises(ValueError, match="calibrated"):
         lambda_from_table(None, 10, 5.0)
+
+
+def test_a_curve_that_dips_is_inverted_all_the_same():
+    table = {"K": [10], "lam": [0.0, 1.0, 2.0, 3.0], "average": [[1.0, 5.0, 4.0, 9.0]]}
+    assert lambda_from_table(table, 10, 9.0) == pytest.approx(3.0)
+    assert lambda_from_table(table, 10, 7.0) == pytest.approx(2.5)
+
+
+def test_lambda_is_measured_with_the_budgets_heads_and_layers(untrained, monkeypatch):
+    images, questions = images_and_questions(next(example_batches("val", 2)))
+    own = untrained.config["budget"]
+    monkeypatch.setitem(untrained.config, "budget", own | {"k": 1, "layers": [2]})
+    table = measure_lambda(untrained, images, questions, [80], [20.0])
+    encoded = untrained.encode(images, Budget(stage1=168, stage2=80))
+    embeds, mask, visual = untrained.prompt(encoded, questions)
+    with AdaptivePruner(untrained.decoder, visual, 20.0, [2], 1) as pruner, torch.no_grad():
+        untrained.decoder.model(inputs_embeds=embeds, attention_mask=mask)
+    average = pruner.average_tokens().mean().item()
+    assert table["average"][0][0] == pytest.approx(average, abs=1e-3)
+    assert (table["k"], table["layers"]) == (1, [2])
+
+
+def test_a_budget_of_other_heads_or_layers_than_lambdas_is_refused(model):
+    plain = Budget(stage1=320, stage2=145, stage3=48)  # k = 5, where the toy has 6
+    with pytest.raises(ValueError, match="lambda was measured with {'k': 6, 'layers': .2, 6.}"):
+        stage3_lambda(model.config, plain, 145)
+    assert stage3_lambda(model.config, replace(model.budget, stage3=40), 145) > 0

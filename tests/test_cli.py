@@ -67,6 +67,8 @@ def test_eval_prints_accuracy_by_family(capsys):
     assert cli.main(["eval", "--samples", "12", "--split", "val"]) == 0
     printed = capsys.readouterr().out
     assert all(family in printed for family in questions.FAMILIES)
+    unpruned, meteor = printed.splitlines()[-1].split()[-2:]  # tokens: a column for each budget
+    assert float(unpruned) == 576 and float(meteor) < 80
 
 
 # ------------------------------------------------------------------ wrong input
@@ -164,3 +166,16 @@ def test_the_trained_model_answers_most_families(tmp_path, monkeypatch, capsys):
         assert cli.main(["ask", str(tmp_path / "picture.png"), example.question]) == 0
         right += capsys.readouterr().out.splitlines()[0] == example.answer
     assert right >= 9
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["eval", "--samples", "0"], "--samples must be 1 or more, got 0"),
+        (["bench", "--device", "cuda"], "torch finds no GPU here"),
+        (["train", "--data", "x", "--out", "y", "--set", "bf16"], "--set must be NAME=VALUE"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(argv, words, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert_refused(argv, capsys, words)

@@ -14,8 +14,8 @@ FAMILIES = ["color", "cell"]
 
 
 @pytest.fixture(scope="module")
-def printed_and_out(untrained, tmp_path_factory):
-    """What the demo of two families prints, and where it writes."""
+def printed_and_out(untrained, one_word, tmp_path_factory):
+    """What the demo of two families, with answers of one word, prints, and where it writes."""
     out = tmp_path_factory.mktemp("demo") / "new"
     lines = []
     with pytest.MonkeyPatch.context() as patch:
@@ -60,3 +60,34 @@ def test_writes_a_figure_and_the_bare_picture_of_each_family(printed_and_out):
         assert Image.open(out / f"{family}.png").width > 1000
         picture = make_example(demo_file.FIRST + number, "test", family).picture.image
         assert np.array_equal(Image.open(out / "pictures" / f"{family}.png"), picture)
+
+
+def test_the_clock_runs_from_the_picture_on(monkeypatch):
+    clock = [0.0]
+
+    class Model:
+        def encode(self, *_):
+            clock[0] += 3
+
+        def generate(self, *_, **options):
+            clock[0] += 1 if options else 2
+
+    monkeypatch.setattr(demo_file.time, "perf_counter", lambda: clock[0])
+    times = demo_file.measure_times(Model(), None, None, {"METEOR": None})
+    assert times == {"METEOR": {"prefill": 4000, "answer": 5000}}
+
+
+def test_right_answers_are_counted_for_each(untrained, monkeypatch, tmp_path, capsys):
+    example = make_example(demo_file.FIRST, "test", "color")
+    monkeypatch.setattr(demo_file, "FAMILIES", ["color"])
+    monkeypatch.setattr(demo_file, "RUNS", 1)
+    answer = type(untrained).answer
+
+    def right_if_pruned(model, images, questions, budget):
+        (one,) = answer(model, images, questions, budget)
+        one.text = "?" if budget == Budget.none() else example.answer
+        return [one]
+
+    monkeypatch.setattr(type(untrained), "answer", right_if_pruned)
+    demo_file.demo(untrained, tmp_path)
+    assert "unpruned 0 of 1, METEOR 1 of 1" in capsys.readouterr().out

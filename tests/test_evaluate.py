@@ -140,3 +140,8 @@ def test_utilization_and_information_gap_by_hand():
     assert information_gap(rates) == pytest.approx(0.85)
     accuracies[everyone] = 0
     assert all(map(math.isnan, utilization(accuracies, list("abc")).values()))
+
+
+def test_the_interval_of_rare_values_stays_among_them():
+    _, low, high = mean([0] * 38 + [100] * 2)
+    assert low == 0 and high > 10

@@ -335,3 +335,20 @@ def test_training_gradients_reach_encoders_projectors_and_decoder(model, batch):
     for part in (*model.encoders.values(), *model.projectors.values(), model.decoder):
         assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
     model.zero_grad()
+
+
+def test_logits_have_the_decoders_own_scaling(model, batch):
+    """Cohere multiplies its logits, Granite divides them."""
+    images, questions, answers = batch
+    dialogues = [[pair] for pair in zip(questions, answers)][:2]
+    scaled = load("toy")
+
+    def divide(module, args, output):
+        output.logits = output.logits / 4
+        return output
+
+    scaled.decoder.register_forward_hook(divide)
+    with torch.no_grad():
+        plain = training_loss(model, images[:2], dialogues)
+        divided = training_loss(scaled, images[:2], dialogues)
+    torch.testing.assert_close(divided["logits"], plain["logits"] / 4)

@@ -284,7 +284,7 @@ def test_sizes_grids_and_widths():
     assert view_of(tower.trunk).size == (160, 160)  # timm's pretrained_cfg
     eva = TimmModel("eva02_tiny_patch14_224", 16, image_size=224, pool="token", proj=None)
     assert read(eva) == ((224, 224), (16, 16), 192)
-    with pytest.raises(ValueError, match="ConvNeXt must tell its input: set pretrained_cfg"):
+    with pytest.raises(ValueError, match="a ConvNeXt needs an input size: set pretrained_cfg"):
         view_of(ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 8, 8, 8)))
 
 
@@ -327,3 +327,11 @@ def test_resizing_a_square_stays_within_0_and_1():
 def test_what_is_no_batch_of_pictures_is_refused(build, bad, message):
     with pytest.raises(ValueError, match=message):
         view_of(build())(bad)
+
+
+def test_an_encoder_of_transformers_without_a_view_is_refused():
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    clip = CLIPVisionModel(CLIPVisionConfig(hidden_size=24, num_attention_heads=2, image_size=32))
+    with pytest.raises(ValueError, match="got transformers' CLIPVisionModel"):
+        view_of(clip)

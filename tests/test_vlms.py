@@ -400,3 +400,39 @@ def test_other_models_are_refused(tmp_path):
         (TypeError, ValueError), match="model must be one of llava|could not be fetched"
     ):
         vlm.load_vlm(str(tmp_path))
+
+
+def test_keep_all_of_a_vlm_keeps_all(folder, tmp_path, capsys):
+    Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
+    ask = ["ask", str(tmp_path / "a.png"), "what is this", "--json", "--keep-all", "--model"]
+    assert cli.main([*ask, str(folder)]) == 0
+    assert json.loads(capsys.readouterr().out)["average_tokens"] == 16
+
+
+def test_lambda_is_calibrated_on_the_mean_over_prompts(folder, monkeypatch):
+    model, processor = vlm.load_vlm(str(folder))
+    image = Image.new("RGB", (40, 30), "red")
+    asked = ["what is this", "a red circle . a red circle . what"]
+    prompts = [vlm.prepare(model, processor, image, question) for question in asked]
+    monkeypatch.setattr(vlm, "solve_lambda", lambda tokens, measure: measure(2.0))
+    alone = [vlm.calibrate_lambda(model, [prompt], 8) for prompt in prompts]
+    assert alone[0] != alone[1]
+    assert vlm.calibrate_lambda(model, prompts, 8) == pytest.approx(sum(alone) / 2)
+
+
+def test_a_lambda_of_zero_is_a_lambda(folder):
+    model, processor = vlm.load_vlm(str(folder))
+    model.config.meteor_lambda = 1e9
+    image = Image.new("RGB", (40, 30), "red")
+    result = vlm.ask(model, processor, image, "what is this", lam=0, max_new_tokens=1)
+    assert set(result["counts"].values()) == {1}
+
+
+def test_a_template_that_begins_with_bos_gives_it_once(folder):
+    model, processor = vlm.load_vlm(str(folder))
+    image = Image.new("RGB", (40, 30), "red")
+    without = vlm.prepare(model, processor, image, "what is this")["input_ids"]
+    processor.chat_template = "{{ bos_token }}" + processor.chat_template
+    ids = vlm.prepare(model, processor, image, "what is this")["input_ids"]
+    bos = processor.tokenizer.bos_token_id
+    assert (ids == bos).sum() == 1 and ids.shape[1] - without.shape[1] <= 1
