@@ -1,4 +1,4 @@
-"""What METEOR is compared with, each a few lines through the doors that the stage files leave open.
+"""What METEOR is compared with, each on an extension point of the stage files.
 
 Inside the LLM, subclasses of `TokenPruner` for `Meteor.generate(pruner=...)`: `fixed`, `fastv`,
 `pyramid_drop`, `RandomPruner`, `drop_all`. In place of stage 2: those of `FUSIONS`. In place of

@@ -35,7 +35,7 @@ from transformers import Pix2StructVisionConfig, Pix2StructVisionModel, PreTrain
 import stage1_encode
 from stage3_decode import AdaptivePruner, average_tokens, default_layers, find_cache
 
-from . import baselines
+from . import baselines, plots
 from .budgets import Budget
 from .flops import counted_flops, prefill_flops
 from .model import Encoded, Meteor
@@ -412,8 +412,6 @@ COLUMNS = (
     "visual_tokens batch method mean_tokens tokens_out rounds ms speed_up least most flops_ratio "
     "realised decode_ms kv_mib peak_mib"
 ).split()
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#E69F00", "#CC79A7")  # Okabe and Ito's
-MARKERS = "osD^v"
 TITLES = {
     "whole": "From the picture to the first token",
     "peers": "In the LLM alone, equal mean tokens",
@@ -479,7 +477,7 @@ def draw(frame: pandas.DataFrame) -> Figure:
     for panel, (table, rows) in zip(panels, tables):
         pruned = rows[(rows["batch"] == 1) & (rows["method"] != "unpruned")]
         for place, (method, own) in enumerate(pruned.groupby("method", sort=False)):
-            color, marker, x = COLORS[place], MARKERS[place], own["visual_tokens"]
+            color, marker, x = plots.COLORS[place], plots.MARKERS[place], own["visual_tokens"]
             panel.plot(x, own["speed_up"], color=color, marker=marker, label=method)
             panel.fill_between(x, own["least"], own["most"], color=color, alpha=0.2)
             panel.plot(x, own["flops_ratio"], color=color, linestyle=":")

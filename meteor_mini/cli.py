@@ -409,12 +409,12 @@ def require_extra(extra: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run a command. Returns 0, or 2 after one sentence on stderr about wrong input."""
-    transformers.logging.set_verbosity_error()  # what is wrong is said once, below
+    transformers.logging.set_verbosity_error()  # errors are printed once, below
     hub_logging.set_verbosity_error()
     try:
         args = build_parser().parse_args(argv)
         args.run(args)
-    except BrokenPipeError:  # `| head`: nobody reads on, and that is no error
+    except BrokenPipeError:  # `| head` closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, TypeError, OSError) as error:
         print(f"meteor-mini: {' '.join(str(error).split())}", file=sys.stderr)

@@ -128,7 +128,7 @@ def ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> Estimate:
 def estimate(statistic: Callable, *samples: Sequence[float], paired: bool = False) -> Estimate:
     """A statistic of samples, with its percentile interval; nan where a sample is of one question.
 
-    The random numbers are always the same.
+    The seed is fixed.
     """
     arrays = [np.asarray(sample, dtype=float) for sample in samples]
     value = float(statistic(*arrays))

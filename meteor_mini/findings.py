@@ -1,4 +1,4 @@
-"""What is measured of the embedded model and is no table of methods: the paper's Findings 1 and 2,
+"""Measurements other than the method tables: the paper's Findings 1, 2, 4 and 5,
 who survives (Figure 1), ranks, what each encoder is worth, how deep the LLM looks, clips (Table 4).
 
     frame = measure(model, "depth", samples=240)

@@ -52,7 +52,7 @@ class Encoded:
 class Answer:
     """One question answered.
 
-    text: what the model said.
+    text: the generated answer.
     tokens: visual tokens {"encoders", "stage1", "stage2", "stage3"}, the last the mean over LLM
         layers.
     layers: visual tokens in each LLM layer.

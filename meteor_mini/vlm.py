@@ -27,7 +27,7 @@ FAMILIES = (
     "qwen2_5_vl",
     "qwen3_vl",
 )
-SHARE = 242 / 1024  # of the visual tokens, mean over layers: the paper's main result against EAGLE
+SHARE = 242 / 576  # of the visual tokens, mean over layers: what stage 3 keeps in the paper
 
 
 def load_vlm(name: str, dtype="auto", **hub) -> tuple:
@@ -71,7 +71,7 @@ def find_visual(model, inputs: dict) -> torch.Tensor:
 def calibrate_lambda(model, prompts: list[dict], tokens: float) -> float:
     """The lambda that keeps `tokens` visual tokens per layer, averaged over prompts.
 
-    Do it once, on prompts that are typical of the use. Each step of the bisection is one prefill of
+    Run it once, on representative prompts. Each step of the bisection is one prefill of
     every prompt, and there are up to 42 steps.
 
     Args: prompts: of `prepare`, one or more.
