@@ -46,6 +46,7 @@ from stage1_encode import (
     Family,
     allocate_budget,
     can_prune_inside,
+    count_anew,
     count_tokens,
     encode,
     encode_all,
@@ -453,6 +454,18 @@ def test_a_grid_that_is_no_square_and_a_picture_that_the_encoder_pads():
     assert torch.equal(encode(padding, x)[0], padding.forward_features(x)[:, 1:])
 
 
+def test_patches_are_counted_once_for_each_shape_and_encoder():
+    model, other = (vit(dynamic_img_size=True).eval() for _ in range(2))
+    runs = []
+    for encoder in (model, other):
+        encoder.patch_embed.register_forward_pre_hook(lambda module, args: runs.append(module))
+    counts = [
+        count_tokens(encoder, torch.rand(B, 3, H, 16))
+        for encoder, B, H in ((model, 2, 16), (model, 1, 16), (model, 2, 32), (other, 2, 16))
+    ]
+    assert counts == [16, 16, 32, 16] and len(runs) == 3
+
+
 @pytest.mark.parametrize(
     "name, options, N",
     [
@@ -840,7 +853,7 @@ def test_counting_and_ranks_inside_a_pruners_block_are_refused(models):
     model, x = models["siglip"], pixels("siglip")
     with pytest.raises(ValueError, match="this encoder is in another pruner's block"):
         with EncoderPruner(model, (40, 20, 9)):
-            count_tokens(model, x)
+            count_anew(model, x)
     with pytest.raises(ValueError, match="this encoder is in another pruner's block"):
         with EncoderPruner(model, (40, 20, 9)):
             expected_ranks([model], [[x]])
