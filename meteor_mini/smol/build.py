@@ -3,7 +3,7 @@
     load("smol")            the trained model
     build_smol()            the same with random projectors and adapters, as training begins
 
-The repository holds what was trained (checkpoint/, 14 MB). SmolLM2 comes from docs/real_parts.md.
+A checkpoint holds what was trained, 14 MB. SmolLM2 comes from docs/real_parts.md.
 """
 
 import copy
@@ -135,8 +135,10 @@ def write_smol(model: Meteor, eagle: ChannelFusion, folder: Path) -> None:
 def load_smol(folder: Path = CHECKPOINT) -> Meteor:
     """What `write_smol` wrote, in eval mode, float32; the adapter is merged into SmolLM2's weights.
 
-    Raises: ValueError where SmolLM2 cannot be had.
+    Raises: ValueError where `folder` holds no such model, and where SmolLM2 cannot be had.
     """
+    if not (folder / ADAPTER).is_file():
+        raise ValueError(f"{folder} holds no trained smol: docs/smol.md says how to train it")
     decoder, tokenizer = fetch_smollm2()
     adapted = get_peft_model(decoder, LoraConfig(**LORA))
     adapted.base_model.model.load_state_dict(load_file(folder / ADAPTER), strict=False)

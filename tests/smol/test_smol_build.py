@@ -74,3 +74,8 @@ def test_what_is_written_answers_the_same_when_it_is_read(tmp_path, pictures):
     with torch.no_grad():
         without = base(inputs_embeds=embeds, attention_mask=mask).logits
     assert not torch.allclose(without, logits, atol=5e-3, rtol=1e-2)
+
+
+def test_a_folder_without_a_trained_smol_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="holds no trained smol: docs/smol.md"):
+        build.load_smol(tmp_path)

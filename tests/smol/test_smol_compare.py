@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(compare, "LAMBDA_QUESTIONS", 4)
+    monkeypatch.setattr(compare, "LAMBDA_QUESTIONS", 2)
 
 
 @pytest.mark.parametrize("name", compare.METHODS)
@@ -49,7 +49,7 @@ def test_every_method_leaves_the_average_within_one_percent(model, name):
     first = 50_000 if adaptive else 0  # the questions on which lambda is solved
     for setting in compare.settings_of(name)[:1]:
         row = compare.build_row(model, name, compare.SEARCH_AT, setting)
-        tokens = accuracy(model, row.answer, "val", 4, first=first)["average_tokens"]
+        tokens = accuracy(model, row.answer, "val", 2, first=first)["average_tokens"]
         assert abs(tokens - wanted) <= 0.01 * wanted
 
 
