@@ -130,7 +130,7 @@ def tiny_run(monkeypatch):
     monkeypatch.setitem(bench.SIZES, "tiny", TINY)
     monkeypatch.setattr(bench, "SIDES", (8,))
     monkeypatch.setattr(bench, "BATCHES", (1,))
-    monkeypatch.setattr(bench, "ROUNDS", 1)
+    monkeypatch.setattr(bench, "ROUNDS", 0)  # the first alone
     monkeypatch.setattr(bench, "NEW", 2)
     monkeypatch.setattr(bench, "build_vit", narrow_vit)
     return partial(bench.run, "tiny", "cpu", torch.float32)

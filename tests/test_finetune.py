@@ -68,7 +68,7 @@ def untrained():
 
 
 SHORT = dict(
-    max_steps=6,
+    max_steps=4,
     per_device_train_batch_size=2,
     learning_rate=3e-3,
     warmup_steps=0,
@@ -196,7 +196,9 @@ def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path
     assert snippet.count('"small"') == snippet.count("max_steps=1000") == 1
     exec(
         compile(
-            snippet.replace("small", "toy").replace("max_steps=1000", "max_steps=2, use_cpu=True"),
+            snippet.replace("small", "toy").replace(
+                "max_steps=1000", "max_steps=2, per_device_train_batch_size=2, use_cpu=True"
+            ),
             "docs/training.md",
             "exec",
         ),
@@ -205,42 +207,44 @@ def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path
     assert Meteor.from_pretrained(tmp_path / "phase1").config["trained"]
 
 
+def copy_of_weights(model):
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def changed_parts(model, before):
+    after = model.state_dict()
+    return {name.split(".")[0] for name in after if not torch.equal(after[name], before[name])}
+
+
 def test_phase_one_trains_the_projectors_alone_and_the_loss_falls(data, tmp_path):
     model = untrained()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
+    before = copy_of_weights(model)
     trainer = finetune(
-        model, load_data(data, model.side), tmp_path / "out", **SHORT | dict(max_steps=12)
+        model, load_data(data, model.side), tmp_path / "out", **SHORT | dict(max_steps=10)
     )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert np.mean(losses[-3:]) < 0.8 * losses[0]
-    changed = {
-        k.split(".")[0] for k, v in model.state_dict().items() if not torch.equal(v, before[k])
-    }
-    assert changed == {"projectors"}
+    assert changed_parts(model, before) == {"projectors"}
     saved = Meteor.from_pretrained(tmp_path / "out")
-    assert saved.config["trained"] and all(
-        torch.equal(v, saved.state_dict()[k]) for k, v in model.state_dict().items()
-    )
+    assert saved.config["trained"] and not changed_parts(saved, model.state_dict())
 
 
 def test_phase_two_trains_the_decoder_too_and_resuming_gives_the_same_weights(data, tmp_path):
     whole, part = untrained(), untrained()
-    finetune(whole, load_data(data, 96), tmp_path / "whole", "all", save_steps=3, **SHORT)
+    before = copy_of_weights(whole)
+    finetune(whole, load_data(data, 96), tmp_path / "whole", "all", save_steps=2, **SHORT)
     (tmp_path / "part").mkdir()
-    (tmp_path / "whole" / "checkpoints" / "checkpoint-6").rename(tmp_path / "later")
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-4").rename(tmp_path / "later")
     (tmp_path / "whole" / "checkpoints").rename(tmp_path / "part" / "checkpoints")
     trainer = finetune(
-        part, load_data(data, 96), tmp_path / "part", "all", resume=True, save_steps=3, **SHORT
+        part, load_data(data, 96), tmp_path / "part", "all", resume=True, save_steps=2, **SHORT
     )
-    later = [e for e in trainer.state.log_history if e.get("step", 0) > 3 and "loss" in e]
-    assert trainer.state.global_step == 6 and len(later) == 3
+    later = [e for e in trainer.state.log_history if e.get("step", 0) > 2 and "loss" in e]
+    assert trainer.state.global_step == 4 and len(later) == 2
+    resumed = part.state_dict()
     for name, value in whole.state_dict().items():
-        torch.testing.assert_close(part.state_dict()[name], value, rtol=0, atol=1e-6)
-    before = untrained().state_dict()
-    changed = {
-        k.split(".")[0] for k, v in whole.state_dict().items() if not torch.equal(v, before[k])
-    }
-    assert changed == {"projectors", "decoder"}
+        torch.testing.assert_close(resumed[name], value, rtol=0, atol=1e-6)
+    assert changed_parts(whole, before) == {"projectors", "decoder"}
 
 
 SCRIPT = """
@@ -299,7 +303,7 @@ def test_two_processes_give_the_loss_of_one(data, tmp_path):
 
 @torch.no_grad()
 def test_the_training_loss_equals_each_question_alone(model, batch):
-    images, questions, answers = batch
+    images, questions, answers = (part[:4] for part in batch)
     dialogues = [
         [(q, a), ("describe the picture .", "number 4 2")] for q, a in zip(questions, answers)
     ]

@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import meteor_mini
-from meteor_mini import Budget, Meteor, calibrate, cli, vlm
+from meteor_mini import Budget, Meteor, budgets, calibrate, cli, vlm
 from meteor_mini.budgets import measure_lambda
 from meteor_mini.finetune import training_loss
 from meteor_mini.model import text_around_picture
@@ -76,6 +76,13 @@ def snapshot(cache, repo):
     (folder / "refs" / "main").write_text("0" * 40)
     (folder / "snapshots" / ("0" * 40)).mkdir(parents=True)
     return folder / "snapshots" / ("0" * 40)
+
+
+@pytest.fixture(autouse=True)
+def short_calibration(monkeypatch):
+    """Lambda is measured at a few points."""
+    monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 1.0, 2.0, 4.0, 64.0])
+    monkeypatch.setattr(budgets, "SHARES", (0.02, 0.14, 0.4))
 
 
 @pytest.fixture(scope="module")
@@ -344,7 +351,7 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
 
 
 def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
-    own = Meteor.from_pretrained(encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0])
+    own = Meteor.from_pretrained(encoders=FAST, decoder="me/tiny-llama", cache_dir=hub[0])
     dialogues = [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]]
     out = training_loss(own, own.encode(images[:2], Budget.none()), dialogues)
     expected = own.tokenizer(
@@ -383,9 +390,7 @@ def test_device_map_reaches_the_decoder_and_changes_no_answer(hub, images, monke
         lambda *a, **kw: given.append(kw) or load(*a, **kw),
     )
     plain, placed = (
-        Meteor.from_pretrained(
-            encoders=NAMES[:2], decoder="me/tiny-llama", cache_dir=hub[0], **options
-        )
+        Meteor.from_pretrained(encoders=FAST, decoder="me/tiny-llama", cache_dir=hub[0], **options)
         for options in ({}, {"device_map": device_map})
     )
     assert "device_map" not in given[0] and given[1]["device_map"] == device_map

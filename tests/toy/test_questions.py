@@ -1,6 +1,7 @@
 """Questions of the toy world: answers recomputed from the facts, and from the asked patches."""
 
 import contextlib
+import functools
 import re
 
 import numpy as np
@@ -11,6 +12,7 @@ from meteor_mini.toy import world as g
 from meteor_mini.toy.dialogues import make_dialogue
 from meteor_mini.toy.parts import SYSTEM_TEXT, build_tokenizer
 
+example_of = functools.cache(q.make_example)  # tests that look at the same example share it
 SLOT = {name: number for number, name in enumerate(g.SLOTS)}
 
 
@@ -94,14 +96,14 @@ def answer_from_patches(family, picture, asked):
 @pytest.mark.parametrize("family", q.FAMILIES)
 def test_answers_are_true(family, split, examples):
     for index in range(examples):
-        example = q.make_example(index, split, family)
+        example = example_of(index, split, family)
         assert example.answer == truth(example.picture, example.question), example.question
 
 
 @pytest.mark.parametrize("family", q.FAMILIES)
 def test_the_asked_patches_hold_the_answer(family):
     for index in range(15):
-        example = q.make_example(index, "val", family)
+        example = example_of(index, "val", family)
         picture, asked = example.picture, example.asked
         assert asked.shape == (g.GRID**2,) and asked.dtype == bool
         nothing_there = (family, example.answer) in {("presence", "no"), ("count", "0")}
@@ -114,7 +116,7 @@ def test_the_asked_patches_hold_the_answer(family):
 @pytest.mark.parametrize("family", ["relation", "label", "tag"])
 def test_a_relation_is_about_both_shapes_and_a_label_about_its_shape_too(family):
     for index in range(15):
-        example = q.make_example(index, "val", family)
+        example = example_of(index, "val", family)
         shown = example.picture.patch_words[example.asked, 0]
         kinds = {g.SLOTS["what"][what - 1] for what in shown}
         assert len(kinds) == 2
@@ -123,7 +125,7 @@ def test_a_relation_is_about_both_shapes_and_a_label_about_its_shape_too(family)
 
 @pytest.mark.parametrize("family", ["presence", "relation"])
 def test_yes_and_no_are_balanced(family):
-    yes = sum(q.make_example(i, "val", family).answer == "yes" for i in range(40))
+    yes = sum(example_of(i, "val", family).answer == "yes" for i in range(40))
     assert 12 <= yes <= 28
 
 
@@ -136,7 +138,7 @@ def test_half_of_the_extremes_are_asked_for_the_shortest():
 def test_absent_pairs_are_near_misses_and_none_is_held_out():
     near = absent = 0
     for index in range(40):
-        example = q.make_example(index, "val", "presence")
+        example = example_of(index, "val", "presence")
         color, shape = re.fullmatch(r"is there a (\w+) (\w+)\?", example.question).groups()
         assert (color, shape) not in g.HELD_OUT_PAIRS
         if example.answer == "no":
@@ -147,9 +149,9 @@ def test_absent_pairs_are_near_misses_and_none_is_held_out():
 
 
 def test_the_vocabulary_has_every_word_that_is_used_and_no_other():
-    """In questions, answers and dialogues of 150 pictures, their patches, and the system text."""
+    """In questions, answers and dialogues of 100 pictures, their patches, and the system text."""
     used, rng = set(q.split_words(SYSTEM_TEXT)), np.random.default_rng(0)
-    for index in range(150):
+    for index in range(100):
         picture = g.make_picture(index)
         for slot, vocabulary in enumerate(g.SLOTS.values()):
             used |= {
