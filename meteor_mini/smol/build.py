@@ -13,19 +13,16 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from ..baselines import ChannelFusion, channel_fusion
 from ..model import Meteor
 from ..real_parts import REAL_PARTS
-from ..toy import world
 from ..weights import fetch
 
 HUB_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 ADAPTER, EAGLE = "adapter.safetensors", "eagle.safetensors"
-RIDGE = 0.01  # of `map_words`, to the mean square of the toy's embeddings
 LORA = {"r": 16, "lora_alpha": 32, "target_modules": "all-linear"}
 
 
@@ -51,65 +48,9 @@ def build_smol() -> tuple[Meteor, ChannelFusion]:
     decoder = get_peft_model(decoder, LoraConfig(**LORA)).base_model.model
     config = {"decoder": json.loads(json.dumps(decoder.config.to_dict(), default=str))}
     model, eagle = compose(config, decoder, tokenizer)
-    start_projectors(model, eagle)
     for project in (*model.projectors.values(), eagle):
         project.requires_grad_(True)
     return model, eagle
-
-
-@torch.no_grad()
-def start_projectors(model: Meteor, eagle: ChannelFusion) -> None:
-    """Projectors begin as the toy's, and a linear map from its words to SmolLM2's behind them.
-
-    The toy's projectors turn a patch into the sum of its words' embeddings (toy/train.py, "align").
-    Its hidden units are the first of the new ones; the others are random, and add nothing yet. The
-    token of EAGLE's cell begins as the sum of what the four encoders say of it, halved, so that it
-    is as large as one of theirs.
-    """
-    toy = Meteor.from_pretrained("toy")
-    M = map_words(toy, model)  # (D, D_toy)
-    nothing = model.decoder.get_input_embeddings().weight.mean(dim=0)  # of an empty patch
-    column = unit = 0  # where EAGLE's channels and hidden units of an encoder begin
-    nn.init.zeros_(eagle.project[-1].weight)
-    eagle.project[-1].bias[:] = nothing
-    for name, project in model.projectors.items():
-        first, _, last = project
-        toy_first, _, toy_last = toy.projectors[name]
-        n, d = toy_first.weight.shape  # hidden units, width of the encoder
-        first.weight[:n], first.bias[:n] = toy_first.weight, toy_first.bias
-        nn.init.zeros_(last.weight)
-        last.weight[:, :n] = M @ toy_last.weight
-        last.bias[:] = M @ toy_last.bias
-
-        first_of_eagle, _, last_of_eagle = eagle.project
-        rows, columns = slice(unit, unit + n), slice(column, column + d)
-        first_of_eagle.weight[rows] = 0
-        first_of_eagle.weight[rows, columns] = toy_first.weight
-        first_of_eagle.bias[rows] = toy_first.bias
-        last_of_eagle.weight[:, rows] = M @ toy_last.weight / 2
-        last_of_eagle.bias += (M @ toy_last.bias - nothing) / 2
-        column, unit = column + d, unit + n
-
-
-def map_words(toy: Meteor, model: Meteor) -> Tensor:
-    """(D, D_toy) float: takes the toy's embedding of each word to SmolLM2's, by least squares.
-
-    A word of several tokens has their mean. <pad>, which the toy says of an empty patch, becomes
-    the mean of all SmolLM2's embeddings.
-    """
-    of_toy = toy.decoder.get_input_embeddings().weight
-    of_smol = model.decoder.get_input_embeddings().weight
-    words = sorted({word for slot in world.SLOTS.values() for word in slot})
-    source, target = [of_toy[toy.tokenizer.pad_token_id]], [of_smol.mean(dim=0)]
-    for word in words:
-        source.append(of_toy[toy.tokenizer.convert_tokens_to_ids(word)])
-        text = word if word.isdigit() else f" {word}"
-        ids = model.tokenizer(text, add_special_tokens=False).input_ids
-        target.append(of_smol[ids].mean(dim=0))
-    A, B = torch.stack(source), torch.stack(target)  # (words, D_toy), (words, D)
-    gram = A.T @ A
-    ridge = RIDGE * gram.trace() / len(gram) * torch.eye(len(gram))
-    return torch.linalg.solve(gram + ridge, A.T @ B).T
 
 
 def compose(config: dict, decoder: PreTrainedModel, tokenizer) -> tuple[Meteor, ChannelFusion]:

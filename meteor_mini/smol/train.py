@@ -17,44 +17,155 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..baselines import encode_channels
-from ..finetune import answer_loss
+from stage1_encode import encode_all
+
+from ..baselines import ChannelFusion, encode_channels
+from ..finetune import Dialogue, answer_loss, pack_dialogue
+from ..model import Meteor
+from ..toy import world
 from ..toy.dialogues import make_dialogue
 from ..toy.pool import Pool, draw_pool, fit
 from ..toy.questions import to_pairs
 from ..toy.random_budgets import encode_randomly, fuse_randomly
+from ..toy.schooling import TOLD_SLOTS, select_words
+from ..toy.train import BLANK_WEIGHT
 from .build import CHECKPOINT, build_smol, write_smol
 
 POOL = 16_000  # training pictures
 STEPS = 1600
-PICTURES = 4  # a step
+PICTURES = 4  # a step, on average
+BLOCK = 16  # steps whose pictures are drawn together
 TOKENS_OF_DIALOGUE = 110  # words of all questions and answers about a picture
 KEYWORDS = 0.3  # share of pictures asked in keywords
 HOLD = 0.6  # share of steps after which the learning rates fall
-RATES = {"lora": 8e-4, "projectors": 1e-4}  # these begin with words that they should not lose
-SAVE_EVERY = 50
+RATES = {"lora": 8e-4, "projectors": 5e-4}
+SAVE_EVERY = 25
+FITTED = 512  # pictures on which the projectors' beginning is fitted
+RIDGE = 1e-5  # of that fit, to the mean square of a hidden unit
+
+
+# ------------------------------------------------------------------------ how the projectors begin
+
+
+@torch.no_grad()
+def start_projectors(model: Meteor, eagle: ChannelFusion, pool: Pool) -> None:
+    """Projectors begin by turning a patch into the words that its encoder passes on.
+
+    The first layer of each is the toy's, beside random hidden units. The last is fitted by least
+    squares, on the pool's first pictures, to the sum of those words' embeddings in SmolLM2. EAGLE's
+    begins likewise: the first layers side by side, and a cell is what all four encoders pass on.
+    """
+    toy = Meteor.from_pretrained("toy")
+    features, words = encode_pictures(model, pool)
+    column = unit = 0  # where an encoder's channels and hidden units begin in EAGLE's
+    nn.init.zeros_(eagle.project[0].weight)
+    for name, x, own_words in zip(model.projectors, features, words):
+        project, of_toy = model.projectors[name], toy.projectors[name][0]
+        units, channels = of_toy.weight.shape
+        project[0].weight[:units], project[0].bias[:units] = of_toy.weight, of_toy.bias
+        fit_last_layer(project, units, x, embed_words(model, own_words), own_words.any(dim=-1))
+
+        first = eagle.project[0]
+        first.weight[unit : unit + units, column : column + channels] = of_toy.weight
+        first.bias[unit : unit + units] = of_toy.bias
+        column, unit = column + channels, unit + units
+    all_words = torch.stack(words).amax(dim=0)
+    target = embed_words(model, all_words)
+    fit_last_layer(eagle.project, unit, torch.cat(features, -1), target, all_words.any(dim=-1))
+
+
+def encode_pictures(model: Meteor, pool: Pool) -> tuple[list[Tensor], list[Tensor]]:
+    """Of the pool's first pictures, for each encoder: patches (P, D_l), their words (P, slots)."""
+    features = []
+    for start in range(0, FITTED, 32):
+        rows = range(start, min(start + 32, FITTED))
+        pixels = model.pixels(pool.load_images(rows))
+        features.append(encode_all(list(model.encoders.values()), pixels, None)[0])
+    features = [torch.cat(batches).flatten(0, 1) for batches in zip(*features)]
+    words = pool.words[:FITTED].flatten(0, 1)
+    return features, [select_words(words, slots) for slots in TOLD_SLOTS.values()]
+
+
+def embed_words(model: Meteor, words: Tensor) -> Tensor:
+    """The sum of n words' embeddings over sqrt(n); of no word, the mean of all embeddings.
+
+    Args: words (P, slots) int64, 0 for none. Returns: (P, D) float.
+    """
+    embeddings = model.decoder.get_input_embeddings().weight  # (V, D)
+    total = 0.0
+    for slot, vocabulary in enumerate(world.SLOTS.values()):
+        text = [word if word.isdigit() else f" {word}" for word in vocabulary]
+        ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids)  # (words, 1)
+        none = torch.zeros(1, embeddings.shape[1])
+        total = total + torch.cat([none, embeddings[ids[:, 0]]])[words[:, slot]]
+    count = (words > 0).sum(dim=-1, keepdim=True)
+    return torch.where(count > 0, total / count.clamp(min=1).sqrt(), embeddings.mean(dim=0))
+
+
+def fit_last_layer(
+    project: nn.Sequential, units: int, x: Tensor, target: Tensor, has_words: Tensor
+) -> None:
+    """Least squares from a projector's first hidden units to the target; the others add nothing.
+
+    Args: x (P, D_in), target (P, D) float; has_words (P,) bool: other patches weigh less.
+    """
+    first, gelu, last = project
+    hidden = gelu(F.linear(x, first.weight[:units], first.bias[:units]))
+    hidden = torch.cat([hidden, torch.ones(len(x), 1)], dim=1)  # (P, units + 1)
+    weighted = hidden * torch.where(has_words, 1.0, BLANK_WEIGHT)[:, None]
+    gram = weighted.T @ hidden
+    ridge = RIDGE * gram.diagonal().mean() * torch.eye(len(gram))
+    solution = torch.linalg.solve((gram + ridge).double(), (weighted.T @ target).double())
+    nn.init.zeros_(last.weight)
+    last.weight[:, :units] = solution[:-1].T
+    last.bias[:] = solution[-1]
+
+
+# ------------------------------------------------------------------------------------ the training
+
+
+def draw_dialogues(model: Meteor, pool: Pool, step: int) -> tuple[np.ndarray, list[Dialogue]]:
+    """Rows of the pool, and the questions and answers about each, of similar length.
+
+    The pictures of `BLOCK` steps are drawn together, sorted by length and dealt out, so that little
+    of a batch is padding and each step has as many tokens of text.
+    """
+    block, place = divmod(step, BLOCK)
+    rng = np.random.default_rng(block)
+    rows = rng.integers(len(pool), size=BLOCK * PICTURES)
+    dialogues = to_pairs(
+        [make_dialogue(pool.pictures[i], rng, KEYWORDS, TOKENS_OF_DIALOGUE) for i in rows]
+    )
+    lengths = np.array([len(pack_dialogue(model, d, 0)["ids"]) for d in dialogues])
+    order = lengths.argsort()
+    share = lengths[order].cumsum() / (lengths.sum() + 1)  # in [0, 1)
+    mine = order[(share * BLOCK).astype(int) == rng.permutation(BLOCK)[place]]
+    return rows[mine], [dialogues[i] for i in mine]
 
 
 def train(work: Path, out: Path, steps: int) -> None:
     """Train for some steps, and write the checkpoint."""
     model, eagle = build_smol()
     pool = Pool(work)
+    start_projectors(model, eagle, pool)
     model.decoder.train()
     curve = work / "curve.csv"
 
     def compute_loss(step: int, rng: np.random.Generator) -> Tensor:
         for_eagle, keep_all = step % 2 == 1, step % 16 == 0
-        rows = rng.integers(len(pool), size=PICTURES // 2 if keep_all else PICTURES)
+        rows, dialogues = draw_dialogues(model, pool, step)
+        if keep_all:
+            rows, dialogues = rows[::2], dialogues[::2]
         images = pool.load_images(rows)
-        asked = [make_dialogue(pool.pictures[i], rng, KEYWORDS, TOKENS_OF_DIALOGUE) for i in rows]
         if for_eagle:
             tokens = encode_channels(model, eagle, images).fused.tokens  # (B, 144, D)
         else:
             features, kept = encode_randomly(model, images, keep_all, rng)
             tokens = fuse_randomly(model, features, kept, rng).fused.tokens  # (B, K, D)
-        result = answer_loss(model, tokens, to_pairs(asked))
+        result = answer_loss(model, tokens, dialogues)
         right = (result["logits"].argmax(dim=-1) == result["labels"]).float().mean()
         with curve.open("a", newline="") as file:
             row = [step, "eagle" if for_eagle else "meteor", tokens.shape[1]]

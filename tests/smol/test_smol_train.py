@@ -1,16 +1,78 @@
-"""smol/train.py: what ten steps move, and that nothing but the answers teaches it."""
+"""smol/train.py: how projectors begin, what ten steps move, that only the answers teach."""
 
 import csv
 from pathlib import Path
 
+import numpy as np
+import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from meteor_mini.finetune import pack_dialogue
 from meteor_mini.smol import build, train
-from meteor_mini.toy.pool import draw_pool
+from meteor_mini.toy import world
+from meteor_mini.toy.pool import Pool, draw_pool
+
+PICTURES = 48
 
 
-def test_ten_steps_move_lora_and_projectors_and_nothing_else(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pool")
+    draw_pool(folder, PICTURES)
+    return folder
+
+
+@pytest.fixture
+def pool(work, monkeypatch):
+    monkeypatch.setattr(train, "FITTED", PICTURES)
+    return Pool(work)
+
+
+@torch.no_grad()
+def test_projectors_begin_by_saying_the_words_of_a_patch(pool):
+    model, eagle = build.build_smol()
+    train.start_projectors(model, eagle, pool)
+    features, words = train.encode_pictures(model, pool)
+    said = [project(x) for project, x in zip(model.projectors.values(), features)]
+    words = [*words, torch.stack(words).amax(dim=0)]
+    said.append(eagle([x.unflatten(0, (PICTURES, -1)) for x in features]).flatten(0, 1))
+    for tokens, of_patches in zip(said, words):
+        kinds, kind = of_patches[of_patches.any(dim=1)].unique(dim=0, return_inverse=True)
+        centers = F.normalize(train.embed_words(model, kinds), dim=-1)
+        nearest = (F.normalize(tokens[of_patches.any(dim=1)], dim=-1) @ centers.T).argmax(dim=1)
+        assert (nearest == kind).float().mean() > 0.5  # of many
+
+
+@torch.no_grad()
+def test_what_a_perfect_encoder_would_say_is_the_scaled_sum_of_embeddings(pool):
+    model, _ = build.build_smol()
+    embeddings = model.decoder.get_input_embeddings().weight
+    words = torch.zeros(2, len(world.SLOTS), dtype=torch.int64)
+    words[0, 0] = 1 + world.SLOTS["what"].index("star")
+    words[0, 1] = 1 + world.SLOTS["color"].index("red")
+    star, red = model.tokenizer.convert_tokens_to_ids(["star", "red"])
+    expected = torch.stack([(embeddings[star] + embeddings[red]) / 2**0.5, embeddings.mean(dim=0)])
+    torch.testing.assert_close(train.embed_words(model, words), expected)
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_the_pictures_of_a_block_are_dealt_out_once_and_by_length(pool, block, monkeypatch):
+    monkeypatch.setattr(train, "BLOCK", 4)
+    model, _ = build.build_smol()
+    steps = [train.draw_dialogues(model, pool, 4 * block + place) for place in range(4)]
+    drawn = np.random.default_rng(block).integers(len(pool), size=4 * train.PICTURES)
+    assert sorted(np.concatenate([rows for rows, _ in steps])) == sorted(drawn)
+    spans = []
+    for _, dialogues in steps:
+        lengths = [len(pack_dialogue(model, dialogue, 0)["ids"]) for dialogue in dialogues]
+        spans.append((min(lengths), max(lengths)))
+    spans.sort()
+    assert all(longest <= shortest for (_, longest), (shortest, _) in zip(spans, spans[1:]))
+
+
+def test_ten_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_path, monkeypatch):
     built = []
 
     def build_and_remember():
@@ -19,8 +81,7 @@ def test_ten_steps_move_lora_and_projectors_and_nothing_else(tmp_path, monkeypat
 
     monkeypatch.setattr(train, "build_smol", build_and_remember)
     monkeypatch.setattr(train, "PICTURES", 2)
-    draw_pool(tmp_path, 4)
-    train.train(tmp_path, tmp_path / "out", steps=10)
+    train.train(work, tmp_path / "out", steps=10)
 
     ((model, eagle),), (before, eagle_before) = built, build.build_smol()
     moved, still = set(), set()
@@ -34,7 +95,7 @@ def test_ten_steps_move_lora_and_projectors_and_nothing_else(tmp_path, monkeypat
 
     written = load_file(tmp_path / "out" / "adapter.safetensors")
     assert written.keys() == {n.removeprefix("decoder.") for n in trained if "lora_" in n}
-    with (tmp_path / "curve.csv").open() as file:
+    with (work / "curve.csv").open() as file:
         rows = list(csv.reader(file))
     assert [int(row[0]) for row in rows] == list(range(10))
     assert [row[1] for row in rows] == ["meteor", "eagle"] * 5
@@ -43,5 +104,5 @@ def test_ten_steps_move_lora_and_projectors_and_nothing_else(tmp_path, monkeypat
 def test_no_loss_but_the_answers_is_in_the_training():
     folder = Path(train.__file__).parent
     text = "".join((folder / name).read_text() for name in ("build.py", "train.py"))
-    for word in ("attention_loss", "aside_loss", "looking_loss", "align_loss", "asked_patches"):
+    for word in ("attention_loss", "aside_loss", "looking_loss", "asked_patches"):
         assert word not in text
