@@ -38,7 +38,7 @@ class PrunedLlava(lmms):
     r"""Answers one prompt at a time: greedily, up to 64 tokens, unless the task says otherwise.
 
     Args: as in --model_args.
-        pretrained: hub id or directory of a model of `vlm.FAMILIES`; stage 1 needs a LLaVA-1.5.
+        pretrained: hub id or directory of a model of `vlm.MODEL_TYPES`; stage 1 needs a LLaVA-1.5.
         method: one of METHODS.
         lam: \lambda of meteor; None: what `meteor-mini calibrate --out` stored with the model.
         tokens: of the other methods, visual tokens to keep, mean over the LLM's layers.

@@ -160,7 +160,7 @@ def whole_contenders(model: Meteor) -> dict[str, Contender]:
     equal_ranks = torch.ones(3, 4)
     fusion = baselines.channel_fusion(model).to(model.decoder.dtype)
     return {
-        "unpruned": Contender(partial(model.encode, budget=Budget.none()), None, [N] * L),
+        "unpruned": Contender(partial(model.encode, budget=Budget.keep_all()), None, [N] * L),
         "EAGLE-style": Contender(partial(baselines.encode_channels, model, fusion), None, [n] * L),
         "METEOR": Contender(
             partial(model.encode, budget=meteor, ranks=equal_ranks),
@@ -180,7 +180,7 @@ def llm_contenders(model: Meteor, images: Tensor) -> dict[str, Contender]:
 
     All get the same visual tokens, V of them, encoded once before the clock starts.
     """
-    encoded = model.encode(images, Budget.none())
+    encoded = model.encode(images, Budget.keep_all())
 
     def reuse(images: Tensor) -> Encoded:
         return encoded
@@ -243,7 +243,7 @@ def time_answer(model: Meteor, contender: Contender, images: Tensor) -> dict[str
     output, _ = model.generate(
         encoded,
         [QUESTION] * len(images),
-        Budget.none(),
+        Budget.keep_all(),
         contender.pruner,
         max_new_tokens=NEW,
         min_new_tokens=NEW,
@@ -408,7 +408,7 @@ def run(size: str, device: str, dtype: torch.dtype, quick: bool, folder: Path | 
 
 # --------------------------------------------------------------------------------- how it is shown
 
-COLUMNS = (
+FIELDS = (
     "visual_tokens batch method mean_tokens tokens_out rounds ms speed_up least most flops_ratio "
     "realised decode_ms kv_mib peak_mib"
 ).split()
@@ -452,14 +452,14 @@ def describe_setup(size: str, device: str, dtype: torch.dtype) -> str:
 
 def as_text(rows: pandas.DataFrame) -> str:
     """A table of the columns that hold anything."""
-    columns = [name for name in COLUMNS if name in rows and rows[name].notna().any()]
+    columns = [name for name in FIELDS if name in rows and rows[name].notna().any()]
     return rows[columns].to_string(index=False, float_format="{:,.2f}".format)
 
 
 def save(frame: pandas.DataFrame, folder: Path) -> None:
     """benchmark.csv, and the figure and the page that are made from it."""
     folder.mkdir(parents=True, exist_ok=True)
-    columns = [name for name in ("table", *COLUMNS, "setup") if name in frame]
+    columns = [name for name in ("table", *FIELDS, "setup") if name in frame]
     frame.to_csv(folder / "benchmark.csv", columns=columns, index=False, float_format="%.5g")
     frame = pandas.read_csv(folder / "benchmark.csv")
     draw(frame).savefig(folder / "benchmark.png", dpi=100)
@@ -477,7 +477,7 @@ def draw(frame: pandas.DataFrame) -> Figure:
     for panel, (table, rows) in zip(panels, tables):
         pruned = rows[(rows["batch"] == 1) & (rows["method"] != "unpruned")]
         for place, (method, own) in enumerate(pruned.groupby("method", sort=False)):
-            color, marker, x = plots.COLORS[place], plots.MARKERS[place], own["visual_tokens"]
+            color, marker, x = plots.PALETTE[place], plots.MARKERS[place], own["visual_tokens"]
             panel.plot(x, own["speed_up"], color=color, marker=marker, label=method)
             panel.fill_between(x, own["least"], own["most"], color=color, alpha=0.2)
             panel.plot(x, own["flops_ratio"], color=color, linestyle=":")

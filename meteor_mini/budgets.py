@@ -35,7 +35,7 @@ class Budget:
     layers: tuple[int, ...] | None = None
 
     @classmethod
-    def none(cls) -> "Budget":
+    def keep_all(cls) -> "Budget":
         """The unpruned model: every token goes through everything."""
         return cls()
 
@@ -66,7 +66,7 @@ def budget_for(model, tokens: float) -> Budget:
     there are keeps all of them. So counts near the model's own average do not rise smoothly: its
     own budget was tuned, the others follow a rule.
 
-    Raises: ValueError for tokens outside 4 .. all the encoders' tokens (there, `Budget.none()`).
+    Raises: ValueError for tokens outside 4 .. all the encoders' tokens (all: `Budget.keep_all()`).
     Source: [our choice]
     """
     total, own = model.num_tokens, model.budget
@@ -75,7 +75,7 @@ def budget_for(model, tokens: float) -> Budget:
             f"tokens must be 4 to {total}, the visual tokens of all encoders, got {tokens}"
         )
     if tokens == total:
-        return Budget.none()
+        return Budget.keep_all()
     if tokens == own.stage3:
         return own
     one_per_two, two_per_three = proportions(own)

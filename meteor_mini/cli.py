@@ -228,7 +228,7 @@ def run_ask(args: Namespace) -> None:
 
     budget = model.budget
     if args.keep_all:
-        budget = Budget.none()
+        budget = Budget.keep_all()
     if args.tokens is not None:
         budget = budgets.budget_for(model, args.tokens)
     answer = model.answer(images, [args.question], budget)[0]
@@ -252,7 +252,7 @@ def is_vlm(name: str) -> bool:
         return False
     try:
         with hub_or_cache(name):
-            return transformers.AutoConfig.from_pretrained(name).model_type in vlm.FAMILIES
+            return transformers.AutoConfig.from_pretrained(name).model_type in vlm.MODEL_TYPES
     except (OSError, ValueError, KeyError):  # `Meteor.from_pretrained` says what is wrong
         return False
 
@@ -313,7 +313,7 @@ def print_accuracy(model: Meteor, split: str, samples: int) -> None:
     from .evaluate import accuracy
 
     columns = {}
-    for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
+    for name, budget in {"unpruned": Budget.keep_all(), "METEOR": model.budget}.items():
         result = accuracy(model, budget, split, samples)
         columns[name] = result["families"] | {
             "all": result["accuracy"],

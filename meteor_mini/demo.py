@@ -16,7 +16,7 @@ from torch import Tensor
 from .budgets import Budget
 from .model import Answer, Meteor
 from .plots import survivor_figure
-from .toy.questions import FAMILIES, Example, images_and_questions, make_example
+from .toy.questions import QUESTION_FAMILIES, Example, images_and_questions, make_example
 
 FIRST = 90_000  # number of the first picture: no table measures these
 RUNS = 3  # timed runs of each kind; the median counts
@@ -31,11 +31,11 @@ STAGE_LABELS = {
 
 def demo(model: Meteor, out: Path) -> None:
     """Ask a question of every family; figures go to `out`, bare pictures to out/pictures."""
-    budgets = {"unpruned": Budget.none(), "METEOR": model.budget}
+    budgets = {"unpruned": Budget.keep_all(), "METEOR": model.budget}
     print(f"{len(model.encoders)} encoders: {', '.join(model.encoders)}\n{HEAD}")
     (out / "pictures").mkdir(parents=True, exist_ok=True)
     total = {name: {"right": 0, "tokens": 0, "prefill": 0} for name in budgets}
-    for number, family in enumerate(FAMILIES):
+    for number, family in enumerate(QUESTION_FAMILIES):
         example = make_example(FIRST + number, "test", family)
         images, questions = images_and_questions([example])
         answers = {name: model.answer(images, questions, b)[0] for name, b in budgets.items()}
@@ -48,8 +48,10 @@ def demo(model: Meteor, out: Path) -> None:
         Image.fromarray(example.picture.image).save(out / "pictures" / f"{family}.png")
         texts = {"question": example.question, "true answer": example.answer}
         draw_answers(images, texts, answers).savefig(out / f"{family}.png")
-    right = ", ".join(f"{name} {total[name]['right']} of {len(FAMILIES)}" for name in budgets)
-    print(f"\n{len(FAMILIES)} figures in {out}; right answers: {right}")
+    right = ", ".join(
+        f"{name} {total[name]['right']} of {len(QUESTION_FAMILIES)}" for name in budgets
+    )
+    print(f"\n{len(QUESTION_FAMILIES)} figures in {out}; right answers: {right}")
     change = {
         key: 100 * total["METEOR"][key] / total["unpruned"][key] - 100
         for key in ("tokens", "prefill")

@@ -1,6 +1,6 @@
 """Accuracy by question family, 95 % bootstrap intervals, and what each encoder is worth.
 
-    accuracy(model, Budget.none(), samples=120)["families"]
+    accuracy(model, Budget.keep_all(), samples=120)["families"]
     difference(right_of_meteor, right_of_fastv)     # paired: the same questions
 
 Accuracy is exact match, in percent, on the questions of `toy.questions`. `tables` and `findings`
@@ -19,12 +19,11 @@ from torch import Tensor
 from .budgets import Budget
 from .flops import prefill_flops
 from .model import Answer, Meteor
-from .toy.questions import FAMILIES, Example, example_batches, images_and_questions
+from .toy.questions import GROUPS, QUESTION_FAMILIES, Example, example_batches, images_and_questions
 
 # What is evaluated: a budget, or a function (model, images, questions) -> answers.
 Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
 
-GROUPS = ["General", "OCR & Chart"]
 RESAMPLES = 2000
 
 
@@ -83,11 +82,11 @@ def grade(model: Meteor, examples: list[Example], answers: list[Answer]) -> pd.D
 
 def families_by_kind() -> dict[str, list[str]]:
     """The kinds of question that results are given for: all, each group, each family."""
-    kinds = {"all": list(FAMILIES)}
+    kinds = {"all": list(QUESTION_FAMILIES)}
     for group in GROUPS:
-        kinds[group] = [family for family, its_group in FAMILIES.items() if its_group == group]
-    for family in FAMILIES:
-        kinds[family] = [family]
+        kinds[group] = [name for name, family in QUESTION_FAMILIES.items() if family.group == group]
+    for name in QUESTION_FAMILIES:
+        kinds[name] = [name]
     return kinds
 
 

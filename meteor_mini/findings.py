@@ -24,7 +24,6 @@ from stage3_decode import default_layers
 from . import baselines
 from .budgets import Budget
 from .evaluate import (
-    GROUPS,
     Estimate,
     difference,
     families_by_kind,
@@ -36,7 +35,8 @@ from .evaluate import (
 from .model import Answer, Encoded, Meteor
 from .toy.clips import CLIPS, make_clip
 from .toy.questions import (
-    KIND_OF_FAMILY,
+    GROUPS,
+    QUESTION_FAMILIES,
     Example,
     example_batches,
     images_and_questions,
@@ -44,7 +44,7 @@ from .toy.questions import (
 )
 from .toy.world import make_picture
 
-COLUMNS = "finding encoder layer criterion kind questions value low high".split()
+FIELDS = "finding encoder layer criterion kind questions value low high".split()
 
 
 def measure(model: Meteor, name: str, samples: int) -> pd.DataFrame:
@@ -56,7 +56,7 @@ def measure(model: Meteor, name: str, samples: int) -> pd.DataFrame:
         Fields that mean nothing for a finding are empty.
     """
     lines = pd.DataFrame(FINDINGS[name](model, samples))
-    return lines.assign(finding=name).reindex(columns=COLUMNS)
+    return lines.assign(finding=name).reindex(columns=FIELDS)
 
 
 def line(estimate: Estimate | float, criterion: str, **where) -> dict:
@@ -80,7 +80,8 @@ def masks_by_kind(family: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
     Chart without the charts.
     """
     kinds = families_by_kind()
-    kinds["OCR"] = [name for name in kinds["OCR & Chart"] if KIND_OF_FAMILY[name] != "chart"]
+    reads = kinds["OCR & Chart"]
+    kinds["OCR"] = [name for name in reads if QUESTION_FAMILIES[name].picture != "chart"]
     for kind, families in kinds.items():
         asked = np.isin(list(family), families)
         if asked.any():
@@ -366,8 +367,8 @@ def by_subset(model: Meteor, subsets: list[frozenset[str]], examples: list[Examp
     right, attention = {}, {}
     for subset in subsets:
         masked = [x if name in subset else torch.zeros_like(x) for name, x in zip(names, features)]
-        encoded = model.fuse(masked, kept, Budget.none())
-        ids, _ = model.generate(encoded, questions, Budget.none())
+        encoded = model.fuse(masked, kept, Budget.keep_all())
+        ids, _ = model.generate(encoded, questions, Budget.keep_all())
         texts = model.decode(ids)
         right[subset] = [text == example.answer for text, example in zip(texts, examples)]
         if len(subset) in (1, len(names)):
@@ -448,10 +449,10 @@ def drops(model: Meteor, samples: int) -> list[dict]:
     for examples in example_batches("test", min(samples, 400)):
         images, questions = images_and_questions(examples)
         truths = [example.answer for example in examples]
-        encoded = model.encode(images, Budget.none())
-        full += is_right(model.answer(encoded, questions, Budget.none()), truths)
+        encoded = model.encode(images, Budget.keep_all())
+        full += is_right(model.answer(encoded, questions, Budget.keep_all()), truths)
         for i in depths:
-            answers = model.answer(encoded, questions, Budget.none(), baselines.drop_all(i))
+            answers = model.answer(encoded, questions, Budget.keep_all(), baselines.drop_all(i))
             right[i] += is_right(answers, truths)
     full = 100 * np.array(full)
     lines = []
@@ -468,7 +469,7 @@ def video(model: Meteor, samples: int) -> list[dict]:
 
     Source: [supplement Table 4]
     """
-    budgets = {"unpruned": Budget.none(), "METEOR": model.budget}
+    budgets = {"unpruned": Budget.keep_all(), "METEOR": model.budget}
     lines = []
     for kind in CLIPS:
         right, tokens = {name: [] for name in budgets}, {name: [] for name in budgets}

@@ -100,9 +100,9 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
 
     @property
     def budget(self) -> Budget:
-        """The budget that the model was calibrated for; `Budget.none()` where there is none."""
+        """The budget that the model was calibrated for; `Budget.keep_all()` where there is none."""
         own = self.config.get("budget")
-        return Budget(**own) if own else Budget.none()
+        return Budget(**own) if own else Budget.keep_all()
 
     @property
     def ranks(self) -> Tensor | None:

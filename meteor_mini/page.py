@@ -10,8 +10,7 @@ from typing import NamedTuple
 import pandas as pd
 
 from . import plots
-from .evaluate import GROUPS
-from .toy.questions import FAMILIES
+from .toy.questions import GROUPS, QUESTION_FAMILIES
 
 KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
 
@@ -144,7 +143,7 @@ class View(NamedTuple):
 SOME = [*KINDS, "OCR"]
 VIEWS = {
     "figure1": [
-        View(["stage2"], "kind", "encoder", "tokens after stage 2", list(FAMILIES)),
+        View(["stage2"], "kind", "encoder", "tokens after stage 2", list(QUESTION_FAMILIES)),
         View(
             ["tokens per LLM layer", "tokens per layer from the first pruned one on"],
             "criterion",

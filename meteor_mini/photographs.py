@@ -49,7 +49,7 @@ GRID = 16  # patches a side, as the saliency model has it
 KEEP = 4  # one of so many patches is kept
 SPREAD = "standard deviation, percent of the mean"
 HUB_ID = "facebook/dinov2-small"
-COLUMNS = "finding block criterion photographs value low high".split()
+FIELDS = "finding block criterion photographs value low high".split()
 
 
 def load_photographs(names: list[str], side: int) -> Tensor:
@@ -111,7 +111,7 @@ def measure(encoder: nn.Module, pixels: Tensor, importance: Tensor) -> pd.DataFr
 
     Args: pixels (P, 3, H, W) float: what the encoder reads; importance (P, N) float: of each patch,
         sums to 1.
-    Returns: the columns `COLUMNS`; values in percent, ranks as they are.
+    Returns: the columns `FIELDS`; values in percent, ranks as they are.
     """
     scores = criteria_by_block(encoder, pixels)
     lines = [
@@ -120,7 +120,7 @@ def measure(encoder: nn.Module, pixels: Tensor, importance: Tensor) -> pd.DataFr
         *measure_ranks(ranks_by_block(encoder, pixels)),
         *compare_rules(encoder, pixels, importance),
     ]
-    frame = pd.DataFrame(lines).assign(photographs=len(pixels)).reindex(columns=COLUMNS)
+    frame = pd.DataFrame(lines).assign(photographs=len(pixels)).reindex(columns=FIELDS)
     return frame.astype({"block": "Int64"})  # empty where a line is of no block
 
 
@@ -264,7 +264,7 @@ def draw_survivors(
         photograph.imshow(plots.to_pixels(images[column]))
         importance_map.imshow(importance[column].view(GRID, GRID).numpy(), cmap="magma", vmin=0)
         alive = kept[column].view(GRID, GRID)
-        plots.draw_patches(survivors, images[column], alive, plots.COLORS[0])
+        plots.draw_patches(survivors, images[column], alive, plots.PALETTE[0])
         survivors.set_aspect("equal")
         verdict = f"{shares[column]:.0f} %, at best {best[column]:.0f} %"
         for ax, title in zip(axes[:, column], (name.replace("_", " "), "importance", verdict)):

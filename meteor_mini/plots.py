@@ -4,7 +4,7 @@ Each function takes plain dictionaries, tensors or a pandas frame and returns a 
 that belongs to no pyplot state: `figure.savefig("out.png")` writes it, and a notebook shows it
 after `%matplotlib inline`.
 
-Change here: COLORS (encoders, bars and lines in order), SIZE (of the letters), STAGE_TITLES.
+Change here: PALETTE (encoders, bars and lines in order), SIZE (of the letters), STAGE_TITLES.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import pandas
 
 # Okabe and Ito's colors, which people with every kind of color vision can tell apart.
-COLORS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
 INK, GREY = "#1a1a1a", "#666666"
 MARKERS = "osD^vP"
 SIZE = 9  # of the letters, in points
@@ -113,7 +113,7 @@ def survivor_figure(
         total = sum(int(alive.sum()) for alive in maps.values())
         title = f"{STAGE_TITLES.get(stage, stage)}: {total} tokens"
         add_text(figure, CELLS_FROM, y, title, size=SIZE + 2)
-        for column, (color, (name, alive)) in enumerate(zip(cycle(COLORS), maps.items())):
+        for column, (color, (name, alive)) in enumerate(zip(cycle(PALETTE), maps.items())):
             x = CELLS_FROM + column * (CELL + GAP)
             add_text(figure, x, y + 0.3, "\N{BLACK SQUARE}", color)
             caption = f"{name}: {int(alive.sum())} of {alive.numel()}"
@@ -210,7 +210,7 @@ def bar_figure(
     (ax,) = add_panels(figure, [""], xlabel, ylabel)
     names = list(dict.fromkeys(name for bars in groups.values() for name in bars))
     width = 0.8 / max(len(bars) for bars in groups.values())
-    for name, color in zip(names, cycle(COLORS)):
+    for name, color in zip(names, cycle(PALETTE)):
         label = name  # once in the legend
         for group, bars in enumerate(groups.values()):
             if name not in bars:
@@ -246,7 +246,7 @@ def line_figure(
     figure = new_figure(7.5, 3.4, title)
     drawn = add_panels(figure, panels, xlabel, ylabel)
     names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
-    looks = dict(zip(names, zip(cycle(COLORS), cycle(MARKERS))))
+    looks = dict(zip(names, zip(cycle(PALETTE), cycle(MARKERS))))
     for ax, lines in zip(drawn, panels.values()):
         for name, (x, y, *band) in lines.items():
             color, marker = looks[name]
@@ -282,7 +282,7 @@ def table_figure(frame: pandas.DataFrame, title: str = "") -> Figure:
             rows = frame[(frame["family"] == group) & (frame["method"] == method)]
             spread = min(0.15, 0.6 / max(1, len(rows)))  # between the dots of its seeds
             y = place + spread * (np.arange(len(rows)) - (len(rows) - 1) / 2)
-            color = COLORS[0] if method.startswith("METEOR") else GREY
+            color = PALETTE[0] if method.startswith("METEOR") else GREY
             ax.hlines(y, rows["low"], rows["high"], color=color, linewidth=1)
             ax.plot(rows["accuracy"], y, "o", color=color, markersize=4)
         ax.grid(axis="y", color="#eeeeee")

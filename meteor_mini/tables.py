@@ -61,7 +61,7 @@ class Row:
     twice: Encode | None = None
 
     def answer(self, model: Meteor, images: Tensor, questions: list[str]) -> list[Answer]:
-        return model.answer(self.encode(model, images), questions, Budget.none(), self.pruner)
+        return model.answer(self.encode(model, images), questions, Budget.keep_all(), self.pruner)
 
 
 # ---------------------------------------------------------------------- how visual tokens are made
@@ -478,10 +478,10 @@ def measure_rows(
         for line in compare(answers[row.method, seed], other, encoding[row.method], hard):
             head = {"table": table, "method": row.method, "against": row.against, "seed": seed}
             records.append(head | line)
-    return pd.DataFrame(records)[COLUMNS]
+    return pd.DataFrame(records)[FIELDS]
 
 
-COLUMNS = (
+FIELDS = (
     "table method against seed family questions tokens flops accuracy low high "
     "difference difference_low difference_high"
 ).split()

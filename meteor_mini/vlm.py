@@ -1,4 +1,4 @@
-"""Stage 3 on vision-language models of transformers as they come, training-free (`FAMILIES`);
+"""Stage 3 on vision-language models of transformers as they come, training-free (`MODEL_TYPES`);
 and stage 1 on LLaVA's CLIP (the paper's Table 6).
 
 What `meteor-mini ask --model llava-hf/llava-1.5-7b-hf` calls; copy from here into your own code.
@@ -13,7 +13,7 @@ from stage3_decode import AdaptivePruner, compact, solve_lambda
 
 from .weights import fetch
 
-FAMILIES = (
+MODEL_TYPES = (
     "llava",
     "llava_next",
     "llava_onevision",
@@ -31,7 +31,7 @@ SHARE = 242 / 576  # of the visual tokens, mean over layers: what stage 3 keeps 
 
 
 def load_vlm(name: str, dtype="auto", **hub) -> tuple:
-    """A model of `FAMILIES` and its processor, from the hub, its cache or a directory.
+    """A model of `MODEL_TYPES` and its processor, from the hub, its cache or a directory.
 
     Raises: ValueError where it cannot be fetched; TypeError for another kind of model.
     """
@@ -39,9 +39,9 @@ def load_vlm(name: str, dtype="auto", **hub) -> tuple:
     model = fetch(
         name, lambda: auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
     ).eval()
-    if model.config.model_type not in FAMILIES:
+    if model.config.model_type not in MODEL_TYPES:
         raise TypeError(
-            f"model must be one of {', '.join(FAMILIES)}, got {model.config.model_type}"
+            f"model must be one of {', '.join(MODEL_TYPES)}, got {model.config.model_type}"
         )
     return model, fetch(name, lambda: AutoProcessor.from_pretrained(name, **hub))
 

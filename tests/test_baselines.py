@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import stage1_encode
 from meteor_mini import Budget, baselines, load
-from meteor_mini.toy.questions import FAMILIES, images_and_questions, make_example
+from meteor_mini.toy.questions import QUESTION_FAMILIES, images_and_questions, make_example
 from meteor_mini.toy.world import SIZE
 
 
@@ -18,7 +18,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def batch():
-    return images_and_questions([make_example(5, "val", family) for family in FAMILIES])
+    return images_and_questions([make_example(5, "val", family) for family in QUESTION_FAMILIES])
 
 
 @torch.no_grad()
@@ -83,7 +83,7 @@ def test_fastv_gives_as_many_tokens_on_eager_attention(model, batch):
     encoded = model.encode(batch[0], Budget(stage1=60, stage2=24))
     for eager in (False, True):
         pruner = baselines.fastv(7, 2, eager)
-        answers = model.answer(encoded, batch[1], Budget.none(), pruner)
+        answers = model.answer(encoded, batch[1], Budget.keep_all(), pruner)
         assert [answer.layers for answer in answers] == [[24, 24] + [7] * 6] * 12
 
 
@@ -369,7 +369,7 @@ def test_prumerge_shares_equally_and_knows_its_patches(model, batch):
     images, questions = batch
     encoded = baselines.prumerge(model, images, ["clip", "convnext", "eva", "pix2struct"], 34)
     assert encoded.fused.tokens.shape[:2] == (12, 34)
-    answer = model.answer(encoded, questions, Budget.none())[0]
+    answer = model.answer(encoded, questions, Budget.keep_all())[0]
     assert sorted(answer.survivors["stage2"].values()) == [8, 8, 9, 9]
     pixels = model.views["clip"](images)
     _, attended = stage1_encode.encode(model.encoders["clip"], pixels, (None, None, 9))
@@ -385,7 +385,7 @@ def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     )
     encoded = baselines.only(model, ["eva"], features, kept)
     torch.testing.assert_close(encoded.fused.tokens, model.projectors["eva"](features[0]))
-    answer = model.answer(encoded, questions, Budget.none())[3]
+    answer = model.answer(encoded, questions, Budget.keep_all())[3]
     assert answer.survivors["stage2"] == {"clip": 0, "convnext": 0, "eva": 20, "pix2struct": 0}
     assert answer.kept["stage2"]["eva"].flatten().nonzero()[:, 0].tolist() == kept[0][3].tolist()
 
@@ -433,10 +433,10 @@ def test_grids_that_do_not_exist_are_refused():
 def test_pooling_takes_the_mean_of_the_projected_tokens_of_a_cell(model, batch):
     images, questions = batch
     encoded = baselines.pool(model, images, 36)  # 3 x 3 of each encoder's 12 x 12
-    unpruned = model.encode(images, Budget.none()).fused.tokens.unflatten(1, (4, 12, 12))
+    unpruned = model.encode(images, Budget.keep_all()).fused.tokens.unflatten(1, (4, 12, 12))
     corner = unpruned[:, 1, 8:12, 0:4].mean(dim=(1, 2))  # of the second encoder, below left
     torch.testing.assert_close(encoded.fused.tokens[:, 9 + 6], corner, atol=1e-5, rtol=1e-4)
-    (answer, *_) = model.answer(encoded, questions, Budget.none())
+    (answer, *_) = model.answer(encoded, questions, Budget.keep_all())
     assert answer.tokens["stage3"] == 36
 
 
@@ -444,7 +444,7 @@ def test_pooling_takes_the_mean_of_the_projected_tokens_of_a_cell(model, batch):
 def test_a_smaller_picture_of_all_patches_is_the_picture(model, batch):
     images, _ = batch
     whole = baselines.shrink(model, images[:2], 576)
-    unpruned = model.encode(images[:2], Budget.none()).fused.tokens
+    unpruned = model.encode(images[:2], Budget.keep_all()).fused.tokens
     torch.testing.assert_close(whole.fused.tokens, unpruned, atol=1e-4, rtol=1e-4)
     small = baselines.shrink(model, images[:2], 36)
     assert small.fused.tokens.shape[1] == 36

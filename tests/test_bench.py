@@ -68,7 +68,9 @@ def test_every_contender_has_the_tokens_that_its_row_says(model, contenders):
         encoded = c.encode(IMAGES)
         assert encoded.fused.tokens.shape[1] == c.layers[0], name
         questions = [bench.QUESTION] * 2
-        _, pruner = model.generate(encoded, questions, Budget.none(), c.pruner, max_new_tokens=1)
+        _, pruner = model.generate(
+            encoded, questions, Budget.keep_all(), c.pruner, max_new_tokens=1
+        )
         for layer, count in (pruner.counts if pruner else {}).items():
             assert count.tolist() == [c.layers[layer]] * 2, name
         figures = bench.time_answer(model, c, IMAGES)
@@ -96,7 +98,7 @@ def test_stage_3_that_keeps_all_answers_as_unpruned(model):
     answers = []
     for name in ("unpruned", "stage 3, keeps all"):
         c = peers[name]
-        ids, _ = model.generate(c.encode(IMAGES), ["what"] * 2, Budget.none(), c.pruner)
+        ids, _ = model.generate(c.encode(IMAGES), ["what"] * 2, Budget.keep_all(), c.pruner)
         answers.append(ids)
     assert torch.equal(*answers)
 

@@ -66,7 +66,7 @@ def test_ask_draws_the_survivors(ask, tmp_path):
 def test_eval_prints_accuracy_by_family(capsys):
     assert cli.main(["eval", "--samples", "4", "--split", "val"]) == 0
     printed = capsys.readouterr().out
-    assert all(family in printed for family in [*questions.FAMILIES][:4])
+    assert all(family in printed for family in [*questions.QUESTION_FAMILIES][:4])
     unpruned, meteor = printed.splitlines()[-1].split()[-2:]  # tokens: a column for each budget
     assert float(unpruned) == 576 and float(meteor) < 80
 
@@ -160,7 +160,7 @@ def test_asking_a_vision_language_model_imports_nothing_of_the_toy(monkeypatch):
 def test_the_trained_model_answers_most_families(tmp_path, monkeypatch, capsys):
     toy, right = cli.Meteor.from_pretrained("toy"), 0
     monkeypatch.setattr(cli.Meteor, "from_pretrained", lambda *_: toy)  # loaded once
-    for number, family in enumerate(questions.FAMILIES):
+    for number, family in enumerate(questions.QUESTION_FAMILIES):
         example = questions.make_example(number, "val", family)
         Image.fromarray(example.picture.image).save(tmp_path / "picture.png")
         assert cli.main(["ask", str(tmp_path / "picture.png"), example.question]) == 0

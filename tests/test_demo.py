@@ -10,7 +10,7 @@ from meteor_mini import Budget
 from meteor_mini import demo as demo_file
 from meteor_mini.toy.questions import images_and_questions, make_example
 
-FAMILIES = ["color", "cell"]
+QUESTION_FAMILIES = ["color", "cell"]
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def printed_and_out(untrained, one_word, tmp_path_factory):
     lines = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(demo_file, "RUNS", 1)
-        patch.setattr(demo_file, "FAMILIES", FAMILIES)
+        patch.setattr(demo_file, "QUESTION_FAMILIES", QUESTION_FAMILIES)
         patch.setattr("builtins.print", lambda text, **_: lines.append(text))
         demo_file.demo(untrained, out)
     return "\n".join(lines), out
@@ -28,12 +28,12 @@ def printed_and_out(untrained, one_word, tmp_path_factory):
 
 def test_counts_and_answers_are_those_of_the_model(printed_and_out, untrained):
     blocks = printed_and_out[0].split("\n\n")[1:-1]
-    assert len(blocks) == len(FAMILIES)
-    for number, (family, block) in enumerate(zip(FAMILIES, blocks)):
+    assert len(blocks) == len(QUESTION_FAMILIES)
+    for number, (family, block) in enumerate(zip(QUESTION_FAMILIES, blocks)):
         example = make_example(demo_file.FIRST + number, "test", family)
         head, *lines = block.splitlines()
         assert head == f"{family}: {example.question}  (true answer: {example.answer})"
-        budgets = {"unpruned": Budget.none(), "METEOR": untrained.budget}
+        budgets = {"unpruned": Budget.keep_all(), "METEOR": untrained.budget}
         for line, (name, budget) in zip(lines, budgets.items()):
             answer = untrained.answer(*images_and_questions([example]), budget)[0]
             start = f"  {name:8}  {answer.text or '(nothing)':8}  tokens "
@@ -56,7 +56,7 @@ def test_ends_with_the_change_over_all_questions(printed_and_out):
 
 def test_writes_a_figure_and_the_bare_picture_of_each_family(printed_and_out):
     _, out = printed_and_out
-    for number, family in enumerate(FAMILIES):
+    for number, family in enumerate(QUESTION_FAMILIES):
         assert Image.open(out / f"{family}.png").width > 1000
         picture = make_example(demo_file.FIRST + number, "test", family).picture.image
         assert np.array_equal(Image.open(out / "pictures" / f"{family}.png"), picture)
@@ -79,13 +79,13 @@ def test_the_clock_runs_from_the_picture_on(monkeypatch):
 
 def test_right_answers_are_counted_for_each(untrained, monkeypatch, tmp_path, capsys):
     example = make_example(demo_file.FIRST, "test", "color")
-    monkeypatch.setattr(demo_file, "FAMILIES", ["color"])
+    monkeypatch.setattr(demo_file, "QUESTION_FAMILIES", ["color"])
     monkeypatch.setattr(demo_file, "RUNS", 1)
     answer = type(untrained).answer
 
     def right_if_pruned(model, images, questions, budget):
         (one,) = answer(model, images, questions, budget)
-        one.text = "?" if budget == Budget.none() else example.answer
+        one.text = "?" if budget == Budget.keep_all() else example.answer
         return [one]
 
     monkeypatch.setattr(type(untrained), "answer", right_if_pruned)

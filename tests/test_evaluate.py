@@ -18,7 +18,7 @@ from meteor_mini.evaluate import (
     utilization,
 )
 from meteor_mini.flops import prefill_flops
-from meteor_mini.toy.questions import FAMILIES, example_batches, images_and_questions
+from meteor_mini.toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
 
 
 def test_accuracy_is_the_share_of_exact_answers(untrained):
@@ -36,7 +36,7 @@ def test_accuracy_is_the_share_of_exact_answers(untrained):
 
     result = accuracy(untrained, method, "val", samples=24)
     assert result["accuracy"] == pytest.approx(100 * 3 / 12)
-    assert result["families"] == {name: 100 * (name in known) for name in FAMILIES}
+    assert result["families"] == {name: 100 * (name in known) for name in QUESTION_FAMILIES}
     assert result["average_tokens"] == pytest.approx(np.mean(range(1, 25)))
     assert list(result["answers"]["family"]) == asked
 
@@ -54,7 +54,7 @@ def test_flops_of_a_question_are_of_its_whole_prompt(untrained):
     (examples,) = example_batches("val", 2)
     encoded = untrained.encode(images_and_questions(examples)[0], Budget(stage1=60, stage2=24))
     questions = [example.question for example in examples]
-    answers = untrained.answer(encoded, questions, Budget.none())
+    answers = untrained.answer(encoded, questions, Budget.keep_all())
     _, attention_mask, visual_mask = untrained.prompt(encoded, questions)
     text = (attention_mask.sum(dim=1) - visual_mask.sum(dim=1)).tolist()
     for flops, tokens in zip(grade(untrained, examples, answers)["flops"], text):
@@ -63,8 +63,8 @@ def test_flops_of_a_question_are_of_its_whole_prompt(untrained):
 
 def test_kinds_of_question():
     kinds = families_by_kind()
-    assert list(kinds) == ["all", "General", "OCR & Chart", *FAMILIES]
-    assert kinds["all"] == list(FAMILIES) == kinds["General"] + kinds["OCR & Chart"]
+    assert list(kinds) == ["all", "General", "OCR & Chart", *QUESTION_FAMILIES]
+    assert kinds["all"] == list(QUESTION_FAMILIES) == kinds["General"] + kinds["OCR & Chart"]
     assert kinds["label"] == ["label"]
 
 

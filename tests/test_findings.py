@@ -11,7 +11,7 @@ import torch
 from meteor_mini import Answer, Budget, findings, page
 from meteor_mini.baselines import AttentionPruner
 from meteor_mini.evaluate import difference, mean, ratio
-from meteor_mini.toy.questions import FAMILIES, example_batches, images_and_questions
+from meteor_mini.toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
 from meteor_mini.toy.world import SIZE
 from stage1_encode import EncoderPruner, highest, mean_similarity
 
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.usefixtures("one_word")
 
 
 def test_kinds_of_question_with_ocr_apart():
-    masks = dict(findings.masks_by_kind(FAMILIES))
-    assert list(masks) == ["all", "General", "OCR & Chart", *FAMILIES, "OCR"]
-    ocr = [name for name, asked in zip(FAMILIES, masks["OCR"]) if asked]
+    masks = dict(findings.masks_by_kind(QUESTION_FAMILIES))
+    assert list(masks) == ["all", "General", "OCR & Chart", *QUESTION_FAMILIES, "OCR"]
+    ocr = [name for name, asked in zip(QUESTION_FAMILIES, masks["OCR"]) if asked]
     assert ocr == ["number", "label", "tag", "cell", "row"]
     assert list(dict(findings.masks_by_kind(["tag", "tag"]))) == [
         "all",
@@ -154,7 +154,7 @@ def test_figure_1_counts_survivors_and_tokens(answered):
         count = np.mean([answer.survivors[stage]["eva"] for answer in tags])
         assert frame.loc[stage, "eva", "tag"]["value"] == pytest.approx(count)
     frame = frames["figure1"].set_index(["criterion", "kind"])
-    general = [FAMILIES[example.family] == "General" for example in examples]
+    general = [QUESTION_FAMILIES[example.family].group == "General" for example in examples]
     late = np.array([np.mean(answer.layers[1:]) for answer in answers])
     assert [answer.layers[0] for answer in answers] == [80] * 24  # nothing is pruned before layer 1
     got = frame.loc["tokens per layer from the first pruned one on", "OCR / General"]
@@ -225,7 +225,7 @@ def test_redundancy_by_hand(untrained, monkeypatch):
         for subset in subsets:
             right[subset] = []
             for example in examples:
-                reads = FAMILIES[example.family] == "OCR & Chart"
+                reads = QUESTION_FAMILIES[example.family].group == "OCR & Chart"
                 enough = "pix2struct" in subset if reads else bool(subset & {"clip", "eva"})
                 right[subset].append(enough)
         kl = {name: [len(name)] * len(examples) for name in model.encoders}
@@ -274,17 +274,17 @@ def test_masked_encoders_give_zeros(untrained, monkeypatch):
 
 def test_drops_asks_every_question_after_each_layer(monkeypatch):
     """Of a model that needs the picture in as many layers as the family's number."""
-    families = list(FAMILIES)
+    families = list(QUESTION_FAMILIES)
 
     class Reader:
         decoder = type("D", (), {"config": type("C", (), {"num_hidden_layers": 12})})
 
         def encode(self, images, budget):
-            assert budget == Budget.none()
+            assert budget == Budget.keep_all()
             return "encoded"
 
         def answer(self, encoded, questions, budget, pruner=None):
-            assert encoded == "encoded" and budget == Budget.none()
+            assert encoded == "encoded" and budget == Budget.keep_all()
             layers = 12 if pruner is None else pruner.keywords["layers"][0]
             answers = []
             for example in self.examples:
@@ -321,7 +321,7 @@ def test_every_finding_comes_to_the_page(untrained, answered, name, tmp_path, mo
     monkeypatch.setattr(findings, "by_subset", by_subset)  # the model itself takes long
     _, _, frames = answered
     frame = frames[name] if name in frames else findings.measure(untrained, name, 3)
-    assert list(frame.columns) == findings.COLUMNS and set(frame["finding"]) == {name}
+    assert list(frame.columns) == findings.FIELDS and set(frame["finding"]) == {name}
     assert not frame.duplicated(["encoder", "layer", "criterion", "kind"]).any()
     page.save(tmp_path, name, frame)
     page.write(tmp_path)

@@ -24,7 +24,7 @@ from meteor_mini.finetune import (
     read_rows,
     training_loss,
 )
-from meteor_mini.toy.questions import FAMILIES, images_and_questions, make_example
+from meteor_mini.toy.questions import QUESTION_FAMILIES, images_and_questions, make_example
 
 pytest.importorskip("accelerate", reason="accelerate is not installed: pip install -e '.[train]'")
 
@@ -86,7 +86,7 @@ def model():
 @pytest.fixture(scope="module")
 def batch():
     """A picture, a question and its answer of each family."""
-    examples = [make_example(3, "val", family) for family in FAMILIES]
+    examples = [make_example(3, "val", family) for family in QUESTION_FAMILIES]
     images, questions = images_and_questions(examples)
     return images, questions, [example.answer for example in examples]
 

@@ -21,7 +21,7 @@ import stage2_fuse
 from meteor_mini import Budget, Meteor, load
 from meteor_mini.model import text_around_picture
 from meteor_mini.toy.parts import build_tokenizer
-from meteor_mini.toy.questions import FAMILIES, images_and_questions, make_example
+from meteor_mini.toy.questions import QUESTION_FAMILIES, images_and_questions, make_example
 from stage3_decode import AdaptivePruner
 
 
@@ -35,7 +35,7 @@ def batch():
     """Twelve pictures, a question of each family (so prompts of different lengths), the true
     answers.
     """
-    examples = [make_example(3, "val", family) for family in FAMILIES]
+    examples = [make_example(3, "val", family) for family in QUESTION_FAMILIES]
     images, questions = images_and_questions(examples)
     return images, questions, [example.answer for example in examples]
 
@@ -94,7 +94,7 @@ def test_keep_all_equals_the_plain_concatenation_of_everything(model, batch):
     ids = model.tokenize(questions)
     for b in range(3):
         expected = plain(model, images[b : b + 1], ids[b])
-        encoded = model.encode(images[b : b + 1], Budget.none())
+        encoded = model.encode(images[b : b + 1], Budget.keep_all())
         embeds, mask, visual = model.prompt(encoded, questions[b : b + 1])
         assert (embeds - expected).abs().max() <= 1e-5
         first = len(model.before_ids)
@@ -102,7 +102,7 @@ def test_keep_all_equals_the_plain_concatenation_of_everything(model, batch):
         theirs = model.decoder.generate(
             inputs_embeds=expected, attention_mask=mask, max_new_tokens=24, do_sample=False
         )
-        mine, pruner = model.generate(encoded, questions[b : b + 1], Budget.none())
+        mine, pruner = model.generate(encoded, questions[b : b + 1], Budget.keep_all())
         assert pruner is None and torch.equal(mine, theirs)
 
 
@@ -139,7 +139,7 @@ def test_encode_is_stages_1_and_2_in_a_row(model, batch):
 
 def test_the_books_add_up(model, batch):
     images, questions = batch[0][:4], batch[1][:4]
-    for budget in (model.budget, Budget.none(), Budget(stage1=100), Budget(stage2=50)):
+    for budget in (model.budget, Budget.keep_all(), Budget(stage1=100), Budget(stage2=50)):
         for answer in model.answer(images, questions, budget):
             stage1 = 576 if budget.stage1 is None else budget.stage1
             stage2 = stage1 if budget.stage2 is None else budget.stage2

@@ -30,7 +30,7 @@ def test_kept_patches_are_clear_and_dropped_ones_grey_in_the_pixels():
         (frames,) = ax.collections
         assert len(frames.get_paths()) == alive.sum()
         assert to_rgb(frames.get_edgecolor()[0]) == to_rgb(
-            plots.COLORS[0 if alive is KEPT["clip"] else 1]
+            plots.PALETTE[0 if alive is KEPT["clip"] else 1]
         )
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import save_model
 from meteor_mini import Budget, baselines, page, tables
 from meteor_mini.evaluate import difference, families_by_kind, mean
 from meteor_mini.findings import FINDINGS
-from meteor_mini.toy.questions import FAMILIES, example_batches, images_and_questions
+from meteor_mini.toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
 
 KINDS = list(families_by_kind())
 
@@ -78,7 +78,7 @@ def test_lambda_is_solved_for_an_average(untrained, monkeypatch):
     examples = next(example_batches("val", 4, first=50_000))
     images, questions = images_and_questions(examples)
     pruner = tables.adaptive_pruner(untrained.budget, lam)
-    answers = untrained.answer(encode(untrained, images), questions, Budget.none(), pruner)
+    answers = untrained.answer(encode(untrained, images), questions, Budget.keep_all(), pruner)
     assert np.mean([answer.tokens["stage3"] for answer in answers]) == pytest.approx(30, abs=0.2)
 
 
@@ -205,7 +205,7 @@ def small(untrained):
     def answer(row, model, images, questions):
         with torch.no_grad():
             encoded = row.encode(model, images)
-        answers = untrained.answer(encoded, questions, Budget.none())
+        answers = untrained.answer(encoded, questions, Budget.keep_all())
         truths = {example.question: example.answer for example in next(example_batches("test", 24))}
         for token, question, one in zip(encoded.fused.tokens, questions, answers):
             one.text = truths[question] if token[0, 0] > 0 else "?"
@@ -218,7 +218,7 @@ def small(untrained):
 
 
 def test_a_row_for_each_method_seed_and_family(small):
-    assert list(small.columns) == tables.COLUMNS
+    assert list(small.columns) == tables.FIELDS
     found = list(zip(small["method"], small["seed"], small["family"]))
     expected = [("clip", 3, kind) for kind in KINDS]
     expected += [("random", seed, kind) for seed in (3, 4) for kind in KINDS]
@@ -241,7 +241,7 @@ def test_seeds_choose_differently_and_always_the_same(small, untrained, batch):
 
 
 def test_lines_are_of_the_questions_of_their_kind():
-    family = list(FAMILIES) * 2
+    family = list(QUESTION_FAMILIES) * 2
     answers = pd.DataFrame({"family": family, "right": [True] * 12 + [False] * 12})
     answers = answers.assign(tokens=np.arange(24.0), flops=np.arange(24.0) * 10)
     other = answers.assign(right=[name == "tag" for name in family])

@@ -337,7 +337,7 @@ def test_a_processor_without_a_chat_template_gets_the_question_alone(folder):
 
 def test_every_family_of_these_tests_is_loaded_by_its_name():
     names = {tiny_vlm(name)[0].config.model_type for name in VLMS}
-    assert names | {"deepseek_vl"} == set(vlm.FAMILIES)
+    assert names | {"deepseek_vl"} == set(vlm.MODEL_TYPES)
 
 
 def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys):

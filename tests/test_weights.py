@@ -277,7 +277,7 @@ def test_names_grids_and_budget(model):
 
 def test_the_prompt_is_the_decoders_own_chat_with_the_picture_inside(model, hub, images):
     assert text_around_picture(model.tokenizer) == ("<bos>user : ", "\n{} assistant :")
-    encoded = model.encode(images[:1], Budget.none())
+    encoded = model.encode(images[:1], Budget.keep_all())
     embeds, mask, visual = model.prompt(encoded, ["what is this"])
     embed = hub[1]["me/tiny-llama"].get_input_embeddings()
     ids = model.tokenizer(
@@ -290,7 +290,7 @@ def test_the_prompt_is_the_decoders_own_chat_with_the_picture_inside(model, hub,
 def test_unpruned_it_is_the_plain_concatenation(model, hub, images):
     questions, llama = ["what is this", "describe the red circle", "a"], hub[1]["me/tiny-llama"]
     with pytest.warns(UserWarning, match="projectors of this model are not trained"):
-        answers = model.answer(images, questions, Budget.none(), max_new_tokens=4)
+        answers = model.answer(images, questions, Budget.keep_all(), max_new_tokens=4)
     for b, question in enumerate(questions):
         with torch.no_grad():
             tokens = [
@@ -353,7 +353,7 @@ def test_calibrated_saved_and_loaded_it_prunes_the_same_without_the_cache(hub, i
 def test_training_loss_goes_through_the_decoders_own_chat(hub, images):
     own = Meteor.from_pretrained(encoders=FAST, decoder="me/tiny-llama", cache_dir=hub[0])
     dialogues = [[("what is this", "a red circle")], [("describe", "the picture"), ("a", "red")]]
-    out = training_loss(own, own.encode(images[:2], Budget.none()), dialogues)
+    out = training_loss(own, own.encode(images[:2], Budget.keep_all()), dialogues)
     expected = own.tokenizer(
         "a red circle <eos> the picture <eos> red <eos>", add_special_tokens=False
     ).input_ids
@@ -619,7 +619,7 @@ def test_small_at_full_size_from_picture_to_words(tmp_path, monkeypatch, capsys)
     model = Meteor.from_pretrained("small", cache_dir=str(tmp_path))
     picture = torch.rand(1, 3, 256, 256, generator=torch.Generator().manual_seed(0))
     calibrate(model, [torch.rand(4, 3, 64, 64)], ["what is this"] * 4)
-    for name, budget in {"unpruned": Budget.none(), "METEOR": model.budget}.items():
+    for name, budget in {"unpruned": Budget.keep_all(), "METEOR": model.budget}.items():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             start = time.perf_counter()

@@ -8,7 +8,7 @@ Neither kind occurs in training; the questions are worded as those of `questions
 
 import numpy as np
 
-from .questions import TEXTS, join_digits
+from .questions import QUESTION_FAMILIES, join_digits
 from .world import (
     CELL,
     CELLS,
@@ -63,7 +63,7 @@ def draw_color_clip(canvas: Canvas) -> tuple[str, str]:
         color, answer = (before, after)[rng.integers(2)], "yes"
     else:
         color, answer = never[rng.integers(len(never))], "no"
-    return TEXTS["presence"].format(color=color, shape=shape), answer
+    return QUESTION_FAMILIES["presence"].text.format(color=color, shape=shape), answer
 
 
 def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
@@ -79,4 +79,4 @@ def draw_counter_clip(canvas: Canvas) -> tuple[str, str]:
         top = row * CELL // PATCH + middle
         canvas.paper(left, top, 1, 1)
         canvas.print_character(str(digit), (left, top), size)
-    return TEXTS["number"], join_digits(digits)
+    return QUESTION_FAMILIES["number"].text, join_digits(digits)

@@ -8,20 +8,11 @@ form the model learns to count late), and keywords, as one types them into a sea
 import numpy as np
 
 from . import questions
-from .questions import PLURALS, TEXTS, Question, find_single, join_digits
+from .questions import PLURALS, Question, find_single, join_digits
 from .world import COLORS, COLUMNS, ROWS, TABLE_COLUMNS, TABLE_ROWS, Picture, Thing, held_out
 
 MOST_TOKENS = 72  # of all questions and answers about a picture: the rows of a batch fill alike
 DESCRIBED = 0.3  # share of pictures that are described as a whole
-# How often each family is asked, beside one: those that are learned last.
-FAMILY_WEIGHTS = {
-    "presence": 4,
-    "count": 4,
-    "relation": 3,
-    "number": 10,
-    "label": 2,
-    "tag": 4,
-}
 
 
 def make_dialogue(
@@ -37,11 +28,12 @@ def make_dialogue(
     if rng.random() < keyword_share:
         asked = ask_in_keywords(picture, rng)
         return choose_fitting([asked[i] for i in rng.permutation(len(asked))], most_tokens)
-    kinds = questions.KIND_OF_FAMILY | {"where": "scene"}
     families = []
-    for family, kind in kinds.items():
-        if kind == picture.kind:
-            families += [family] * FAMILY_WEIGHTS.get(family, 1)
+    for name, family in questions.QUESTION_FAMILIES.items():
+        if family.picture == picture.kind:
+            families += [name] * family.weight
+    if picture.kind == "scene":
+        families.append("where")
     asked = []
     if rng.random() < DESCRIBED:
         asked.append(describe(picture))
@@ -85,7 +77,7 @@ def describe(picture: Picture) -> Question:
     else:
         for color, value in facts["bars"]:
             parts.append(f"{color} bar {value}")
-    return Question(TEXTS["describe"], ", ".join(parts), about=[])
+    return Question(questions.DESCRIBE, ", ".join(parts), about=[])
 
 
 def ask_where(picture: Picture, rng: np.random.Generator) -> Question:
@@ -94,7 +86,7 @@ def ask_where(picture: Picture, rng: np.random.Generator) -> Question:
     shape = things[rng.integers(len(things))].shape
     found = sort_by_place([thing for thing in things if thing.shape == shape])
     places = ", ".join(name_place(thing) for thing in found)
-    return Question(TEXTS["where"].format(shapes=PLURALS[shape]), places, about=[])
+    return Question(questions.WHERE.format(shapes=PLURALS[shape]), places, about=[])
 
 
 def ask_in_keywords(picture: Picture, rng: np.random.Generator) -> list[Question]:

@@ -3,14 +3,13 @@
 Twelve families in the paper's two groups. Two of them need two steps: "label" finds a shape and
 reads the print below it; "tag" does so from a color, so it needs two encoders.
 
-A new family: its group in `FAMILIES`, its kind of picture in `KIND_OF_FAMILY`, its text in `TEXTS`,
-a function that asks it, and a line in `make_question`. New words need a Llama that is trained anew,
-and the examples of all families become others: their numbers count the families.
+A new family: a function that asks it, and a row of `QUESTION_FAMILIES`. New words need a Llama that
+is trained anew, and the examples of all families become others: their numbers count the families.
 """
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -33,26 +32,6 @@ from .world import (
     make_picture,
 )
 
-FAMILIES = {
-    "presence": "General",
-    "color": "General",
-    "pattern": "General",
-    "count": "General",
-    "relation": "General",
-    "number": "OCR & Chart",
-    "label": "OCR & Chart",
-    "tag": "OCR & Chart",
-    "cell": "OCR & Chart",
-    "row": "OCR & Chart",
-    "value": "OCR & Chart",
-    "extreme": "OCR & Chart",
-}
-KIND_OF_FAMILY = dict.fromkeys(FAMILIES, "scene") | {
-    "cell": "table",
-    "row": "table",
-    "value": "chart",
-    "extreme": "chart",
-}
 EXAMPLES_FROM = 10_000_000  # pictures from this number on are examples, and never train
 
 PLURALS = {
@@ -62,42 +41,14 @@ PLURALS = {
     "star": "stars",
     "cross": "crosses",
 }
-TEXTS = {
-    "presence": "is there a {color} {shape}?",
-    "color": "what color is the {shape}?",
-    "pattern": "what pattern does the {shape} have?",
-    "count": "how many {shapes} are there?",
-    "relation": "is the {shape} {relation} the {other}?",
-    "number": "what number is printed in the picture?",
-    "label": "what is the label below the {shape}?",
-    "tag": "what is the label below the {color} shape?",
-    "cell": "what is in row {row}, column {column}?",
-    "row": "what numbers are in row {row}?",
-    "value": "how tall is the {color} bar?",
-    "extreme": "what color is the {extreme} bar?",
-    # these two only train: see dialogues.py
-    "describe": "describe the picture.",
-    "where": "where are the {shapes}?",
-}
+DESCRIBE = "describe the picture."  # this and the next only train: see dialogues.py
+WHERE = "where are the {shapes}?"
 RELATIONS = {"vertical": ("above", "below"), "horizontal": ("to the left of", "to the right of")}
 
 
 def split_words(text: str) -> list[str]:
     """Words, digits one by one, and punctuation: the tokens of a text."""
     return re.findall(r"\d|[^\W\d]+|[^\w\s]", text)
-
-
-def collect_words() -> list[str]:
-    """The vocabulary: the words of patches, of questions, and of the text before the picture."""
-    words = {word for slot in SLOTS.values() for word in slot} | set(PLURALS.values())
-    texts = [re.sub(r"\{\w+\}", "", text) for text in TEXTS.values()]
-    texts += [SYSTEM_TEXT, "yes", "no", *RELATIONS["vertical"], *RELATIONS["horizontal"]]
-    for text in texts:
-        words.update(split_words(text))
-    return sorted(words)
-
-
-WORDS = collect_words()
 
 
 class Question(NamedTuple):
@@ -132,34 +83,19 @@ def make_question(
     picture: Picture, family: str, rng: np.random.Generator, split: str = "train"
 ) -> Question | None:
     """A question of a family, or None where the picture has nothing to ask about."""
-    facts = picture.facts
-    if KIND_OF_FAMILY[family] != picture.kind:
+    row = QUESTION_FAMILIES[family]
+    if row.picture != picture.kind:
         return None
-    if family == "presence":
-        return ask_presence(facts["things"], rng, split)
-    if family == "color":
-        return ask_color(facts["things"], rng)
-    if family == "pattern":
-        return ask_pattern(facts["things"], rng)
-    if family == "count":
-        return ask_count(facts["things"], rng)
-    if family == "relation":
-        return ask_relation(facts["things"], rng)
-    if family == "number":
-        return ask_number(facts["number"])
-    if family == "label":
-        return ask_label(facts["things"], rng)
-    if family == "tag":
-        return ask_tag(facts["things"], rng)
-    if family == "cell":
-        return ask_cell(facts["cells"], rng)
-    if family == "row":
-        return ask_row(facts["cells"], rng)
-    if family == "value":
-        return ask_value(facts["bars"], rng)
-    if family == "extreme":
-        return ask_extreme(facts["bars"], rng)
-    raise ValueError(f"no function asks {family}: add it to make_question")
+    asked = row.ask(picture.facts, rng, split)
+    if asked is None:
+        return None
+    words, answer, about = asked
+    return Question(row.text.format(**words), answer, about)
+
+
+# What the functions that ask give back: the words for the braces of the family's text, the answer,
+# and what it is about; None where the picture has nothing to ask about.
+Asked = tuple[dict[str, str], str, list[dict[str, str | None]]] | None
 
 
 # ------------------------------------------------------------------------------------------- scenes
@@ -179,9 +115,9 @@ def words_of_cell(thing: Thing) -> dict[str, str]:
     return {"row": ROWS[thing.row], "column": COLUMNS[thing.column]}
 
 
-def ask_presence(things: list[Thing], rng: np.random.Generator, split: str) -> Question:
+def ask_presence(facts: dict, rng: np.random.Generator, split: str) -> Asked:
     """Balanced; half of the absent pairs have their color and their shape both in the picture."""
-    there = {(thing.color, thing.shape) for thing in things}
+    there = {(thing.color, thing.shape) for thing in facts["things"]}
     if rng.random() < 0.5:
         color, shape = sorted(there)[rng.integers(len(there))]
         answer, about = "yes", [{"what": shape, "color": color}]
@@ -194,41 +130,39 @@ def ask_presence(things: list[Thing], rng: np.random.Generator, split: str) -> Q
         pool = near if near and rng.random() < 0.5 else absent
         color, shape = pool[rng.integers(len(pool))]
         answer, about = "no", []
-    return Question(TEXTS["presence"].format(color=color, shape=shape), answer, about)
+    return {"color": color, "shape": shape}, answer, about
 
 
-def ask_color(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    once = find_single(things)
+def ask_color(facts: dict, rng: np.random.Generator, split: str) -> Asked:
+    once = find_single(facts["things"])
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    text = TEXTS["color"].format(shape=thing.shape)
-    return Question(text, thing.color, [{"what": thing.shape, "color": None}])
+    return {"shape": thing.shape}, thing.color, [{"what": thing.shape, "color": None}]
 
 
-def ask_pattern(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    once = find_single(things)
+def ask_pattern(facts: dict, rng: np.random.Generator, split: str) -> Asked:
+    once = find_single(facts["things"])
     if not once:
         return None
     thing = once[rng.integers(len(once))]
-    text = TEXTS["pattern"].format(shape=thing.shape)
-    return Question(text, thing.pattern, [{"what": thing.shape, "pattern": None}])
+    return {"shape": thing.shape}, thing.pattern, [{"what": thing.shape, "pattern": None}]
 
 
-def ask_count(things: list[Thing], rng: np.random.Generator) -> Question:
+def ask_count(facts: dict, rng: np.random.Generator, split: str) -> Asked:
     """Mostly of a shape that is there, and often of one that is there more than once."""
+    things = facts["things"]
     present = sorted({thing.shape for thing in things})
     many = [shape for shape in present if count_shapes(things, shape) > 1]
     pool = present if rng.random() < 0.8 else SHAPES
     if many and rng.random() < 0.5:
         pool = many
     shape = pool[rng.integers(len(pool))]
-    text = TEXTS["count"].format(shapes=PLURALS[shape])
-    return Question(text, str(count_shapes(things, shape)), [{"what": shape}])
+    return {"shapes": PLURALS[shape]}, str(count_shapes(things, shape)), [{"what": shape}]
 
 
-def ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | None:
-    once = find_single(things)
+def ask_relation(facts: dict, rng: np.random.Generator, split: str) -> Asked:
+    once = find_single(facts["things"])
     vertical = rng.integers(2) == 0
     pairs = []
     for first in once:
@@ -249,29 +183,29 @@ def ask_relation(things: list[Thing], rng: np.random.Generator) -> Question | No
         is_before = first.column < second.column
     relation = before if asks_before else after
     answer = "yes" if is_before == asks_before else "no"
-    text = TEXTS["relation"].format(shape=first.shape, relation=relation, other=second.shape)
-    return Question(text, answer, [{"what": first.shape}, {"what": second.shape}])
+    words = {"shape": first.shape, "relation": relation, "other": second.shape}
+    return words, answer, [{"what": first.shape}, {"what": second.shape}]
 
 
-def ask_number(number: list[int]) -> Question | None:
-    if not number:
+def ask_number(facts: dict, rng: np.random.Generator, split: str) -> Asked:
+    if not facts["number"]:
         return None
-    return Question(TEXTS["number"], join_digits(number), [{"what": "number"}])
+    return {}, join_digits(facts["number"]), [{"what": "number"}]
 
 
-def ask_label(things: list[Thing], rng: np.random.Generator) -> Question | None:
+def ask_label(facts: dict, rng: np.random.Generator, split: str) -> Asked:
     """Two steps: find the shape, read the label below it."""
-    once = [thing for thing in find_single(things) if thing.label]
+    once = [thing for thing in find_single(facts["things"]) if thing.label]
     if not once:
         return None
     thing = once[rng.integers(len(once))]
     about = [{"what": thing.shape}, {"what": "label"} | words_of_cell(thing)]
-    text = TEXTS["label"].format(shape=thing.shape)
-    return Question(text, join_digits(thing.label), about)
+    return {"shape": thing.shape}, join_digits(thing.label), about
 
 
-def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
+def ask_tag(facts: dict, rng: np.random.Generator, split: str) -> Asked:
     """Two steps, and two encoders: find a color, read the label below it."""
+    things = facts["things"]
     colors = [thing.color for thing in things]
     once = [thing for thing in things if thing.label and colors.count(thing.color) == 1]
     if not once:
@@ -279,49 +213,102 @@ def ask_tag(things: list[Thing], rng: np.random.Generator) -> Question | None:
     thing = once[rng.integers(len(once))]
     shape = {"what": thing.shape, "color": thing.color} | words_of_cell(thing)
     about = [shape, {"what": "label"} | words_of_cell(thing)]
-    text = TEXTS["tag"].format(color=thing.color)
-    return Question(text, join_digits(thing.label), about)
+    return {"color": thing.color}, join_digits(thing.label), about
 
 
 # ------------------------------------------------------------------------------- tables and charts
 
 
-def ask_cell(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
+def ask_cell(facts: dict, rng: np.random.Generator, split: str) -> Asked:
+    cells = facts["cells"]
     r, c = int(rng.integers(len(cells))), int(rng.integers(len(cells[0])))
     row, column = TABLE_ROWS[r], TABLE_COLUMNS[c]
     about = [{"what": "cell", "row": row, "column": column}]
-    text = TEXTS["cell"].format(row=row, column=column)
-    return Question(text, join_digits(cells[r][c]), about)
+    return {"row": row, "column": column}, join_digits(cells[r][c]), about
 
 
-def ask_row(cells: list[list[list[int]]], rng: np.random.Generator) -> Question:
+def ask_row(facts: dict, rng: np.random.Generator, split: str) -> Asked:
     """A whole row: four or six digits."""
+    cells = facts["cells"]
     r = int(rng.integers(len(cells)))
     digits = [digit for cell in cells[r] for digit in cell]
     about = [{"what": "cell", "row": TABLE_ROWS[r]}]
-    text = TEXTS["row"].format(row=TABLE_ROWS[r])
-    return Question(text, join_digits(digits), about)
+    return {"row": TABLE_ROWS[r]}, join_digits(digits), about
 
 
-def ask_value(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
+def ask_value(facts: dict, rng: np.random.Generator, split: str) -> Asked:
+    bars = facts["bars"]
     color, value = bars[rng.integers(len(bars))]
     about = [{"what": "bar", "color": color, "value": None}]
-    return Question(TEXTS["value"].format(color=color), str(value), about)
+    return {"color": color}, str(value), about
 
 
-def ask_extreme(bars: list[tuple[str, int]], rng: np.random.Generator) -> Question:
+def ask_extreme(facts: dict, rng: np.random.Generator, split: str) -> Asked:
     """Half of the questions ask for the shortest."""
-    colors = {value: color for color, value in bars}
+    colors = {value: color for color, value in facts["bars"]}
     if rng.random() < 0.5:
         extreme, color = "tallest", colors[max(colors)]
     else:
         extreme, color = "shortest", colors[min(colors)]
     about = [{"what": "bar", "extreme": extreme, "color": None}]
-    return Question(TEXTS["extreme"].format(extreme=extreme), color, about)
+    return {"extreme": extreme}, color, about
 
 
 def join_digits(digits: list[int]) -> str:
     return "".join(str(digit) for digit in digits)
+
+
+# ------------------------------------------------------------------------ the table of families
+
+
+class QuestionFamily(NamedTuple):
+    """A row of the table.
+
+    group: of the paper's two; picture: the kind of picture that has them; text: what is asked, with
+    braces for the words of a picture; ask: (facts, rng, split) -> `Asked`; weight: how often the
+    family is asked in training, beside one; those that are learned last are asked more often.
+    """
+
+    group: str
+    picture: str
+    text: str
+    ask: Callable[[dict, np.random.Generator, str], Asked]
+    weight: int = 1
+
+
+GENERAL, OCR_CHART = "General", "OCR & Chart"
+GROUPS = [GENERAL, OCR_CHART]
+QUESTION_FAMILIES = {
+    name: QuestionFamily(*row)
+    for name, row in {
+        "presence": (GENERAL, "scene", "is there a {color} {shape}?", ask_presence, 4),
+        "color": (GENERAL, "scene", "what color is the {shape}?", ask_color),
+        "pattern": (GENERAL, "scene", "what pattern does the {shape} have?", ask_pattern),
+        "count": (GENERAL, "scene", "how many {shapes} are there?", ask_count, 4),
+        "relation": (GENERAL, "scene", "is the {shape} {relation} the {other}?", ask_relation, 3),
+        "number": (OCR_CHART, "scene", "what number is printed in the picture?", ask_number, 10),
+        "label": (OCR_CHART, "scene", "what is the label below the {shape}?", ask_label, 2),
+        "tag": (OCR_CHART, "scene", "what is the label below the {color} shape?", ask_tag, 4),
+        "cell": (OCR_CHART, "table", "what is in row {row}, column {column}?", ask_cell),
+        "row": (OCR_CHART, "table", "what numbers are in row {row}?", ask_row),
+        "value": (OCR_CHART, "chart", "how tall is the {color} bar?", ask_value),
+        "extreme": (OCR_CHART, "chart", "what color is the {extreme} bar?", ask_extreme),
+    }.items()
+}
+
+
+def collect_words() -> list[str]:
+    """The vocabulary: the words of patches, of questions, and of the text before the picture."""
+    words = {word for slot in SLOTS.values() for word in slot} | set(PLURALS.values())
+    asked = [family.text for family in QUESTION_FAMILIES.values()] + [DESCRIBE, WHERE]
+    texts = [re.sub(r"\{\w+\}", "", text) for text in asked]
+    texts += [SYSTEM_TEXT, "yes", "no", *RELATIONS["vertical"], *RELATIONS["horizontal"]]
+    for text in texts:
+        words.update(split_words(text))
+    return sorted(words)
+
+
+WORDS = collect_words()
 
 
 # --------------------------------------------------------------------- what accuracy is measured on
@@ -348,12 +335,12 @@ def make_example(index: int, split: str, family: str) -> Example:
 
     Raises: ValueError for an unknown family or split.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"family must be one of {list(FAMILIES)}, got {family!r}")
-    code = list(FAMILIES).index(family)
-    first = EXAMPLES_FROM + (index * len(FAMILIES) + code) * 100
+    if family not in QUESTION_FAMILIES:
+        raise ValueError(f"family must be one of {list(QUESTION_FAMILIES)}, got {family!r}")
+    code = list(QUESTION_FAMILIES).index(family)
+    first = EXAMPLES_FROM + (index * len(QUESTION_FAMILIES) + code) * 100
     for attempt in range(100):
-        picture = make_picture(first + attempt, split, KIND_OF_FAMILY[family])
+        picture = make_picture(first + attempt, split, QUESTION_FAMILIES[family].picture)
         rng = np.random.default_rng([SPLIT_SEED[split], index, code])
         question = make_question(picture, family, rng, split)
         if question is not None:
@@ -378,7 +365,7 @@ def example_batches(
     split: str, samples: int, batch: int = 50, first: int = 0
 ) -> Iterator[list[Example]]:
     """`samples` examples from number `first` on, the families in turn, in lists of `batch`."""
-    names = list(FAMILIES)
+    names = list(QUESTION_FAMILIES)
     end = first + samples
     for start in range(first, end, batch):
         examples = []

@@ -39,7 +39,7 @@ def fuse_randomly(
         features = [x if s else torch.zeros_like(x) for x, s in zip(features, sees)]
     available = sum(x.shape[1] for x in features)
     if available == model.num_tokens or rng.random() < 0.1:
-        return model.fuse(features, kept, Budget.none())
+        return model.fuse(features, kept, Budget.keep_all())
     strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
     K = min(int(rng.integers(*STAGE2_TOKENS)), available)
     return model.fuse(features, kept, Budget(stage2=K), FUSIONS[strategy])

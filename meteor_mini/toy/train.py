@@ -284,10 +284,10 @@ def print_accuracies(both: nn.ModuleDict) -> None:
     model = both["meteor"]
 
     def answer_by_eagle(_, images: Tensor, texts: list[str]) -> list:
-        return model.answer(encode_channels(model, both["eagle"], images), texts, Budget.none())
+        return model.answer(encode_channels(model, both["eagle"], images), texts, Budget.keep_all())
 
     methods = {
-        "unpruned": Budget.none(),
+        "unpruned": Budget.keep_all(),
         "stages 1+2": replace(model.budget, stage3=None),
         "EAGLE-style": answer_by_eagle,
     }

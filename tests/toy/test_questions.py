@@ -93,14 +93,14 @@ def answer_from_patches(family, picture, asked):
 
 
 @pytest.mark.parametrize("split, examples", [("val", 15), ("test", 6)])
-@pytest.mark.parametrize("family", q.FAMILIES)
+@pytest.mark.parametrize("family", q.QUESTION_FAMILIES)
 def test_answers_are_true(family, split, examples):
     for index in range(examples):
         example = example_of(index, split, family)
         assert example.answer == truth(example.picture, example.question), example.question
 
 
-@pytest.mark.parametrize("family", q.FAMILIES)
+@pytest.mark.parametrize("family", q.QUESTION_FAMILIES)
 def test_the_asked_patches_hold_the_answer(family):
     for index in range(15):
         example = example_of(index, "val", family)
@@ -165,7 +165,7 @@ def test_the_vocabulary_has_every_word_that_is_used_and_no_other():
 
 def test_the_tokenizer_splits_a_text_as_split_words_does():
     tokenizer = build_tokenizer(q.WORDS)
-    texts = [q.make_example(0, "val", family).question for family in q.FAMILIES]
+    texts = [q.make_example(0, "val", family).question for family in q.QUESTION_FAMILIES]
     for text in [*texts, "red bar 42, blue bar 7", SYSTEM_TEXT]:
         ids = tokenizer(text, add_special_tokens=False).input_ids
         assert tokenizer.convert_ids_to_tokens(ids) == q.split_words(text)
@@ -180,7 +180,7 @@ def test_no_two_examples_share_a_picture_and_none_is_of_those_that_train(monkeyp
 
     monkeypatch.setattr(q, "make_picture", note)
     before = set()
-    for family in q.FAMILIES:
+    for family in q.QUESTION_FAMILIES:
         for index in range(8):
             drawn.clear()
             with contextlib.suppress(RuntimeError):  # the one picture may have no such question
@@ -191,8 +191,8 @@ def test_no_two_examples_share_a_picture_and_none_is_of_those_that_train(monkeyp
 
 def test_another_kind_of_picture_has_no_such_question():
     chart, rng = g.make_picture(0, kind="chart"), np.random.default_rng(0)
-    for family, kind in q.KIND_OF_FAMILY.items():
-        assert (q.make_question(chart, family, rng) is None) == (kind != "chart")
+    for name, family in q.QUESTION_FAMILIES.items():
+        assert (q.make_question(chart, name, rng) is None) == (family.picture != "chart")
 
 
 def test_an_unknown_family_is_refused():
