@@ -1,10 +1,10 @@
 """What METEOR is compared with, each on an extension point of the stage files.
 
 Inside the LLM, subclasses of `TokenPruner` for `Meteor.generate(pruner=...)`: `fixed`, `fastv`,
-`pyramid_drop`, `RandomPruner`, `drop_all`. In place of stage 2: those of `FUSIONS`. In place of
-both: `pool`, `shrink`, and EAGLE's `encode_channels`. Inside an encoder: `tome`, `RandomPatches`;
-at the encoders' outputs: `prumerge`. How encoders share a budget: `reranked`. Each is named after
-the paper whose idea it follows; what differs from that paper's own code is said.
+`pyramid_drop`, `RandomPruner`. In place of stage 2: those of `FUSIONS`. In place of both: `pool`,
+`shrink`, and EAGLE's `encode_channels`. Inside an encoder: `tome`, `RandomPatches`; at its output:
+`prumerge`. How encoders share a budget: `reranked`. Each is named after the paper whose idea it
+follows; what differs from that paper's own code is said.
 """
 
 import itertools
@@ -145,21 +145,6 @@ class RandomPruner(FixedPruner):
     def score(self, attention: Tensor) -> Tensor:
         B, _, N = attention.shape
         return torch.rand(B, N, generator=self.generator).to(attention.device)
-
-
-class DropAll(TokenPruner):
-    """From one layer on no visual token is there: how deep does the LLM look at the picture?
-
-    Source: [our choice]
-    """
-
-    def choose(self, layer: int, attention: Tensor, visual: Tensor) -> Tensor:
-        return torch.zeros_like(visual)
-
-
-def drop_all(layer: int) -> Pruner:
-    """Pruners of `DropAll`; layer: 1..L-1."""
-    return partial(DropAll, layers=[layer])
 
 
 class AttentionRecorder(TokenPruner):

@@ -7,13 +7,14 @@ Accuracy is exact match, in percent, on the questions of `toy.questions`. `table
 measure everything with the functions of this file. Needs scipy and pandas (the extra `eval`).
 """
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 import torch
-from scipy.stats import bootstrap
+from scipy.stats import DegenerateDataWarning, bootstrap
 from torch import Tensor
 
 from .budgets import Budget
@@ -116,32 +117,39 @@ def difference(a: Sequence[float], b: Sequence[float]) -> Estimate:
 
 
 def ratio(a: Sequence[float], b: Sequence[float], paired: bool) -> Estimate:
-    """mean(a) / mean(b); paired: a[i] and b[i] are of the same question."""
+    """mean(a) / mean(b); paired: a[i] and b[i] are of the same question.
+
+    nan where mean(b) is 0, and no interval where it is 0 in a resample.
+    """
 
     def of_means(a, b, axis=-1):
-        return a.mean(axis=axis) / b.mean(axis=axis)
+        below = b.mean(axis=axis)
+        return a.mean(axis=axis) / np.where(below == 0, np.nan, below)
 
     return estimate(of_means, a, b, paired=paired)
 
 
 def estimate(statistic: Callable, *samples: Sequence[float], paired: bool = False) -> Estimate:
-    """A statistic of samples, with its percentile interval; nan where a sample is of one question.
+    """A statistic of samples, with its percentile interval.
 
-    The seed is fixed.
+    The interval is nan where a sample is of one question, or a resample has no value. The seed is
+    fixed.
     """
     arrays = [np.asarray(sample, dtype=float) for sample in samples]
     value = float(statistic(*arrays))
     if min(map(len, arrays)) < 2:
         return Estimate(value, float("nan"), float("nan"))
-    result = bootstrap(
-        arrays,
-        statistic,
-        paired=paired,
-        vectorized=True,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DegenerateDataWarning)  # of a nan, which is the answer
+        result = bootstrap(
+            arrays,
+            statistic,
+            paired=paired,
+            vectorized=True,
+            n_resamples=RESAMPLES,
+            method="percentile",
+            rng=np.random.default_rng(0),
+        )
     low, high = result.confidence_interval
     return Estimate(value, float(low), float(high))
 

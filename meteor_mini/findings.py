@@ -1,9 +1,9 @@
 """Measurements other than the method tables: the paper's Findings 1, 2, 4 and 5,
-who survives (Figure 1), ranks, what each encoder is worth, how deep the LLM looks, clips (Table 4).
+who survives (Figure 1), ranks, what each encoder is worth, clips (Table 4).
 
     frame = measure(model, "depth", samples=240)
 
-Every finding is a list of lines in one long format, see `measure`. Change here: FINDINGS, and the
+Every finding is a list of lines, each with one value, see `measure`. Change here: FINDINGS, and the
 functions above it.
 """
 
@@ -32,7 +32,7 @@ from .evaluate import (
     ratio,
     utilization,
 )
-from .model import Answer, Encoded, Meteor
+from .model import Answer, Meteor
 from .toy.clips import CLIPS, make_clip
 from .toy.questions import (
     GROUPS,
@@ -233,46 +233,6 @@ def figure1(model: Meteor, samples: int) -> list[dict]:
 
 
 @torch.no_grad()
-def focus(model: Meteor, samples: int) -> list[dict]:
-    """Of the tokens in METEOR's last layer, the percentage on patches that the question asks about.
-
-    A random choice has, on average, the share of those it chooses from: all tokens of all encoders,
-    or, which is harder to beat, those that enter the LLM. Questions about nothing in the picture
-    are left out.
-    """
-    shares, family = [], []
-    for examples in example_batches("test", samples):
-        for example, answer in zip(examples, model.answer(*images_and_questions(examples))):
-            if example.asked.any():
-                shares.append(shares_on_asked(answer, example.asked))
-                family.append(example.family)
-    shares = 100 * np.array(shares)  # (n, 3)
-    names = ("last layer", "all tokens", "tokens that enter the LLM")
-    lines = []
-    for name, share in zip(names, shares.T):
-        lines += lines_by_kind(share, family, name)
-    for kind, asked in masks_by_kind(family):
-        last, everything, entering = shares[asked].T
-        for name, other in {"to all tokens": everything, "to those that enter": entering}.items():
-            times = ratio(last, other, paired=True)
-            lines.append(line(times, name, kind=kind, questions=len(last)))
-    return lines
-
-
-def shares_on_asked(answer: Answer, asked: np.ndarray) -> tuple[float, float, float]:
-    """The share on asked patches (h w,) bool of the tokens left at the end, of all encoders'
-    tokens, and of those that entered the LLM.
-    """
-    shares = []
-    every_patch = {name: torch.ones_like(kept) for name, kept in answer.kept["stage1"].items()}
-    for maps in (answer.kept["stage3"], every_patch, answer.kept["stage2"]):
-        kept = torch.stack([*maps.values()]).flatten(1)  # (encoders, h w)
-        on_asked = kept & torch.from_numpy(asked)
-        shares.append(int(on_asked.sum()) / int(kept.sum()))
-    return tuple(shares)
-
-
-@torch.no_grad()
 def ranks(model: Meteor, samples: int) -> list[dict]:
     """Of each encoder's output: its rank, how much that varies over pictures, its diversity."""
     images = to_images([make_picture(i, "val").image for i in range(min(samples, 64))])
@@ -307,7 +267,7 @@ def nuclear_diversity(tokens: Tensor) -> Tensor:
 @torch.no_grad()
 def redundancy(model: Meteor, samples: int) -> list[dict]:
     """Accuracy with every subset of the encoders, the others' outputs replaced by zeros; of these
-    CUR and information gap; KL divergence of the attention of a single encoder.
+    CUR and information gap.
 
     Zeros are projected like any feature, so a masked encoder still gives its tokens, all alike: CUR
     holds what an encoder adds and what its constant tokens cost.
@@ -316,13 +276,10 @@ def redundancy(model: Meteor, samples: int) -> list[dict]:
     """
     names = list(model.encoders)
     everyone, subsets = frozenset(names), all_subsets(names)
-    right, kl, family = {s: [] for s in subsets}, {name: [] for name in names}, []
+    right, family = {s: [] for s in subsets}, []
     for examples in example_batches("test", min(samples, 250)):  # 15 subsets of four are slow
-        right_here, kl_here = by_subset(model, subsets, examples)
-        for subset in subsets:
-            right[subset] += right_here[subset]
-        for name in names:
-            kl[name] += kl_here[name]
+        for subset, answers in by_subset(model, subsets, examples).items():
+            right[subset] += answers
         family += [example.family for example in examples]
 
     right = {subset: 100 * np.array(answers) for subset, answers in right.items()}  # (n,) each
@@ -341,9 +298,6 @@ def redundancy(model: Meteor, samples: int) -> list[dict]:
             lines.append(line(Estimate(rates[name], 1 - high, 1 - low), "CUR", **where))
         gap = information_gap(rates)
         lines.append(line(gap, "information gap", kind=kind, questions=len(full)))
-    for name in names:
-        alone = "KL of the attention, all || it alone"
-        lines.append(line(mean(kl[name]), alone, encoder=name, kind="all", questions=len(family)))
     return lines
 
 
@@ -355,55 +309,27 @@ def all_subsets(names: list[str]) -> list[frozenset[str]]:
     return subsets
 
 
-def by_subset(model: Meteor, subsets: list[frozenset[str]], examples: list[Example]) -> tuple:
-    """Answers to one batch of questions with every subset of encoders.
-
-    Returns: {subset: was each answer right}; {encoder: KL of each question}.
-    """
-    names = list(model.encoders)
+def by_subset(
+    model: Meteor, subsets: list[frozenset[str]], examples: list[Example]
+) -> dict[frozenset[str], list[bool]]:
+    """Was each answer to one batch of questions right, with every subset of encoders?"""
     images, questions = images_and_questions(examples)
+    truths = [example.answer for example in examples]
     encoders = list(model.encoders.values())
     features, kept = stage1_encode.encode_all(encoders, model.pixels(images), None)
-    right, attention = {}, {}
+    right = {}
     for subset in subsets:
-        masked = [x if name in subset else torch.zeros_like(x) for name, x in zip(names, features)]
+        masked = [
+            x if name in subset else torch.zeros_like(x)
+            for name, x in zip(model.encoders, features)
+        ]
         encoded = model.fuse(masked, kept, Budget.keep_all())
         ids, _ = model.generate(encoded, questions, Budget.keep_all())
-        texts = model.decode(ids)
-        right[subset] = [text == example.answer for text, example in zip(texts, examples)]
-        if len(subset) in (1, len(names)):
-            attention[subset] = last_attention(model, encoded, questions)
-    full = attention[frozenset(names)]
-    return right, {name: divergence(full, attention[frozenset([name])]).tolist() for name in names}
+        right[subset] = [text == truth for text, truth in zip(model.decode(ids), truths)]
+    return right
 
 
-def last_attention(model: Meteor, encoded: Encoded, questions: list[str]) -> Tensor:
-    """The last layer's attention from the text onto the K visual tokens, mean over heads, summing
-    to 1: (B, K). The library's eager attention returns it.
-    """
-    embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
-    usual = model.decoder.config._attn_implementation
-    model.decoder.set_attn_implementation("eager")
-    weights = model.decoder(
-        inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
-    ).attentions[-1]  # (B, H, S, S)
-    model.decoder.set_attn_implementation(usual)
-    asks = visual_mask.flip(1).cumsum(1).flip(1) == 0  # (B, S): text after the picture
-    asks = asks & attention_mask.bool()
-    rows = weights.mean(dim=1) * asks[..., None]  # (B, S, S)
-    onto = rows.sum(dim=1) / asks.sum(dim=1, keepdim=True)  # (B, S)
-    on_picture = onto[visual_mask].view(len(questions), -1)  # (B, K)
-    return on_picture / on_picture.sum(dim=1, keepdim=True)
-
-
-def divergence(p: Tensor, q: Tensor) -> Tensor:
-    """KL(p || q) in nats, row by row. (B, K), (B, K) -> (B,)"""
-    tiny = torch.finfo(p.dtype).tiny
-    log_ratio = p.clamp(min=tiny).log() - q.clamp(min=tiny).log()
-    return (p * log_ratio).sum(dim=1)
-
-
-# ----------------------------------------------------- what the LLM looks at, and how deep; clips
+# ------------------------------------------------------------------ what the LLM looks at; clips
 
 
 @torch.no_grad()
@@ -440,30 +366,6 @@ def heads(model: Meteor, samples: int) -> list[dict]:
 
 
 @torch.no_grad()
-def drops(model: Meteor, samples: int) -> list[dict]:
-    """Accuracy when all visual tokens go in front of LLM layer i, for each i; nothing else is
-    pruned.
-    """
-    depths = range(1, model.decoder.config.num_hidden_layers)
-    full, right = [], {i: [] for i in depths}
-    for examples in example_batches("test", min(samples, 400)):
-        images, questions = images_and_questions(examples)
-        truths = [example.answer for example in examples]
-        encoded = model.encode(images, Budget.keep_all())
-        full += is_right(model.answer(encoded, questions, Budget.keep_all()), truths)
-        for i in depths:
-            answers = model.answer(encoded, questions, Budget.keep_all(), baselines.drop_all(i))
-            right[i] += is_right(answers, truths)
-    full = 100 * np.array(full)
-    lines = []
-    for i in depths:
-        where, own = {"layer": i, "questions": len(full)}, 100 * np.array(right[i])
-        lines.append(line(mean(own), "accuracy", **where))
-        lines.append(line(difference(full, own), "points lost", **where))
-    return lines
-
-
-@torch.no_grad()
 def video(model: Meteor, samples: int) -> list[dict]:
     """Clips tiled into one picture, never seen in training, unpruned and with METEOR.
 
@@ -495,7 +397,5 @@ FINDINGS = {
     "heads": heads,
     "redundancy": redundancy,
     "depth": depth,
-    "drops": drops,
-    "focus": focus,
     "video": video,
 }

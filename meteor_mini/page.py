@@ -5,7 +5,6 @@ alone.
 """
 
 from pathlib import Path
-from typing import NamedTuple
 
 import pandas as pd
 
@@ -29,7 +28,8 @@ Accuracy is exact match in percent on held-out questions, with its 95 % bootstra
 questions. A difference, in points, is to the row whose number stands in *to*, on the same
 questions, with its paired interval; one below 0 is a loss. *tokens*: visual tokens per LLM layer.
 *FLOPs*: encoders, projectors and the LLM's prefill, in millions. A random method stands with its
-mean over seeds, in brackets the lowest and the highest.
+mean over seeds, in brackets the lowest and the highest. *OCR*: OCR & Chart without the charts. The
+single families are in the CSV files.
 """
 
 TEXTS = {  # title; what is compared, and what the paper found
@@ -77,9 +77,10 @@ TEXTS = {  # title; what is compared, and what the paper found
         "heads; 65.6 and 63.4 with the other lambdas (supplement, Table 8).",
     ),
     "figure1": (
-        "Figure 1: who survives, by family",
-        "Tokens of each encoder after stage 2, which compares them all. In the paper EVA and "
-        "ConvNeXt lead on POPE, Pix2Struct and ConvNeXt on DocVQA (Figure 1).",
+        "Figure 1: who survives",
+        "Tokens of each encoder that survive each stage, by group of questions; stage 2 compares "
+        "all encoders. In the paper EVA and ConvNeXt lead on POPE, Pix2Struct and ConvNeXt on "
+        "DocVQA (Figure 1).",
     ),
     "ranks": (
         "Ranks",
@@ -99,7 +100,7 @@ TEXTS = {  # title; what is compared, and what the paper found
         "CUR, the share of right answers that is lost when an encoder's output is replaced by "
         "zeros, and the information gap, the largest CUR minus the smallest. The paper of this "
         "measure finds one encoder with a CUR above 90 % on OCR and charts, redundancy on general "
-        "tasks, and some negative CURs (arXiv 2507.03262). OCR: OCR & Chart without the charts.",
+        "tasks, and some negative CURs (arXiv 2507.03262).",
     ),
     "depth": (
         "Findings 1 and 2: which criterion finds what is asked about, by depth",
@@ -107,17 +108,6 @@ TEXTS = {  # title; what is compared, and what the paper found
         "patches that each criterion would keep after each block. The paper: in shallow blocks "
         "similarity to the mean token is the better criterion (Finding 1), in deep ones attention "
         "(Finding 2).",
-    ),
-    "drops": (
-        "How deep the LLM looks",
-        "All visual tokens go at once in front of one LLM layer; nothing else is pruned. Not in "
-        "the paper: it says in which layers pruning can cost anything at all.",
-    ),
-    "focus": (
-        "Where the last tokens lie",
-        "Of the tokens in METEOR's last layer, the percentage on patches that the question asks "
-        "about, beside that of all tokens and of those that enter the LLM: what a random choice "
-        "would have. Not in the paper.",
     ),
     "video": (
         "Table 4: clips tiled into one picture",
@@ -128,62 +118,13 @@ TEXTS = {  # title; what is compared, and what the paper found
 }
 
 
-class View(NamedTuple):
-    """A table of a finding: the lines of some criteria, and which fields are its rows and columns;
-    the first of a finding is drawn, with this label.
-    """
-
-    criteria: list[str]
-    rows: str
-    columns: str
-    label: str = ""
-    kinds: list[str] | None = None
-
-
-SOME = [*KINDS, "OCR"]
-VIEWS = {
-    "figure1": [
-        View(["stage2"], "kind", "encoder", "tokens after stage 2", list(QUESTION_FAMILIES)),
-        View(
-            ["tokens per LLM layer", "tokens per layer from the first pruned one on"],
-            "criterion",
-            "kind",
-            kinds=[*GROUPS, "OCR / General"],
-        ),
-    ],
-    "ranks": [
-        View(["rank"], "encoder", "criterion", "rank"),
-        View(["standard deviation of the rank, percent", "diversity"], "encoder", "criterion"),
-    ],
-    "heads": [
-        View(["lowest head", "median head", "highest head"], "criterion", "layer", "VAV"),
-        View(["sum over the top heads"], "kind", "layer"),
-    ],
-    "redundancy": [
-        View(["CUR"], "kind", "encoder", "share of right answers lost", SOME),
-        View(["information gap"], "criterion", "kind", kinds=SOME),
-        View(["accuracy"], "encoder", "kind", kinds=SOME),
-        View(["KL of the attention, all || it alone"], "criterion", "encoder"),
-    ],
-    "depth": [
-        View(["similarity", "attention"], "encoder criterion", "layer", "asked patches kept, %"),
-        View(["similarity - attention"], "encoder", "kind"),
-    ],
-    "drops": [View(["points lost"], "layer", "criterion", "points lost")],
-    "focus": [
-        View(
-            ["last layer", "all tokens", "tokens that enter the LLM"],
-            "kind",
-            "criterion",
-            "tokens on asked patches, %",
-            SOME,
-        ),
-        View(["to all tokens", "to those that enter"], "kind", "criterion", kinds=SOME),
-    ],
-    "video": [
-        View(["accuracy, unpruned", "accuracy, METEOR"], "kind", "criterion", "right answers, %"),
-        View(["METEOR - unpruned", "tokens per LLM layer, METEOR"], "kind", "criterion"),
-    ],
+FIGURES = {  # of a finding: the criteria that are drawn, and what their values are
+    "figure1": (["stage2"], "tokens after stage 2"),
+    "ranks": (["rank"], "rank"),
+    "heads": (["lowest head", "median head", "highest head"], "VAV"),
+    "redundancy": (["CUR"], "share of right answers lost"),
+    "depth": (["similarity", "attention"], "asked patches kept, %"),
+    "video": (["accuracy, unpruned", "accuracy, METEOR"], "right answers, %"),
 }
 
 
@@ -244,7 +185,7 @@ def section(name: str, frame: pd.DataFrame, figure: str | None = None) -> str:
     """A table or finding in words and numbers."""
     title, text = TEXTS[name]
     picture = [] if figure is None else [f"![{title}]({figure})", ""]
-    tables = [method_table(frame)] if "table" in frame else finding_tables(name, frame)
+    tables = [method_table(frame)] if "table" in frame else finding_tables(frame)
     blocks = [f"```\n{table.to_string()}\n```\n" for table in tables]
     asked = f"{int(frame['questions'].max())} questions."
     return "\n".join([f"## {title}", "", *picture, f"{text} {asked}", "", *blocks])
@@ -256,12 +197,9 @@ def draw(folder: Path, name: str) -> None:
     if "table" in frame:
         figure = plots.table_figure(frame, title)
     else:
-        view = VIEWS[name][0]
-        shown = lines_of(view, frame)
-        if "layer" not in (view.rows, view.columns):  # no lines: a group of bars for each row
-            shown = shown.assign(encoder=shown[view.rows], criterion=shown[view.columns])
-            shown = shown.drop(columns="layer")
-        figure = plots.finding_figure(shown, view.label, title)
+        criteria, label = FIGURES[name]
+        shown = groups_of(frame)
+        figure = plots.finding_figure(shown[shown["criterion"].isin(criteria)], label, title)
     figure.savefig(folder / f"{name}.png")
 
 
@@ -310,24 +248,24 @@ def with_interval(value: float, low: float, high: float, form: str = ".3g") -> s
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
-def finding_tables(name: str, frame: pd.DataFrame) -> list[pd.DataFrame]:
-    """The tables of `VIEWS`."""
+def groups_of(frame: pd.DataFrame) -> pd.DataFrame:
+    """A finding without its single families: these are in findings.csv alone."""
+    return frame[~frame["kind"].isin(QUESTION_FAMILIES)]
+
+
+def finding_tables(frame: pd.DataFrame) -> list[pd.DataFrame]:
+    """A table of all lines that fill the same of the fields encoder, kind and layer: the last of
+    these makes its columns, the others and the criterion its rows.
+    """
+    frame = groups_of(frame).astype({"layer": "Int64"})
+    numbers = frame[["value", "low", "high"]].itertuples(index=False)
+    frame = frame.assign(text=[with_interval(*each) for each in numbers])
+    fields = ["encoder", "kind", "layer"]
     tables = []
-    for view in VIEWS[name]:
-        shown = lines_of(view, frame).astype({"layer": "Int64"})
-        numbers = shown[["value", "low", "high"]].itertuples(index=False)
-        shown = shown.assign(text=[with_interval(*each) for each in numbers])
-        rows = view.rows.split()
-        table = shown.pivot(index=rows, columns=view.columns, values="text")
-        in_order = shown.set_index(rows).index.unique()  # pivot sorts
-        table = table.reindex(in_order)[shown[view.columns].unique()]
-        tables.append(table.fillna(""))
+    for filled, lines in frame.groupby([frame[field].notna() for field in fields], sort=False):
+        *others, columns = [field for field, is_filled in zip(fields, filled) if is_filled]
+        rows = [*others, "criterion"]
+        for field in (*rows, columns):  # in the order of the lines: pivot sorts
+            lines = lines.assign(**{field: pd.Categorical(lines[field], lines[field].unique())})
+        tables.append(lines.pivot(index=rows, columns=columns, values="text").fillna(""))
     return tables
-
-
-def lines_of(view: View, frame: pd.DataFrame) -> pd.DataFrame:
-    """The lines that a view shows."""
-    shown = frame[frame["criterion"].isin(view.criteria)]
-    if view.kinds is not None:
-        shown = shown[shown["kind"].isin(view.kinds)]
-    return shown

@@ -293,21 +293,24 @@ def table_figure(frame: pandas.DataFrame, title: str = "") -> Figure:
 
 
 def finding_figure(frame: pandas.DataFrame, ylabel: str = "value", title: str = "") -> Figure:
-    """Draw a finding: lines by layer, a panel for each encoder; bars where there are no layers.
+    """Draw a finding: lines by layer, a panel for each encoder; where there are no layers, bars of
+    the encoders for each kind of question, or of the criteria for each kind or encoder.
 
-    Args: frame: the columns criterion and value; encoder; layer; low and high, the ends of an
+    Args: frame: the columns criterion and value; encoder; kind; layer; low and high, the ends of an
         interval. All but the first two may be missing or empty.
     """
     empty = frame.columns[frame.isna().all()].difference(["value"])
     frame = frame.drop(columns=empty)
-    frame = frame if "encoder" in frame else frame.assign(encoder="")
     numbers = ["value", "low", "high"] if {"low", "high"} <= set(frame) else ["value"]
-    lines, bars = {}, {}  # encoder -> {criterion: numbers}
-    for (encoder, criterion), rows in frame.groupby(["encoder", "criterion"], sort=False):
-        if "layer" in frame:
-            lines.setdefault(encoder, {})[criterion] = rows[["layer", *numbers]].to_numpy().T
-        else:
-            bars.setdefault(encoder, {})[criterion] = tuple(rows[numbers].iloc[0])
-    if lines:
-        return line_figure(lines, "layer", ylabel, title)
-    return bar_figure(bars, "", ylabel, title)
+    if "layer" in frame:
+        panels = {}
+        frame = frame if "encoder" in frame else frame.assign(encoder="")
+        for (encoder, criterion), rows in frame.groupby(["encoder", "criterion"], sort=False):
+            panels.setdefault(encoder, {})[criterion] = rows[["layer", *numbers]].to_numpy().T
+        return line_figure(panels, "layer", ylabel, title)
+    group = "kind" if "kind" in frame else "encoder"
+    bar = "encoder" if {"kind", "encoder"} <= set(frame) else "criterion"
+    groups = {}
+    for _, row in frame.iterrows():
+        groups.setdefault(row[group], {})[row[bar]] = tuple(row[numbers])
+    return bar_figure(groups, "", ylabel, title)

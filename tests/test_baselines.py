@@ -1,5 +1,7 @@
 """Each baseline against a naive version: loops over heads, tokens and groups."""
 
+from functools import partial
+
 import pytest
 import timm
 import torch
@@ -9,6 +11,7 @@ import stage1_encode
 from meteor_mini import Budget, baselines, load
 from meteor_mini.toy.questions import QUESTION_FAMILIES, images_and_questions, make_example
 from meteor_mini.toy.world import SIZE
+from stage3_decode import TokenPruner
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +196,13 @@ def test_reverse_ranks_share_in_proportion_to_one_over_rank():
 # ------------------------------------------------------------------ dropping all
 
 
+class DropAll(TokenPruner):
+    """A rule of one's own, at its limit."""
+
+    def choose(self, layer, attention, visual):
+        return torch.zeros_like(visual)
+
+
 def without_picture(model, images, questions, budget, layer):
     """Last logits by a dense mask, layer by layer: from `layer` on, nobody sees a visual token."""
     encoded = model.encode(images, budget)
@@ -217,7 +227,7 @@ def test_dropping_all_tokens_equals_a_dense_mask_that_hides_them(model, batch, l
     images, questions = batch[0][:4], batch[1][:4]
     budget = Budget(stage1=60, stage2=24)
     embeds, attention_mask, visual_mask = model.prompt(model.encode(images, budget), questions)
-    with baselines.drop_all(layer)(model.decoder, visual_mask) as pruner:
+    with DropAll(model.decoder, visual_mask, [layer]) as pruner:
         logits = model.decoder(inputs_embeds=embeds, attention_mask=attention_mask).logits[:, -1]
     expected = without_picture(model, images, questions, budget, layer)
     torch.testing.assert_close(logits, expected, atol=1e-3, rtol=1e-3)
@@ -226,16 +236,12 @@ def test_dropping_all_tokens_equals_a_dense_mask_that_hides_them(model, batch, l
 
 
 def test_answers_without_tokens_have_their_books(model, batch):
-    answers = model.answer(*batch, Budget(stage1=60, stage2=24), baselines.drop_all(4))
+    pruner = partial(DropAll, layers=[4])
+    answers = model.answer(*batch, Budget(stage1=60, stage2=24), pruner)
     for answer in answers:
         assert answer.layers == [24] * 4 + [0] * 4 and answer.tokens["stage3"] == 12
         assert set(answer.survivors["stage3"].values()) == {0}
         assert sum(answer.survivors["stage2"].values()) == 24
-
-
-def test_layer_0_cannot_be_without_tokens(model):
-    with pytest.raises(ValueError, match="layers must be ascending numbers, 1 to 7"):
-        baselines.drop_all(0)(model.decoder, torch.ones(1, 9, dtype=torch.bool))
 
 
 def siglip():

@@ -124,6 +124,14 @@ def test_a_ratio_is_paired_or_not():
     assert ratio([2, 2, 2], [1, 1], paired=False) == (2, 2, 2)  # of different questions
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_ratio_to_zero_has_no_interval():
+    """Where the model with all encoders is right once, some resamples never are."""
+    value, low, high = ratio([0, 100, 0, 0], [0, 100, 0, 0], paired=True)
+    assert value == 1 and math.isnan(low) and math.isnan(high)
+    assert all(map(math.isnan, ratio([0, 100, 0, 0], [0, 0, 0, 0], paired=True)))
+
+
 def test_one_question_has_no_interval():
     value, low, high = mean([100])
     assert value == 100 and math.isnan(low) and math.isnan(high)

@@ -1,16 +1,17 @@
-"""The findings against counting by hand: criteria by depth, where tokens lie, CUR, depth of the
-LLM; and each of them from the measuring to the page.
+"""The findings against counting by hand: criteria by depth, who survives, CUR, heads; and each of
+them from the measuring to the page.
 """
 
 import math
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
-from meteor_mini import Answer, Budget, findings, page
+from meteor_mini import findings, page
 from meteor_mini.baselines import AttentionPruner
-from meteor_mini.evaluate import difference, mean, ratio
+from meteor_mini.evaluate import difference, ratio
 from meteor_mini.toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
 from meteor_mini.toy.world import SIZE
 from stage1_encode import EncoderPruner, highest, mean_similarity
@@ -120,21 +121,6 @@ def test_depth_by_loops(untrained):
 # ------------------------------------------------------------------------------------ who survives
 
 
-def test_shares_on_asked_patches_by_hand():
-    asked = np.array([True, False, False, False])
-    stage3 = {
-        "a": torch.tensor([[True, True], [False, False]]),
-        "b": torch.tensor([[True, False], [False, True]]),
-    }
-    stage2 = {
-        "a": torch.tensor([[True, True], [True, True]]),
-        "b": torch.tensor([[True, False], [False, True]]),
-    }
-    stage1 = {name: torch.ones(2, 2, dtype=torch.bool) for name in "ab"}
-    answer = Answer("", {}, [], {}, {"stage1": stage1, "stage2": stage2, "stage3": stage3})
-    assert findings.shares_on_asked(answer, asked) == (2 / 4, 2 / 8, 2 / 6)
-
-
 @pytest.fixture(scope="module")
 def answered(untrained):
     """Two questions of each family, answered once for the tests of this part."""
@@ -142,18 +128,17 @@ def answered(untrained):
     answers = untrained.answer(*images_and_questions(examples))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(type(untrained), "answer", lambda *_: answers)
-        frames = {name: findings.measure(untrained, name, 24) for name in ("figure1", "focus")}
-    return examples, answers, frames
+        return examples, answers, findings.measure(untrained, "figure1", 24)
 
 
 def test_figure_1_counts_survivors_and_tokens(answered):
-    examples, answers, frames = answered
-    frame = frames["figure1"].set_index(["criterion", "encoder", "kind"])
+    examples, answers, measured = answered
+    frame = measured.set_index(["criterion", "encoder", "kind"])
     tags = [answer for answer, e in zip(answers, examples) if e.family == "tag"]
     for stage in ("stage1", "stage2", "stage3"):
         count = np.mean([answer.survivors[stage]["eva"] for answer in tags])
         assert frame.loc[stage, "eva", "tag"]["value"] == pytest.approx(count)
-    frame = frames["figure1"].set_index(["criterion", "kind"])
+    frame = measured.set_index(["criterion", "kind"])
     general = [QUESTION_FAMILIES[example.family].group == "General" for example in examples]
     late = np.array([np.mean(answer.layers[1:]) for answer in answers])
     assert [answer.layers[0] for answer in answers] == [80] * 24  # nothing is pruned before layer 1
@@ -162,59 +147,12 @@ def test_figure_1_counts_survivors_and_tokens(answered):
     assert tuple(got[["value", "low", "high"]]) == pytest.approx(want)
 
 
-def test_focus_is_of_the_questions_that_ask_about_something(answered):
-    examples, answers, frames = answered
-    frame = frames["focus"].set_index(["criterion", "kind"])
-    last, everything = [], []
-    for example, answer in zip(examples, answers):
-        if example.asked.any():
-            kept = answer.kept["stage3"].values()
-            on_asked = sum(int(alive.flatten()[example.asked].sum()) for alive in kept)
-            last.append(100 * on_asked / sum(int(alive.sum()) for alive in kept))
-            everything.append(100 * example.asked.mean())
-    assert frame.loc["last layer", "all"]["questions"] == len(last)
-    got = frame.loc["last layer", "all"][["value", "low", "high"]]
-    assert tuple(got) == pytest.approx(mean(last))
-    got = frame.loc["to all tokens", "all"][["value", "low", "high"]]
-    assert tuple(got) == pytest.approx(ratio(last, everything, paired=True))
-
-
 def test_diversity_is_one_where_all_tokens_differ_and_low_where_all_are_alike():
     tokens = torch.stack([torch.eye(4), torch.ones(4, 4)])
     assert findings.nuclear_diversity(tokens).tolist() == pytest.approx([1, math.sqrt(4) / 4])
 
 
 # ----------------------------------------------------------------------- what each encoder is worth
-
-
-def test_divergence_by_hand():
-    p, q = torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([[0.25, 0.75], [0.5, 0.5]])
-    expected = [0.5 * math.log(2) + 0.5 * math.log(2 / 3), math.log(2)]
-    assert findings.divergence(p, q).tolist() == pytest.approx(expected)
-    assert findings.divergence(p, p).tolist() == pytest.approx([0, 0])
-
-
-@torch.no_grad()
-def test_last_attention_equals_the_librarys_own_weights(untrained):
-    examples = next(example_batches("val", 2))
-    images, questions = images_and_questions(examples)
-    encoded = untrained.encode(images, Budget(stage1=40, stage2=20))
-    before = untrained.decoder.config._attn_implementation
-    got = findings.last_attention(untrained, encoded, questions)
-    assert untrained.decoder.config._attn_implementation == before
-    embeds, attention_mask, visual_mask = untrained.prompt(encoded, questions)
-    untrained.decoder.set_attn_implementation("eager")
-    try:
-        output = untrained.decoder(
-            inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
-        )
-    finally:
-        untrained.decoder.set_attn_implementation(before)
-    for b in range(2):
-        places = visual_mask[b].nonzero()[:, 0]
-        from_text = output.attentions[-1][b][:, places[-1] + 1 :, places]  # (H, T, K)
-        expected = from_text.mean(dim=(0, 1))
-        torch.testing.assert_close(got[b], expected / expected.sum(), atol=1e-5, rtol=1e-4)
 
 
 def test_redundancy_by_hand(untrained, monkeypatch):
@@ -228,8 +166,7 @@ def test_redundancy_by_hand(untrained, monkeypatch):
                 reads = QUESTION_FAMILIES[example.family].group == "OCR & Chart"
                 enough = "pix2struct" in subset if reads else bool(subset & {"clip", "eva"})
                 right[subset].append(enough)
-        kl = {name: [len(name)] * len(examples) for name in model.encoders}
-        return right, kl
+        return right
 
     monkeypatch.setattr(findings, "by_subset", by_subset)
     frame = findings.measure(untrained, "redundancy", 24).set_index(
@@ -258,55 +195,14 @@ def test_subsets_are_all_but_the_empty_one():
 def test_masked_encoders_give_zeros(untrained, monkeypatch):
     fused = []
     monkeypatch.setattr(type(untrained), "generate", lambda *_: (torch.zeros(1, 1).long(), None))
-    monkeypatch.setattr(findings, "last_attention", lambda *_: torch.ones(1, 4) / 4)
     monkeypatch.setattr(type(untrained), "fuse", lambda _, features, *more: fused.append(features))
     examples = next(example_batches("test", 1))
     subsets = findings.all_subsets(list(untrained.encoders))
-    right, kl = findings.by_subset(untrained, subsets, examples)
-    assert list(right) == subsets and kl == {name: [0] for name in untrained.encoders}
+    right = findings.by_subset(untrained, subsets, examples)
+    assert right == {subset: [False] for subset in subsets}
     for subset, features in zip(subsets, fused):
         for name, x in zip(untrained.encoders, features):
             assert (x.abs().sum() > 0) == (name in subset)
-
-
-# -------------------------------------------------------------------------------- depth of the LLM
-
-
-def test_drops_asks_every_question_after_each_layer(monkeypatch):
-    """Of a model that needs the picture in as many layers as the family's number."""
-    families = list(QUESTION_FAMILIES)
-
-    class Reader:
-        decoder = type("D", (), {"config": type("C", (), {"num_hidden_layers": 12})})
-
-        def encode(self, images, budget):
-            assert budget == Budget.keep_all()
-            return "encoded"
-
-        def answer(self, encoded, questions, budget, pruner=None):
-            assert encoded == "encoded" and budget == Budget.keep_all()
-            layers = 12 if pruner is None else pruner.keywords["layers"][0]
-            answers = []
-            for example in self.examples:
-                knows = families.index(example.family) <= layers
-                text = example.answer if knows else "?"
-                answers.append(Answer(text, {}, [], {}, {}))
-            return answers
-
-    reader = Reader()
-
-    def noted(split, samples):
-        for examples in example_batches(split, samples):
-            reader.examples = examples
-            yield examples
-
-    monkeypatch.setattr(findings, "example_batches", noted)
-    frame = findings.measure(reader, "drops", 24).set_index(["criterion", "layer"])
-    assert len(frame) == 2 * 11 and set(frame["questions"]) == {24}
-    for i in range(1, 12):
-        known = 100 * min(i + 1, 12) / 12
-        assert frame.loc["accuracy", i]["value"] == pytest.approx(known)
-        assert frame.loc["points lost", i]["value"] == pytest.approx(100 - known)
 
 
 # ----------------------------------------------------------------------- from measuring to the page
@@ -315,20 +211,34 @@ def test_drops_asks_every_question_after_each_layer(monkeypatch):
 @pytest.mark.parametrize("name", findings.FINDINGS)
 def test_every_finding_comes_to_the_page(untrained, answered, name, tmp_path, monkeypatch):
     def by_subset(model, subsets, examples):
-        right = {subset: [len(subset) > 1] * len(examples) for subset in subsets}
-        return right, {one: [1] * len(examples) for one in model.encoders}
+        return {subset: [len(subset) > 1] * len(examples) for subset in subsets}
 
     monkeypatch.setattr(findings, "by_subset", by_subset)  # the model itself takes long
-    _, _, frames = answered
-    frame = frames[name] if name in frames else findings.measure(untrained, name, 3)
+    frame = answered[-1] if name == "figure1" else findings.measure(untrained, name, 3)
     assert list(frame.columns) == findings.FIELDS and set(frame["finding"]) == {name}
     assert not frame.duplicated(["encoder", "layer", "criterion", "kind"]).any()
     page.save(tmp_path, name, frame)
     page.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert f"## {page.TEXTS[name][0]}" in text and (tmp_path / f"{name}.png").exists()
-    for view in page.VIEWS[name]:
-        assert len(page.lines_of(view, frame)) > 0
+    assert set(page.FIGURES[name][0]) <= set(frame["criterion"])
+
+
+def test_lines_that_fill_the_same_fields_are_one_table():
+    lines = [
+        ("VAV", "", "", 0),
+        ("VAV", "", "", 1),
+        ("CUR", "eva", "all", ""),
+        ("CUR", "eva", "tag", ""),
+    ]
+    frame = pd.DataFrame(lines, columns=["criterion", "encoder", "kind", "layer"]).replace("", None)
+    frame = frame.assign(value=[1.0, 2.0, 3.0, 4.0], low=[math.nan, 1.5, 2.0, 3.0], high=5.0)
+    by_layer, by_kind = page.finding_tables(frame)
+    assert by_layer.columns.tolist() == [0, 1] and by_layer.loc["VAV"].tolist() == [
+        "1",
+        "2 [1.5, 5]",
+    ]
+    assert by_kind.loc["eva", "CUR"].to_dict() == {"all": "3 [2, 5]"}  # without single families
 
 
 # ------------------------------------------------------------------ heads that look at the picture

@@ -101,3 +101,8 @@ def test_a_finding_is_lines_by_layer_or_bars():
     last = frame[frame.layer == 2].drop(columns=["layer", "low", "high"])
     (ax,) = plots.finding_figure(last).axes
     assert [bar.get_height() for bar in ax.patches] == [3] * 4
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["clip", "eva"]
+    of_kind = last[last["criterion"] == "attention"].assign(kind="General")
+    (ax,) = plots.finding_figure(of_kind).axes
+    assert [bar.get_height() for bar in ax.patches] == [3] * 2
+    assert [tick.get_text() for tick in ax.get_xticklabels()] == ["General"]
