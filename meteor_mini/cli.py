@@ -368,7 +368,9 @@ def calibrate_vlm(args: Namespace, images: list[torch.Tensor]) -> None:
     mean_count = sum(counts) / len(counts)
     tokens = vlm.SHARE * mean_count if args.tokens is None else args.tokens
     lam = vlm.calibrate_lambda(model, prompts, tokens)
-    print(f"--lam {lam:.4g} keeps {tokens:.1f} of {mean_count:.1f} visual tokens per LLM layer")
+    printed = f"{lam:.4g}"
+    kept = vlm.measure_tokens(model, prompts, float(printed))
+    print(f"--lam {printed} keeps {kept:.1f} of {mean_count:.1f} visual tokens per LLM layer")
     if args.out is not None:
         model.save_pretrained(args.out)
         processor.save_pretrained(args.out)

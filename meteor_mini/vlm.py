@@ -4,6 +4,8 @@ and stage 1 on LLaVA's CLIP (the paper's Table 6).
 What `meteor-mini ask --model llava-hf/llava-1.5-7b-hf` calls; copy from here into your own code.
 """
 
+from functools import partial
+
 import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -68,26 +70,27 @@ def find_visual(model, inputs: dict) -> torch.Tensor:
 
 
 @torch.no_grad()
+def measure_tokens(model, prompts: list[dict], lam: float) -> float:
+    """Visual tokens per layer that lambda keeps, averaged over prompts of `prepare`."""
+    averages = []
+    for inputs in prompts:
+        with AdaptivePruner(model, find_visual(model, inputs), lam=lam) as pruner:
+            model(**inputs, logits_to_keep=1)
+        averages.append(pruner.average_tokens().mean().item())
+    return sum(averages) / len(averages)
+
+
 def calibrate_lambda(model, prompts: list[dict], tokens: float) -> float:
     """The lambda that keeps `tokens` visual tokens per layer, averaged over prompts.
 
-    Run it once, on representative prompts. Each step of the bisection is one prefill of
-    every prompt, and there are up to 42 steps.
+    Run it once, on representative prompts. Each step of the bisection is one prefill of every
+    prompt, and there are up to 42 steps. What the result keeps may differ: see `measure_tokens`.
 
     Args: prompts: of `prepare`, one or more.
     Returns: lambda, also noted as model.config.meteor_lambda, which `save_pretrained` writes.
     Raises: ValueError for tokens out of reach.
     """
-
-    def measure(lam: float) -> float:
-        averages = []
-        for inputs in prompts:
-            with AdaptivePruner(model, find_visual(model, inputs), lam=lam) as pruner:
-                model(**inputs, logits_to_keep=1)
-            averages.append(pruner.average_tokens().mean().item())
-        return sum(averages) / len(averages)
-
-    lam = solve_lambda(tokens, measure)
+    lam = solve_lambda(tokens, partial(measure_tokens, model, prompts))
     model.config.meteor_lambda = lam
     return lam
 

@@ -353,9 +353,15 @@ def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys):
     calibrate = ["calibrate", str(tmp_path / "pictures"), "--question", "what is this"]
     calibrate += ["--tokens", "8", "--model", str(folder), "--out", str(tmp_path / "own")]
     assert cli.main(calibrate) == 0
-    lam = re.match(r"--lam ([\d.e+-]+) keeps 8.0 of 16.0 ", capsys.readouterr().out).group(1)
+    printed = capsys.readouterr().out
+    lam, kept = re.match(r"--lam ([\d.e+-]+) keeps ([\d.]+) of 16.0 ", printed).groups()
+    blue = str(tmp_path / "pictures" / "blue.png")
+    assert cli.main(["ask", blue, *ask[2:], str(folder), "--lam", lam]) == 0
+    of_blue = json.loads(capsys.readouterr().out)["average_tokens"]
     assert cli.main([*ask, str(folder), "--lam", lam]) == 0
     by_lambda = json.loads(capsys.readouterr().out)
+    measured = (by_lambda["average_tokens"] + of_blue) / 2
+    assert float(kept) == pytest.approx(measured, abs=0.051)  # one decimal is printed
     assert cli.main([*ask, str(tmp_path / "own")]) == 0  # lambda travels with the configuration
     assert json.loads(capsys.readouterr().out) == by_lambda
     assert abs(by_lambda["average_tokens"] - 8) <= 2
