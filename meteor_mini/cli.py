@@ -190,8 +190,7 @@ def add_train(commands) -> None:
         type=Path,
         required=True,
         metavar="FILE",
-        help="JSON: LLaVA's rows, or image, question, answer; or a directory from save_to_disk "
-        "of datasets",
+        help="JSON: LLaVA's rows, or image, question, answer",
     )
     command.add_argument("--phase", choices=["projectors", "all"], default="projectors")
     command.add_argument(

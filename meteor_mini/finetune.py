@@ -10,7 +10,6 @@ launch -m meteor_mini.cli train ...`, and --set for its own options, as `--set b
 """
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -82,17 +81,12 @@ def pairs(row: dict) -> Dialogue:
     )
 
 
-def read_rows(file: str | Path) -> Sequence[dict]:
-    """The rows of a JSON file, or of a directory that `save_to_disk` of Hugging Face's datasets
-    wrote.
-
-    Every row of a JSON file is checked: it must be of a known form, with a picture that exists.
+def read_rows(file: str | Path) -> list[dict]:
+    """The rows of a JSON file: each must be of a known form, with a picture that exists.
 
     Raises: ValueError that names the file, or the row (from 0).
     """
     file = Path(file)
-    if file.is_dir():
-        return read_dataset(file)
     if not file.is_file():
         raise ValueError(f"data {file} does not exist, or is no file")
     try:
@@ -108,25 +102,6 @@ def read_rows(file: str | Path) -> Sequence[dict]:
             raise ValueError(
                 f"data {file}, row {number}: picture {picture} does not exist in {file.parent}"
             )
-    return rows
-
-
-def read_dataset(folder: Path) -> Sequence[dict]:
-    try:
-        from datasets import load_from_disk  # nothing else here needs it
-    except ImportError as error:
-        raise ValueError(
-            f"data {folder} is a directory: reading one of save_to_disk needs "
-            "`pip install datasets`"
-        ) from error
-    try:
-        rows = load_from_disk(str(folder))
-        pairs(rows[0])  # columns are the same in all rows
-    except (OSError, LookupError) as error:  # of another kind; several datasets; no row
-        raise ValueError(
-            f"data {folder} must hold one dataset with a row or more, from save_to_disk of "
-            f"datasets: {error}"
-        ) from error
     return rows
 
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from meteor_mini import Budget, Meteor, budgets, cli, load
+from meteor_mini import Budget, Meteor, budgets, load
 from meteor_mini.finetune import (
     Dialogues,
     collate,
@@ -130,6 +130,7 @@ def test_bad_data_is_refused(tmp_path, data):
     (tmp_path / "gone.json").write_text(json.dumps([row, row | {"image": "no.png"}]))
     for file, message in (
         ("none.json", "does not exist"),
+        (".", "or is no file"),
         ("bad.json", "is no JSON file"),
         ("dict.json", "must be a list of one row"),
         ("gone.json", "row 1: picture no.png does not exist"),
@@ -138,47 +139,6 @@ def test_bad_data_is_refused(tmp_path, data):
             load_data(tmp_path / file, 32)
     with pytest.raises(ValueError, match="at least one row"):
         Dialogues([], 32)
-
-
-def test_a_directory_of_datasets_gives_the_rows_that_were_saved(data, tmp_path):
-    datasets = pytest.importorskip("datasets", reason="datasets is not installed")
-    text, colours = datasets.Value("string"), [(40 * i, 0, 0) for i in range(4)]
-    columns = {
-        "image": [Image.new("RGB", (32, 32), c) for c in colours],
-        "question": list("abcd"),
-        "answer": list("efgh"),
-    }
-    rows = datasets.Dataset.from_dict(
-        columns, datasets.Features(image=datasets.Image(), question=text, answer=text)
-    )
-    rows.save_to_disk(tmp_path / "one")
-    loaded = load_data(tmp_path / "one", 32)
-    assert [loaded[i]["dialogues"] for i in range(4)] == [
-        [("a", "e")],
-        [("b", "f")],
-        [("c", "g")],
-        [("d", "h")],
-    ]
-    assert [round(255 * loaded[i]["images"][0, 5, 5].item()) for i in range(4)] == [0, 40, 80, 120]
-    datasets.DatasetDict(train=rows, test=rows).save_to_disk(tmp_path / "two")
-    rows.remove_columns("answer").save_to_disk(tmp_path / "columns")
-    for name, message in (
-        ("two", "one dataset with a row or more.*train"),
-        ("columns", "rows of image and conversations"),
-        (".", "one dataset with a row or more"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            load_data(tmp_path / name, 32)
-
-
-def test_a_directory_without_datasets_installed_says_what_to_install(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "datasets", None)
-    assert cli.main(["train", "--data", str(tmp_path), "--out", str(tmp_path / "out")]) == 2
-    assert (
-        f"data {tmp_path} is a directory: reading one of save_to_disk needs `pip install datasets`"
-        in capsys.readouterr().err
-    )
-    assert not (tmp_path / "out").exists()
 
 
 def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path, monkeypatch):

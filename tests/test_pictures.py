@@ -2,9 +2,6 @@
 pixels that each encoder reads, against the libraries' own preprocessing.
 """
 
-import struct
-import zlib
-
 import numpy as np
 import open_clip
 import pytest
@@ -66,19 +63,13 @@ def test_a_square_rgb_picture_keeps_every_pixel(tmp_path):
         ("RGB", "x.png", RED, 0),
         ("RGBA", "x.png", RED, 0),
         ("P", "x.png", RED, 0),
-        ("P", "x.gif", RED, 0),
         ("L", "x.png", (82, 82, 82), 0),
         ("LA", "x.png", (82, 82, 82), 0),
         ("1", "x.png", WHITE, 0),
-        ("CMYK", "x.tif", RED, 0),
         ("CMYK", "x.jpg", RED, 6),
-        ("YCbCr", "x.jpg", RED, 3),
-        ("RGB", "x.webp", RED, 3),
-        ("RGB", "x.bmp", RED, 0),
-        ("RGBA", "x.tif", RED, 0),
     ],
 )
-def test_modes_and_formats(tmp_path, mode, name, want, tolerance):
+def test_modes(tmp_path, mode, name, want, tolerance):
     image = Image.new("RGB", (16, 16), RED)
     white = Image.new("1", (16, 16), 1)
     image = white if mode == "1" else image.quantize() if mode == "P" else image.convert(mode)
@@ -140,14 +131,6 @@ def test_padding_keeps_the_picture_in_the_middle_of_its_mean_colour():
     assert (square[:, :10] == 150).all() and (square[:, 30:] == 150).all()
 
 
-def test_a_decompression_bomb_is_refused(tmp_path):
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    signed = struct.pack(">I", len(header) - 4) + header + struct.pack(">I", zlib.crc32(header))
-    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + signed + b"\0\0\0\0IDAT" + bytes(40))
-    with pytest.raises(ValueError, match="bomb.png cannot be decoded: .*decompression bomb"):
-        load_picture(tmp_path / "bomb.png")
-
-
 def test_missing_directory_empty_and_text(tmp_path):
     (tmp_path / "empty.png").touch()
     (tmp_path / "text.png").write_text("this is no picture\n" * 20)
@@ -161,31 +144,12 @@ def test_missing_directory_empty_and_text(tmp_path):
             load_picture(tmp_path / name)
 
 
-@pytest.mark.parametrize(
-    "name", ["cut.jpg", "cut.png", "cut.webp", "cut.gif", "cut.tif", "cut.bmp"]
-)
-def test_truncated_files(tmp_path, name):
+def test_a_truncated_file_is_refused(tmp_path):
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
-    path = save(tmp_path, noise, name)
+    path = save(tmp_path, noise, "cut.jpg")
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(ValueError, match=rf"{name} cannot be decoded: \S"):
+    with pytest.raises(ValueError, match=r"cut.jpg cannot be decoded: \S"):
         load_picture(path)
-
-
-def test_random_damage_is_a_value_error_or_a_picture(tmp_path):
-    rng = np.random.default_rng(1)
-    noise = Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8))
-    for name in ("x.jpg", "x.png", "x.gif", "x.webp", "x.bmp"):
-        clean = save(tmp_path, noise, name).read_bytes()
-        for _ in range(40):
-            data = bytearray(clean)
-            for place in rng.integers(len(data), size=8):
-                data[place] = int(rng.integers(256))
-            (tmp_path / name).write_bytes(data)
-            try:
-                assert load_picture(tmp_path / name).isfinite().all()
-            except ValueError as error:
-                assert name in str(error)
 
 
 # ------------------------------------------------------------------------- what each encoder reads
