@@ -115,6 +115,7 @@ def ten_pictures() -> list[dict]:
 
 
 DOCS = ten_pictures()
+FEW = range(4)  # of them, where a few answers suffice
 
 
 def picture_of(doc: dict) -> list[Image.Image]:
@@ -163,51 +164,52 @@ def plain(llava):
     ],
 )
 def test_with_all_tokens_kept_the_answers_are_the_librarys(example, llava, plain, args):
-    answers, average = run(example, llava, args)
-    assert answers == plain and average == N
+    answers, average = run(example, llava, args, order=FEW)
+    assert answers == plain[:4] and average == N
 
 
 def test_a_finite_lambda_keeps_fewer_tokens_and_a_smaller_one_fewer_still(example, llava, plain):
-    some, average = run(example, llava, "method=meteor,lam=2")
-    few, least = run(example, llava, "method=meteor,lam=0")
+    some, average = run(example, llava, "method=meteor,lam=2", order=FEW)
+    few, least = run(example, llava, "method=meteor,lam=0", order=FEW)
     assert least < average < N
     assert least == (1 * N + 7 * 1) / 8  # one token from layer 1 of 8 on
-    assert few != plain and len(some) == 10
+    assert few != plain[:4] and len(some) == 4
 
 
 def test_without_lam_the_one_that_calibrate_noted_is_used(example, llava, tmp_path):
     model, processor = vlm.load_vlm(str(llava))
-    prompts = [vlm.prepare(model, processor, doc["image"], doc["question"]) for doc in DOCS]
+    prompts = [vlm.prepare(model, processor, doc["image"], doc["question"]) for doc in DOCS[:4]]
     vlm.calibrate_lambda(model, prompts, tokens=8)
     model.save_pretrained(tmp_path)
     processor.save_pretrained(tmp_path)
-    _, average = run(example, tmp_path, "method=meteor")
+    _, average = run(example, tmp_path, "method=meteor", order=FEW)
     assert average == pytest.approx(8, abs=0.5)
 
 
 @pytest.mark.parametrize("method", ["fastv", "pyramid_drop", "random"])
 def test_the_other_methods_keep_as_many_tokens_as_asked_for(example, llava, method):
-    _, average = run(example, llava, f"method={method},tokens=8")
+    _, average = run(example, llava, f"method={method},tokens=8", order=FEW)
     assert average == pytest.approx(8, abs=0.5)
 
 
 def test_random_follows_its_seed(example, llava):
     first, again, other = (
-        run(example, llava, f"method=random,tokens=5,seed={seed}")[0] for seed in (1, 1, 2)
+        run(example, llava, f"method=random,tokens=5,seed={seed}", order=FEW)[0]
+        for seed in (1, 1, 2)
     )
     assert first == again != other
 
 
 def test_random_draws_anew_for_each_question(example, llava):
-    same_question = [0] * 10
+    same_question = [0] * 5
     answers, _ = run(example, llava, "method=random,tokens=5", order=same_question)
     assert len(set(answers)) > 1
 
 
 @pytest.mark.parametrize("method", ["none", "meteor"])
 def test_stage_1_leaves_as_many_tokens_of_a_picture_as_asked_for(example, llava, plain, method):
-    answers, average = run(example, llava, f"method={method},lam=inf,stage1=6")
-    assert average == 6 and answers != plain
+    answers, average = run(example, llava, f"method={method},lam=inf,stage1=6", order=FEW)
+    assert average == 6 and answers != plain[:4]
 
 
 def test_answers_come_in_the_order_of_the_requests(example, llava, plain):

@@ -71,7 +71,7 @@ def test_the_setting_of_most_right_answers_is_taken_and_parts_have_meteors():
 
 
 def test_hard_questions_are_those_that_the_easy_row_gets_wrong(model):
-    rows = [Row("easy", stages()), Row("other", stages(8), against="easy")]
+    rows = [Row("easy", stages(16)), Row("other", stages(8), against="easy")]
     frame = measure_rows(model, "methods", rows, 4, [0], easy="easy")
     hard = frame[frame["family"] == "hard"].set_index("method")
     overall = frame[frame["family"] == "all"].set_index("method")
