@@ -7,6 +7,7 @@ family.
 import json
 import math
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,12 @@ def test_a_llava_that_joins_layers_is_refused(small_llava):
 # ---------------------------------------------------------- meteor_mini.vlm and the command line
 
 
+@pytest.fixture
+def short_answers(monkeypatch):
+    """`ask` stops after three tokens: a random model would not."""
+    monkeypatch.setattr(vlm, "ask", partial(vlm.ask, max_new_tokens=3))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A tiny LLaVA with its processor, as `save_pretrained` writes them."""
@@ -340,7 +347,7 @@ def test_every_family_of_these_tests_is_loaded_by_its_name():
     assert names | {"deepseek_vl"} == set(vlm.MODEL_TYPES)
 
 
-def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys):
+def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys, short_answers):
     (tmp_path / "pictures").mkdir()
     for color in ("red", "blue"):
         Image.new("RGB", (40, 30), color).save(tmp_path / "pictures" / f"{color}.png")
@@ -407,7 +414,7 @@ def test_other_models_are_refused(tmp_path):
         vlm.load_vlm(str(tmp_path))
 
 
-def test_keep_all_of_a_vlm_keeps_all(folder, tmp_path, capsys):
+def test_keep_all_of_a_vlm_keeps_all(folder, tmp_path, capsys, short_answers):
     Image.new("RGB", (40, 30), "red").save(tmp_path / "a.png")
     ask = ["ask", str(tmp_path / "a.png"), "what is this", "--json", "--keep-all", "--model"]
     assert cli.main([*ask, str(folder)]) == 0
