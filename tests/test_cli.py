@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+from functools import partialmethod
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ def picture(tmp_path):
 
 
 @pytest.fixture
-def ask(folder, picture):
+def ask(folder, picture, monkeypatch):
+    """With answers of one token: an untrained model does not stop."""
+    one_word = partialmethod(cli.Meteor.generate, max_new_tokens=1)
+    monkeypatch.setattr(cli.Meteor, "generate", one_word)
     return ["ask", str(picture), EXAMPLE.question, "--model", str(folder)]
 
 
