@@ -426,18 +426,20 @@ counts are given: the paper's, in proportion to the visual tokens.
 
 Batch 1. Solid: measured, from the least to the most of the rounds; dotted: the ratio of FLOPs.
 
-The contenders of a comparison take turns in one process; of a comparison that has one round of
-`rounds`, it is the first, and cold. `ms`: milliseconds to the first token, or
-of the encoding, median of the rounds. `speed_up`: the unpruned model's time over the row's in the
-same round, median, `least` and `most`. `realised`: `speed_up` over `flops_ratio`, 1 where time
-falls as FLOPs do. `mean_tokens`: visual tokens, mean over the layers; `tokens_out`: in the last
-one. FLOPs count attention in full, as if it were not causal, and nothing that a pruner computes in
-the LLM.
+The contenders of a comparison take turns in one process; where `rounds` is 1, only the warm-up
+round was run. `ms`: milliseconds to the first token, or of the encoding, median of the rounds.
+`speed_up`: the unpruned model's time over the row's in the same round, median, `least` and
+`most`. `flops_ratio`: the unpruned FLOPs over the row's, encoders, projectors and prefill.
+`realised`: `speed_up` over `flops_ratio`, 1 where time falls as FLOPs do. `mean_tokens`: visual
+tokens, mean over the layers; `tokens_out`: in the last one. `decode_ms`: of each later token;
+`kv_mib`: size of the KV cache. FLOPs count attention in full, as if it were not causal, and
+nothing that a pruner computes in the LLM.
 
 *METEOR, keeps nearly all* makes all of METEOR's choices and drops almost nothing, *stage 3, keeps
-all* those of stage 3: what their `speed_up` lacks to 1 is the cost of choosing. *FastV, eager* and
-*ToMe, eager* write the attention weights out, as the authors' code does. With one mean, FastV has
-the fewest FLOPs: it drops early and at once, and attention grows with the square.
+all* those of stage 3: their `speed_up` would lack to 1 the cost of choosing, where that is larger
+than the noise of a few percent. *FastV, eager* and *ToMe, eager* materialise the attention matrix,
+as the authors' code does. At equal mean tokens FastV has the fewest FLOPs: it drops early and at
+once, and attention grows with the square.
 """
 
 

@@ -16,28 +16,36 @@ KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
 HEAD = """\
 # The paper's tables on the embedded model
 
-All numbers are in [tables.csv](tables.csv) and [findings.csv](findings.csv), which
-`meteor-mini eval --table all` measures; this page and its figures are made from these files.
+All numbers are in [tables.csv](tables.csv) and [findings.csv](findings.csv); this page and its
+figures are made from these files. `meteor-mini eval --table all --samples N` measures them anew (a
+table says how many questions it was measured on). Real sizes are timed in
+[benchmark.md](benchmark.md); Findings 1 and 2 on a pretrained encoder are in
+[docs/real_parts.md](../docs/real_parts.md).
 
-**What is no evidence here.** The small Llama of this model was *taught* where to look, and in which
-layers: those in which METEOR prunes. So what separates the methods of stage 3 (main table, Tables
-3, 6, 7 and 8) on this page shows what the code does and what the model learned, not which method is
-better. The paper's numbers are of a 7B model on other data.
+**What this page does not show.** The small Llama of this model was *taught* where to look, and in
+which layers: those in which METEOR prunes. So what separates the methods of stage 3 (main table,
+Tables 3, 6, 7 and 8) shows what the code does and what the model learned, not which method is
+better. Its encoders were trained so that late attention finds what captions name, so the depth
+figure below is no evidence for Findings 1 and 2 either. EAGLE's projector was trained on few
+pictures and memorised them ([docs/toy.md](../docs/toy.md)), so that its losses here are not fair to
+it. *Unpruned* is no upper bound: the Llama saw all 576 tokens rarely in training. The paper's
+numbers are of a 7B model on other data.
 
 Accuracy is exact match in percent on held-out questions, with its 95 % bootstrap interval over
-questions. A difference, in points, is to the row whose number stands in *to*, on the same
+questions. A difference, in points, is relative to the row numbered in column *to*, on the same
 questions, with its paired interval; one below 0 is a loss. *tokens*: visual tokens per LLM layer.
-*FLOPs*: encoders, projectors and the LLM's prefill, in millions. A random method stands with its
-mean over seeds, in brackets the lowest and the highest. *OCR*: OCR & Chart without the charts. The
-single families are in the CSV files.
+*FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a pruner. Random
+methods: mean over seeds [lowest, highest]. *OCR*: OCR & Chart without the charts. The single
+families are in the CSV files.
 """
 
 TEXTS = {  # title; what is compared, and what the paper found
     "main": (
         "Main result",
         "METEOR at three averages, EAGLE-style fusion (all channels of a grid cell in one token), "
-        "and pruners of others at METEOR's own average; random drops as many tokens in the same "
-        "layers. In the paper, METEOR at 242 tokens per layer is 0.3 points below EAGLE at 1024, "
+        "random tokens, FastV, PyramidDrop and PruMerge++ at METEOR's own average, and FastV and "
+        "PyramidDrop without stages 1 and 2 at about EAGLE's. In the paper, METEOR at 242 tokens "
+        "per layer is 0.3 points below EAGLE at 1024, "
         "with 51 % of its FLOPs (main table, Vicuna-7B, 11 benchmarks).",
     ),
     "1": (

@@ -11,6 +11,7 @@ import runpy
 import shutil
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
@@ -894,6 +895,59 @@ def test_answers_left_out_of_query_mask_do_not_steer():
         forward(model, whole, mask)
     assert all(torch.equal(masked.kept[i], pad(prompt.kept[i])) for i in LAYERS)
     assert any(not torch.equal(unmasked.kept[i], masked.kept[i]) for i in LAYERS)
+
+
+# -------------------------------------------------------------------- models as people load them
+
+
+def prune_logits(model, layers=None):
+    """Kept tokens from the last pruned layer on, and the logits, of a ragged batch."""
+    embeds, attention_mask, visual_mask = ragged()
+    with prune(model, visual_mask, layers=layers) as pruner:
+        logits = forward(model, embeds, attention_mask)
+    return pruner.kept[pruner.layers[-1]], logits
+
+
+def test_lora_of_peft_keeps_the_same_tokens_as_the_merged_one():
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # peft asks transformers for an attribute that is renamed
+        adapted = peft.get_peft_model(copy.deepcopy(tiny()), config).eval()
+    kept, logits = prune_logits(adapted.base_model.model)
+    merged_kept, merged_logits = prune_logits(adapted.merge_and_unload())
+    assert torch.equal(kept, merged_kept) and gap(logits, merged_logits) < 1e-4
+    assert not torch.equal(kept, prune_logits(tiny())[0])
+
+
+def test_weights_that_accelerate_brings_in_for_each_layer():
+    accelerate = pytest.importorskip("accelerate")
+    model = copy.deepcopy(tiny())
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert model.model.layers[0].self_attn.q_proj.weight.is_meta
+    for got, want in zip(prune_logits(model), prune_logits(tiny())):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_int8_layers_are_heard():
+    linear = {torch.nn.Linear}
+    model = torch.ao.quantization.quantize_dynamic(tiny(), linear, dtype=torch.qint8)
+    embeds, _, visual_mask = next(singles(*ragged()))
+    with prune(model, visual_mask, layers=[5]) as pruner:  # an int8 scale is that of all tokens
+        forward(model, embeds)
+    asks = pruner.query_mask[0]
+    implementation = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        weights = model(inputs_embeds=embeds, output_attentions=True).attentions[4]
+    model.set_attn_implementation(implementation)
+    attention = weights[:, :, asks].mean(dim=2).masked_fill(~visual_mask[:, None], 0)
+    vav = attention.sum(dim=-1)
+    count = adaptive_count(vav, LAM, pruner.k, visual_mask.sum(dim=1))
+    want = select(text_relevance(attention, pruner.k), count, visual_mask)
+    assert torch.equal(pruner.kept[5], want) and want.sum() < visual_mask.sum()
 
 
 # ---------------------------------------------------------------------------------- mixed precision

@@ -1,6 +1,6 @@
 """The table of methods on `smol`: `python -m meteor_mini.smol.compare --out results`.
 
-The protocol (docs/training.md tells how the model was trained):
+The protocol (docs/smol.md tells how the model was trained):
 
 1. All methods leave the same mean number of visual tokens per LLM layer, at four averages.
 2. Each method's own knobs are searched on validation questions, over a grid of at most twelve

@@ -39,6 +39,7 @@ STEPS = 1600
 PICTURES = 4  # a step, on average
 BLOCK = 16  # steps whose pictures are drawn together
 TOKENS_OF_DIALOGUE = 110  # words of all questions and answers about a picture
+STAGE1_TOKENS, STAGE2_TOKENS = (120, 420), (40, 240)  # that these leave, at random
 KEYWORDS = 0.3  # share of pictures asked in keywords
 HOLD = 0.6  # share of steps after which the learning rates fall
 RATES = {"lora": 8e-4, "projectors": 5e-4}
@@ -163,8 +164,9 @@ def train(work: Path, out: Path, steps: int) -> None:
         if for_eagle:
             tokens = encode_channels(model, eagle, images).fused.tokens  # (B, 144, D)
         else:
-            features, kept = encode_randomly(model, images, keep_all, rng)
-            tokens = fuse_randomly(model, features, kept, rng).fused.tokens  # (B, K, D)
+            features, kept = encode_randomly(model, images, keep_all, rng, STAGE1_TOKENS)
+            encoded = fuse_randomly(model, features, kept, rng, STAGE2_TOKENS)
+            tokens = encoded.fused.tokens  # (B, K, D)
         result = answer_loss(model, tokens, dialogues)
         right = (result["logits"].argmax(dim=-1) == result["labels"]).float().mean()
         with curve.open("a", newline="") as file:

@@ -19,10 +19,14 @@ MASKED = 0.08  # share of batches with some encoders' features zero: what is eac
 
 @torch.no_grad()
 def encode_randomly(
-    model: Meteor, images: Tensor, keep_all: bool, rng: np.random.Generator
+    model: Meteor,
+    images: Tensor,
+    keep_all: bool,
+    rng: np.random.Generator,
+    tokens: tuple[int, int] = STAGE1_TOKENS,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Per encoder tokens (B, n_l, D_l) and their patches (B, n_l), at a random stage-1 budget."""
-    total = None if keep_all else int(rng.integers(*STAGE1_TOKENS))
+    total = None if keep_all else int(rng.integers(*tokens))
     encoders = list(model.encoders.values())
     return stage1_encode.encode_all(encoders, model.pixels(images), total, model.ranks)
 
@@ -32,6 +36,7 @@ def fuse_randomly(
     features: list[Tensor],
     kept: list[Tensor],
     rng: np.random.Generator,
+    tokens: tuple[int, int] = STAGE2_TOKENS,
 ) -> Encoded:
     """Stage 2 with a random strategy and budget; now and then some encoders see nothing."""
     if rng.random() < MASKED:
@@ -41,5 +46,5 @@ def fuse_randomly(
     if available == model.num_tokens or rng.random() < 0.1:
         return model.fuse(features, kept, Budget.keep_all())
     strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
-    K = min(int(rng.integers(*STAGE2_TOKENS)), available)
+    K = min(int(rng.integers(*tokens)), available)
     return model.fuse(features, kept, Budget(stage2=K), FUSIONS[strategy])
