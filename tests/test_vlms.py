@@ -382,7 +382,7 @@ def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys, short
 
 
 def test_the_readmes_snippet_runs(folder):
-    """The two lines around `generate`, in front of which the reader has a model and inputs."""
+    """The two lines around `generate`, before which the reader has a model, inputs and lambda."""
     text = (Path(__file__).parents[1] / "README.md").read_text()
     (snippet,) = re.findall(r"```py\n(.*?)```", text, flags=re.S)
     model = T.AutoModelForImageTextToText.from_pretrained(folder).eval()
@@ -390,8 +390,8 @@ def test_the_readmes_snippet_runs(folder):
     photo = Image.new("RGB", (40, 30), "red")
     asked = "USER : <image> what is this ASSISTANT :"
     inputs = processor(images=[photo], text=[asked], return_tensors="pt")
-    names = {"AdaptivePruner": AdaptivePruner, "model": model, "inputs": inputs}
-    exec(compile(snippet.replace("lam=50", "lam=2"), "README", "exec"), names)
+    names = {"AdaptivePruner": AdaptivePruner, "model": model, "inputs": inputs, "lam": 2}
+    exec(compile(snippet, "README", "exec"), names)
     assert names["words"].shape[1] > inputs["input_ids"].shape[1]
     assert 1 < names["pruner"].average_tokens().item() < 16
 
