@@ -2,11 +2,12 @@
 
 As a LLaVA is trained: the loss is the cross-entropy of the answers' tokens, and there is no other.
 Stages 1 and 2 are active at random budgets, from 40 tokens to all 576; stage 3 is off. Nothing
-knows which patches a question is about, what attention looks at, or which layers prune.
+knows which patches a question is about, what attention looks at, or which layers prune. What each
+patch shows is used once, before: `start_projectors`.
 
 Every second step's visual tokens are those of EAGLE's channel fusion: it learns as long as the
-projectors do, and with the same LoRA. In a third of the other steps stage 2 keeps other tokens than
-METEOR's, so that a rival that does so is asked nothing new.
+projectors do, and with the same LoRA. In a quarter of the other steps stage 2 keeps other tokens
+than METEOR's, so that rival rules are in distribution.
 
 Resumable: the same command goes on from the last saved step. WORK/curve.csv has a line for each.
 """
@@ -93,15 +94,17 @@ def encode_pictures(model: Meteor, pool: Pool) -> tuple[list[Tensor], list[Tenso
 def embed_words(model: Meteor, words: Tensor) -> Tensor:
     """The sum of n words' embeddings over sqrt(n); of no word, the mean of all embeddings.
 
+    Each word of the world is one token of SmolLM2's.
+
     Args: words (P, slots) int64, 0 for none. Returns: (P, D) float.
     """
     embeddings = model.decoder.get_input_embeddings().weight  # (V, D)
     total = 0.0
     for slot, vocabulary in enumerate(world.SLOTS.values()):
         text = [word if word.isdigit() else f" {word}" for word in vocabulary]
-        ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids)  # (words, 1)
+        ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids).squeeze(1)
         none = torch.zeros(1, embeddings.shape[1])
-        total = total + torch.cat([none, embeddings[ids[:, 0]]])[words[:, slot]]
+        total = total + torch.cat([none, embeddings[ids]])[words[:, slot]]
     count = (words > 0).sum(dim=-1, keepdim=True)
     return torch.where(count > 0, total / count.clamp(min=1).sqrt(), embeddings.mean(dim=0))
 

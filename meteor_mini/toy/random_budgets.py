@@ -25,7 +25,10 @@ def encode_randomly(
     rng: np.random.Generator,
     tokens: tuple[int, int] = STAGE1_TOKENS,
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Per encoder tokens (B, n_l, D_l) and their patches (B, n_l), at a random stage-1 budget."""
+    """Per encoder tokens (B, n_l, D_l) and their patches (B, n_l), at a random stage-1 budget.
+
+    tokens: the least that stage 1 leaves, and one more than the most.
+    """
     total = None if keep_all else int(rng.integers(*tokens))
     encoders = list(model.encoders.values())
     return stage1_encode.encode_all(encoders, model.pixels(images), total, model.ranks)
@@ -38,7 +41,10 @@ def fuse_randomly(
     rng: np.random.Generator,
     tokens: tuple[int, int] = STAGE2_TOKENS,
 ) -> Encoded:
-    """Stage 2 with a random strategy and budget; now and then some encoders see nothing."""
+    """Stage 2 with a random strategy and budget; now and then some encoders see nothing.
+
+    tokens: the least that stage 2 leaves, and one more than the most.
+    """
     if rng.random() < MASKED:
         sees = rng.random(len(features)) < 0.6
         features = [x if s else torch.zeros_like(x) for x, s in zip(features, sees)]
