@@ -452,12 +452,8 @@ def measure_rows(
     rows: list[Row],
     samples: int,
     seeds: list[int],
-    easy: str | None = None,
 ) -> pd.DataFrame:
-    """`measure` for the rows of one table.
-
-    Args: easy: the method of a row; a family "hard" holds the questions that it gets wrong.
-    """
+    """`measure` for the rows of one table."""
     encoding = {row.method: encoding_flops(model, row) for row in rows}
     runs = [(row, seed) for row in rows for seed in (seeds if row.random else seeds[:1])]
     graded = {(row.method, seed): [] for row, seed in runs}
@@ -471,11 +467,10 @@ def measure_rows(
         stage1_features.cache_clear()
 
     answers = {run: pd.concat(parts, ignore_index=True) for run, parts in graded.items()}
-    hard = None if easy is None else ~answers[easy, seeds[0]]["right"]
     records = []
     for row, seed in runs:
         other = answers.get((row.against, seeds[0]))
-        for line in compare(answers[row.method, seed], other, encoding[row.method], hard):
+        for line in compare(answers[row.method, seed], other, encoding[row.method]):
             head = {"table": table, "method": row.method, "against": row.against, "seed": seed}
             records.append(head | line)
     return pd.DataFrame(records)[FIELDS]

@@ -1,4 +1,4 @@
-"""The table of methods on `smol`: `python -m meteor_mini.smol.compare --out results`.
+"""The table of methods on `smol`: `python -m meteor_mini.smol.compare --out runs/compare`.
 
 The protocol (docs/smol.md tells how the model was trained):
 
@@ -6,10 +6,14 @@ The protocol (docs/smol.md tells how the model was trained):
 2. Each method's own knobs are searched on validation questions, over a grid of at most twelve
    settings, at one of the averages. search.csv holds every setting tried. METEOR with a stage left
    out has METEOR's setting.
-3. The test split is asked once, with the settings found. methods.csv holds a row for each method,
-   average, seed and family; "hard" are the questions that the smaller picture gets wrong.
+3. The test split is asked once, with the settings found: answers.csv has a row for each question.
+4. times.csv holds the time to the first token, of all methods in turns.
 
-Resumable: what the two files hold is not measured again. Change here: METHODS.
+methods.csv is made of these: a row for each method, average, seed and family; "hard" are the
+questions that the smaller picture gets wrong. `at_equal_time` reads the accuracies off at METEOR's
+time.
+
+Resumable: what the files hold is not measured again. Change here: METHODS.
 """
 
 import argparse
@@ -20,27 +24,34 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
+import torch
 
 from .. import baselines
+from ..bench import take_turns, time_call
 from ..budgets import Budget
-from ..evaluate import accuracy
+from ..evaluate import accuracy, grade
 from ..model import Meteor
 from ..tables import (
     SEEDS,
     Row,
+    compare,
     eagle_rows,
+    encoding_flops,
     grid_cells,
-    measure_rows,
     pruner_for_average,
     random_in_llm,
+    stage1_features,
     stages,
 )
+from ..toy.questions import example_batches, images_and_questions
 
 SHARES = (0.60, 0.40, 0.25, 0.15)  # visual tokens per LLM layer, of one encoder's patches
 SEARCH_AT = 0.25
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
 LAMBDA_QUESTIONS = 48
+SECONDS = 300  # that the rounds of a timing may take
 LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, and PyramidDrop's
 
 # Every method is a function (model, average, **setting) -> Row.
@@ -167,14 +178,7 @@ METHODS = {  # name -> its function, and the values of each of its knobs
 }
 
 
-# ---------------------------------------------------------------------------------- the protocol
-
-
-def build_row(model: Meteor, name: str, share: float, setting: dict) -> Row:
-    """The row of a method at an average, which is `share` of one encoder's patches."""
-    build, _ = METHODS[name]
-    row = build(model, round(share * grid_cells(model)), **setting)
-    return replace(row, method=name, against=None if name == "METEOR" else "METEOR")
+# -------------------------------------------------------------------------- settings, by validation
 
 
 def settings_of(name: str) -> list[dict]:
@@ -183,22 +187,24 @@ def settings_of(name: str) -> list[dict]:
     return [dict(zip(knobs, values)) for values in itertools.product(*knobs.values())]
 
 
-def search(model: Meteor, name: str, samples: int) -> pd.DataFrame:
-    """Every setting of a method on validation questions: method, setting, tokens, accuracy.
+def build_row(model: Meteor, name: str, share: float, setting: dict) -> Row:
+    """The row of a method at an average, which is `share` of one encoder's patches.
 
-    A setting that cannot reach the average has no accuracy.
+    Raises: ValueError where the setting cannot reach the average.
     """
-    lines = []
-    for setting in settings_of(name):
-        line = {"method": name, "setting": json.dumps(setting), "questions": samples}
-        try:
-            row = build_row(model, name, SEARCH_AT, setting)
-        except ValueError as error:  # out of reach
-            lines.append(line | {"remark": str(error)})
-            continue
-        result = accuracy(model, row.answer, "val", samples)
-        lines.append(line | {"tokens": result["average_tokens"], "accuracy": result["accuracy"]})
-    return pd.DataFrame(lines)
+    build, _ = METHODS[name]
+    return replace(build(model, round(share * grid_cells(model)), **setting), method=name)
+
+
+def search(model: Meteor, name: str, setting: dict, samples: int) -> dict:
+    """A setting on validation questions; without accuracy where it cannot reach the average."""
+    line = {"method": name, "setting": json.dumps(setting), "questions": samples}
+    try:
+        row = build_row(model, name, SEARCH_AT, setting)
+    except ValueError as error:
+        return line | {"remark": str(error)}
+    result = accuracy(model, row.answer, "val", samples)
+    return line | {"tokens": result["average_tokens"], "accuracy": result["accuracy"]}
 
 
 def best_setting(searched: pd.DataFrame, name: str) -> dict:
@@ -210,7 +216,12 @@ def best_setting(searched: pd.DataFrame, name: str) -> dict:
 
 
 def rows_at(model: Meteor, searched: pd.DataFrame, share: float) -> list[Row]:
-    """All methods at an average; without those whose setting cannot reach it."""
+    """All methods at an average, but those whose setting cannot reach it.
+
+    At the share of all patches, those without a setting: unpruned, and EAGLE-style fusion.
+    """
+    if share == all_patches(model):
+        return [Row("unpruned", stages()), *eagle_rows(model, "unpruned")]
     rows = []
     for name in METHODS:
         try:
@@ -220,38 +231,137 @@ def rows_at(model: Meteor, searched: pd.DataFrame, share: float) -> list[Row]:
     return rows
 
 
-def load_csv(file: Path) -> pd.DataFrame:
-    return pd.read_csv(file) if file.exists() else pd.DataFrame({"method": [], "share": []})
+def all_patches(model: Meteor) -> float:
+    return model.num_tokens / grid_cells(model)
+
+
+# ---------------------------------------------------------------------------------- the test split
+
+
+@torch.no_grad()
+def ask(model: Meteor, row: Row, samples: int, seed: int) -> pd.DataFrame:
+    """A row for each test question, as `evaluate.grade` makes it; FLOPs with the encoders'."""
+    parts = []
+    for number, examples in enumerate(example_batches("test", samples)):
+        torch.manual_seed(1000 * seed + number)  # another for each batch
+        images, questions = images_and_questions(examples)
+        parts.append(grade(model, examples, row.answer(model, images, questions)))
+    answers = pd.concat(parts, ignore_index=True)
+    return answers.assign(flops=answers["flops"] + encoding_flops(model, row))
+
+
+@torch.no_grad()
+def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
+    """The time from a picture to the first token, the methods in turns, the unpruned model too.
+
+    Returns: method; ms, median over the rounds; speed_up: the unpruned time over the row's.
+    """
+    rows = {row.method: row for row in [Row("unpruned", stages()), *rows]}  # once
+    images, questions = images_and_questions(next(example_batches("val", 1)))
+
+    def first_token(row: Row) -> None:
+        stage1_features.cache_clear()
+        encoded = row.encode(model, images)
+        model.generate(encoded, questions, Budget.keep_all(), row.pruner, max_new_tokens=1)
+
+    work = {name: partial(time_call, partial(first_token, row)) for name, row in rows.items()}
+    runs = take_turns(work, SECONDS)
+    unpruned = runs[runs["method"] == "unpruned"].set_index("round")["ms"]
+    runs = runs.assign(speed_up=runs["round"].map(unpruned) / runs["ms"])
+    return runs.groupby("method", sort=False)[["ms", "speed_up"]].median().reset_index()
+
+
+def summarise(answers: pd.DataFrame) -> pd.DataFrame:
+    """A row for each share, method, seed and family, METEOR against the unpruned model and all
+    others against METEOR, paired.
+
+    Args: answers: share, method, seed, and the columns of `ask`.
+    """
+    cases = {
+        case: own.reset_index(drop=True)
+        for case, own in answers.groupby(["share", "method", "seed"], sort=False)
+    }
+    unpruned = next(own for (_, method, _), own in cases.items() if method == "unpruned")
+    records = []
+    for (share, method, seed), own in cases.items():
+        meteor, easy = cases.get((share, "METEOR", 0)), cases.get((share, "smaller picture", 0))
+        other = unpruned if method == "METEOR" or meteor is None else meteor
+        hard = None if easy is None else ~easy["right"]
+        for line in compare(own, other, encoding=0, hard=hard):
+            records.append({"share": share, "method": method, "seed": seed} | line)
+    return pd.DataFrame(records)
+
+
+def at_equal_time(methods: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """Each method's accuracy at METEOR's time, on straight lines between its averages.
+
+    Returns: a row for each of METEOR's averages, a column for each method; nan where a method was
+        not measured as slow, or as fast.
+    """
+    overall = methods[methods["family"] == "all"]
+    overall = overall.groupby(["share", "method"], sort=False)["accuracy"].mean().reset_index()
+    points = overall.merge(times, on=["share", "method"]).sort_values("speed_up")
+    of_meteor = points[points["method"] == "METEOR"]["speed_up"]
+    columns = {
+        method: np.interp(
+            of_meteor, own["speed_up"], own["accuracy"], left=float("nan"), right=float("nan")
+        )
+        for method, own in points.groupby("method", sort=False)
+    }
+    table = pd.DataFrame(columns, index=of_meteor.rename("speed-up"))
+    return table.dropna(axis="columns", how="all")
+
+
+def load_csv(file: Path, *columns: str) -> pd.DataFrame:
+    return pd.read_csv(file) if file.exists() else pd.DataFrame({name: [] for name in columns})
+
+
+def append(file: Path, frame: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
+    """The frame that `file` holds, and more."""
+    frame = pd.concat([frame, more], ignore_index=True) if len(frame) else more
+    frame.to_csv(file, index=False, float_format="%.6g")
+    return frame
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="search.csv and methods.csv")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the CSV files")
     parser.add_argument("--search", type=int, default=96, help="validation questions")
     parser.add_argument("--samples", type=int, default=240, help="test questions")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     model = Meteor.from_pretrained("smol")
 
-    searched = load_csv(args.out / "search.csv")
-    for name in METHODS:
-        is_part = name != "METEOR" and METHODS[name][1] is STAGE_3
-        if name not in set(searched["method"]) and not is_part:
-            found = search(model, name, args.search)
-            print(found.to_string(), flush=True)
-            searched = pd.concat([searched, found], ignore_index=True)
-            searched.to_csv(args.out / "search.csv", index=False)
+    searched = load_csv(args.out / "search.csv", "method", "setting")
+    done = set(zip(searched["method"], searched["setting"]))
+    for name, (_, knobs) in METHODS.items():
+        for setting in settings_of(name):
+            has_meteors = knobs is STAGE_3 and name != "METEOR"
+            if not has_meteors and (name, json.dumps(setting)) not in done:
+                line = search(model, name, setting, args.search)
+                print(line, flush=True)
+                searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
 
-    measured = load_csv(args.out / "methods.csv")
-    for share in SHARES:
-        if share not in set(measured["share"]):
-            rows = [Row("unpruned", stages()), *eagle_rows(model, "unpruned")]
-            rows += rows_at(model, searched, share)
-            frame = measure_rows(model, "methods", rows, args.samples, SEEDS, "smaller picture")
-            measured = pd.concat([measured, frame.assign(share=share)], ignore_index=True)
-            measured.to_csv(args.out / "methods.csv", index=False, float_format="%.6g")
+    answers = load_csv(args.out / "answers.csv", "share", "method", "seed")
+    times = load_csv(args.out / "times.csv", "share")
+    for share in (all_patches(model), *SHARES):
+        if share in set(times["share"]):
+            continue  # the times are measured last
+        done = set(zip(answers["share"], answers["method"], answers["seed"]))
+        rows = rows_at(model, searched, share)
+        for row in rows:
+            for seed in SEEDS if row.random else SEEDS[:1]:
+                if (share, row.method, seed) not in done:
+                    own = ask(model, row, args.samples, seed)
+                    own = own.assign(share=share, method=row.method, seed=seed)
+                    answers = append(args.out / "answers.csv", answers, own)
+        own = time_rows(model, rows).assign(share=share)
+        times = append(args.out / "times.csv", times, own)
+    methods = summarise(answers)
+    methods.to_csv(args.out / "methods.csv", index=False, float_format="%.6g")
+    print(at_equal_time(methods, times).T.round(1).to_string())
 
 
 if __name__ == "__main__":

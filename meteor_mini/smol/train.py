@@ -36,13 +36,13 @@ from ..toy.train import BLANK_WEIGHT
 from .build import CHECKPOINT, build_smol, write_smol
 
 POOL = 16_000  # training pictures
-STEPS = 1600
+STEPS = 2000
 PICTURES = 4  # a step, on average
 BLOCK = 16  # steps whose pictures are drawn together
-TOKENS_OF_DIALOGUE = 110  # words of all questions and answers about a picture
+TOKENS_OF_DIALOGUE = 200  # words of all questions and answers about a picture
 STAGE1_TOKENS, STAGE2_TOKENS = (120, 420), (40, 240)  # that these leave, at random
 KEYWORDS = 0.3  # share of pictures asked in keywords
-HOLD = 0.6  # share of steps after which the learning rates fall
+HOLD = 0.85  # share of steps after which the learning rates fall
 RATES = {"lora": 8e-4, "projectors": 5e-4}
 SAVE_EVERY = 25
 FITTED = 512  # pictures on which the projectors' beginning is fitted

@@ -10,7 +10,7 @@ from meteor_mini import Meteor, load
 from meteor_mini.baselines import channel_fusion
 from meteor_mini.evaluate import accuracy
 from meteor_mini.smol import compare
-from meteor_mini.tables import Row, grid_cells, measure_rows, stages
+from meteor_mini.tables import grid_cells
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +70,93 @@ def test_the_setting_of_most_right_answers_is_taken_and_parts_have_meteors():
     assert compare.best_setting(searched, "stages 1+3") == json.loads(json.dumps(settings[2]))
 
 
-def test_hard_questions_are_those_that_the_easy_row_gets_wrong(model):
-    rows = [Row("easy", stages(16)), Row("other", stages(8), against="easy")]
-    frame = measure_rows(model, "methods", rows, 4, [0], easy="easy")
-    hard = frame[frame["family"] == "hard"].set_index("method")
-    overall = frame[frame["family"] == "all"].set_index("method")
-    wrong = 4 - round(4 * overall.loc["easy", "accuracy"] / 100)
-    assert hard.loc["other", "questions"] == wrong
-    assert hard.loc["easy", "accuracy"] == 0
+def graded(share: float, method: str, right: list[bool], seed: int = 0) -> pd.DataFrame:
+    """Answers to four questions, as answers.csv has them."""
+    families = ["color", "color", "label", "value"]
+    columns = {"share": share, "method": method, "seed": seed, "tokens": 36.0, "flops": 1.0}
+    return pd.DataFrame({"family": families, "right": right}).assign(**columns)
+
+
+def test_meteor_is_compared_with_the_unpruned_model_and_others_with_meteor():
+    answers = [
+        graded(4.0, "unpruned", [True, True, True, True]),
+        graded(0.25, "METEOR", [True, True, True, False]),
+        graded(0.25, "smaller picture", [True, False, False, False]),
+    ]
+    methods = compare.summarise(pd.concat(answers, ignore_index=True))
+    overall = methods[methods["family"] == "all"].set_index("method")
+    assert overall.loc["METEOR", "difference"] == -25  # of unpruned
+    assert overall.loc["smaller picture", "difference"] == -50  # of METEOR
+
+
+def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong():
+    answers = [
+        graded(4.0, "unpruned", [True, True, True, True]),
+        graded(0.25, "METEOR", [True, True, True, False]),
+        graded(0.25, "smaller picture", [True, False, False, False]),
+    ]
+    methods = compare.summarise(pd.concat(answers, ignore_index=True))
+    hard = methods[methods["family"] == "hard"].set_index("method")
+    assert (hard["questions"] == 3).all()
+    assert hard.loc["METEOR", "accuracy"] == pytest.approx(200 / 3)
+    assert hard.loc["smaller picture", "accuracy"] == 0
+
+
+def test_accuracies_at_equal_time_are_read_off_straight_lines():
+    methods = pd.DataFrame(
+        {
+            "share": [0.6, 0.2, 0.6, 0.2],
+            "method": ["METEOR", "METEOR", "FastV", "FastV"],
+            "family": "all",
+            "accuracy": [80.0, 60.0, 90.0, 50.0],
+        }
+    )
+    times = methods[["share", "method"]].assign(speed_up=[2.0, 4.0, 3.0, 5.0])
+    table = compare.at_equal_time(methods, times)
+    assert table.index.tolist() == [2.0, 4.0]
+    assert table["METEOR"].tolist() == [80.0, 60.0]
+    assert table["FastV"].isna().tolist() == [True, False]  # it was never as slow as 2
+    assert table["FastV"].iloc[1] == 70.0
+
+
+def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys):
+    some = ("METEOR", "stages 1+3", "random", "smaller picture")
+    monkeypatch.setattr(compare, "METHODS", {name: compare.METHODS[name] for name in some})
+    monkeypatch.setattr(compare, "STAGE_3", compare.STAGE_3)
+    monkeypatch.setattr(compare, "SHARES", (0.25,))
+    monkeypatch.setattr(compare, "SEEDS", [0, 1])
+    monkeypatch.setattr(compare, "SECONDS", 0)
+    monkeypatch.setattr(compare, "settings_of", lambda name, all=compare.settings_of: all(name)[:1])
+    monkeypatch.setattr(Meteor, "from_pretrained", lambda name: model)
+    command = ["compare", "--out", str(tmp_path), "--search", "2", "--samples", "3"]
+    monkeypatch.setattr("sys.argv", command)
+    compare.main()
+    answers = pd.read_csv(tmp_path / "answers.csv")
+    cases = answers.groupby(["share", "method", "seed"]).size()
+    assert (cases == 3).all()
+    assert cases.index.get_level_values("method").value_counts().to_dict() == {
+        "unpruned": 1,
+        "EAGLE-style, 144": 1,
+        "METEOR": 1,
+        "stages 1+3": 1,
+        "random": 2,
+        "smaller picture": 1,
+    }
+
+    (tmp_path / "times.csv").unlink()  # stopped before it had measured the last share's times
+    last = answers[answers["method"] != "smaller picture"]
+    last.to_csv(tmp_path / "answers.csv", index=False)
+    asked = []
+    monkeypatch.setattr(
+        compare,
+        "ask",
+        lambda model, row, samples, seed: (
+            asked.append(row.method)
+            or answers[answers["method"] == row.method][["family", "right", "tokens", "flops"]]
+        ),
+    )
+    compare.main()
+    assert asked == ["smaller picture"]
+    again = pd.read_csv(tmp_path / "answers.csv")
+    assert len(again) == len(answers)
+    assert "METEOR" in capsys.readouterr().out
