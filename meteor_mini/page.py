@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas as pd
 
 from . import plots
-from .toy.questions import GROUPS, QUESTION_FAMILIES
+from .toy.questions import GROUPS, OCR_CHART, QUESTION_FAMILIES
 
 KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
 
@@ -35,8 +35,10 @@ Accuracy is exact match in percent on held-out questions, with its 95 % bootstra
 questions. A difference, in points, is relative to the row numbered in column *to*, on the same
 questions, with its paired interval; one below 0 is a loss. *tokens*: visual tokens per LLM layer.
 *FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a pruner. Random
-methods: mean over seeds [lowest, highest]. *OCR*: OCR & Chart without the charts. The single
-families are in the CSV files.
+methods: mean over seeds [lowest, highest]. *paper*: how the paper ranks the row to the one in *to*,
+and what these questions of OCR & Chart make of it: *shown* where the difference's interval is on
+the same side of 0, *reversed* where it is on the other, *not shown* where it holds 0. *OCR*: OCR &
+Chart without the charts. The single families are in the CSV files.
 """
 
 TEXTS = {  # title; what is compared, and what the paper found
@@ -230,8 +232,23 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
             own = of_method[of_method["family"] == kind]
             columns = ("difference", "difference_low", "difference_high")
             row[f"difference, {kind}"] = over_seeds(own, *columns, "+.1f") if compared else ""
+        row["paper"] = paper_ranking(of_method)
         rows.append(row)
     return pd.DataFrame(rows, index=range(1, len(rows) + 1))
+
+
+def paper_ranking(of_method: pd.DataFrame) -> str:
+    """How the paper ranks a method, and whether all its seeds show that; empty where it does not."""
+    paper = of_method["paper"].iloc[0]
+    if pd.isna(paper):
+        return ""
+    own = of_method[of_method["family"] == OCR_CHART]
+    verdict = "not shown"
+    if (own["difference_low"] > 0).all():
+        verdict = "shown" if paper == "above" else "reversed"
+    elif (own["difference_high"] < 0).all():
+        verdict = "shown" if paper == "below" else "reversed"
+    return f"{paper}: {verdict}"
 
 
 def numbers_of(of_method: pd.DataFrame) -> dict[str, str]:

@@ -49,6 +49,7 @@ class Row:
     encode: (model, images) -> the visual tokens that enter the LLM.
     pruner: what prunes them inside it, if anything.
     against: the method of a row above, that it is compared with.
+    paper: "above" or "below", where the paper ranks it so to the row that it is compared with.
     random: it follows torch's seed, and is measured with several.
     twice: work that `encode` does twice and a careful implementation once; its FLOPs count once.
     """
@@ -57,6 +58,7 @@ class Row:
     encode: Encode
     pruner: baselines.Pruner | None = None
     against: str | None = None
+    paper: str | None = None
     random: bool = False
     twice: Encode | None = None
 
@@ -303,8 +305,8 @@ def table1(model: Meteor) -> list[Row]:
         fall = left / n
         totals = (round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), total)
         for strategy in baselines.SHARES:
-            against = None if strategy == "rank" else f"rank, {total}"
-            rows.append(Row(f"{strategy}, {total}", stages(totals, shares=strategy), None, against))
+            others = {} if strategy == "rank" else {"against": f"rank, {total}", "paper": "below"}
+            rows.append(Row(f"{strategy}, {total}", stages(totals, shares=strategy), **others))
     return rows
 
 
@@ -319,10 +321,12 @@ def table2(model: Meteor) -> list[Row]:
     for K in (round(total * 576 / 1193), total // 3):
         for fusion in baselines.FUSIONS:
             against = None if fusion == "collaborative" else f"collaborative, {K}"
-            encode = stages(total, K, fusion=fusion)
-            rows.append(Row(f"{fusion}, {K}", encode, None, against, random=fusion == "random"))
+            paper = "below" if fusion in ("separate", "random") else None
+            encode, random = stages(total, K, fusion=fusion), fusion == "random"
+            rows.append(Row(f"{fusion}, {K}", encode, None, against, paper, random))
     mine = f"collaborative, {cells}"
-    return [*rows, Row(mine, stages(total, cells)), *eagle_rows(model, mine)]
+    eagle = [replace(row, paper="below") for row in eagle_rows(model, mine)]
+    return [*rows, Row(mine, stages(total, cells)), *eagle]
 
 
 def table3(model: Meteor) -> list[Row]:
@@ -344,7 +348,7 @@ def table3(model: Meteor) -> list[Row]:
     rows = [
         Row("upper bound", encode),
         Row(every_head, encode, baselines.fixed(at_one, None)),
-        Row(top, encode, baselines.fixed(at_one, k), every_head),
+        Row(top, encode, baselines.fixed(at_one, k), every_head, "above"),
         # not in the paper: adaptive counts where tokens still matter
         Row(
             f"adaptive, {average}, layer 1",
@@ -352,13 +356,12 @@ def table3(model: Meteor) -> list[Row]:
             pruner_for_average(model, encode, average, early),
             top,
         ),
-        Row(several, encode, baselines.fixed(at_all, k), top),
+        Row(several, encode, baselines.fixed(at_all, k), top, "above"),
     ]
     like_the_papers = [average_like(model, tokens, average) for tokens in (312, 242, 162)]
     for n in dict.fromkeys(like_the_papers):  # each once
-        rows.append(
-            Row(f"adaptive, {n}", encode, pruner_for_average(model, encode, n, own), several)
-        )
+        stage3 = pruner_for_average(model, encode, n, own)
+        rows.append(Row(f"adaptive, {n}", encode, stage3, several, "above"))
     return rows
 
 
@@ -375,7 +378,7 @@ def table6(model: Meteor) -> list[Row]:
     return [
         Row(f"{name} alone", stages(encoders=(name,))),
         merged,
-        Row(f"stage 1, {few}", inside, None, merged.method),
+        Row(f"stage 1, {few}", inside, None, merged.method, "above"),
         Row(f"stage 1 at the output only, {few}", at_the_end, None, merged.method),
         merged_more,
         Row(f"stages 1 and 3, {fewer}", inside, stage3, merged_more.method),
@@ -388,12 +391,13 @@ def table7(model: Meteor) -> list[Row]:
     N, encode = model.views[name].num_tokens, stages(encoders=(name,))
     average = round(0.45 * N)
     fastv = fastv_row(model, encode, N, average)
+    pyramid = replace(pyramid_row(model, encode, N, average, fastv.method), paper="above")
     stage3 = pruner_for_average(model, encode, average, model.budget)
     return [
         Row(f"{name} alone", encode),
         fastv,
-        pyramid_row(model, encode, N, average, fastv.method),
-        Row(f"stage 3, {average}", encode, stage3, fastv.method),
+        pyramid,
+        Row(f"stage 3, {average}", encode, stage3, fastv.method, "above"),
     ]
 
 
@@ -405,12 +409,13 @@ def table8(model: Meteor) -> list[Row]:
     for heads in dict.fromkeys([k, 3, 5, 7]):  # each once, the model's own first
         budget = replace(own, k=heads)
         lams[heads] = solve_on_validation(model, encode, own.stage3, budget)
-    cases = [*lams.items(), (k, 65 / 50 * lams[k]), (k, 25 / 50 * lams[k])]  # the paper's lambdas
+    cases = [(heads, lam, None) for heads, lam in lams.items()]
+    cases += [(k, 65 / 50 * lams[k], "above"), (k, 25 / 50 * lams[k], "below")]  # paper's lambdas
     rows = []
-    for heads, lam in cases:
+    for heads, lam, paper in cases:
         against = rows[0].method if rows else None
         pruner = adaptive_pruner(replace(own, k=heads), lam)
-        rows.append(Row(f"k = {heads}, lambda = {lam:.1f}", encode, pruner, against))
+        rows.append(Row(f"k = {heads}, lambda = {lam:.1f}", encode, pruner, against, paper))
     return rows
 
 
@@ -471,13 +476,13 @@ def measure_rows(
     for row, seed in runs:
         other = answers.get((row.against, seeds[0]))
         for line in compare(answers[row.method, seed], other, encoding[row.method]):
-            head = {"table": table, "method": row.method, "against": row.against, "seed": seed}
-            records.append(head | line)
+            head = {"table": table, "method": row.method, "against": row.against}
+            records.append(head | {"paper": row.paper, "seed": seed} | line)
     return pd.DataFrame(records)[FIELDS]
 
 
 FIELDS = (
-    "table method against seed family questions tokens flops accuracy low high "
+    "table method against paper seed family questions tokens flops accuracy low high "
     "difference difference_low difference_high"
 ).split()
 
