@@ -43,6 +43,7 @@ score is the mean attention from all tokens. A ConvNet needs its dense grid, and
 output only. Tested with open_clip 3.0 to 3.3, timm 1.0.30 and 31, transformers 5.18 to 5.24.
 """
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
@@ -393,14 +394,7 @@ def packed_attention(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None,
 
 # -------------------------------------------------------------------------------- inside an encoder
 
-ACTIVE = set()  # ids of the encoders that are in a pruner's block, or hooked for a count
-
-
-def claim(encoder: nn.Module) -> None:
-    """One at a time, as hooks of two would mix. Release it by ACTIVE.remove."""
-    free = id(encoder) not in ACTIVE
-    require(free, "this encoder is in another pruner's block, or another thread's: leave it first")
-    ACTIVE.add(id(encoder))
+ACTIVE = set()  # ids of the encoders that are in a pruner's block
 
 
 class EncoderPruner:
@@ -462,7 +456,10 @@ class EncoderPruner:
         return attention()
 
     def __enter__(self) -> "EncoderPruner":
-        claim(self.encoder)
+        # One pruner at a time, as the hooks of two would mix.
+        free = id(self.encoder) not in ACTIVE
+        require(free, "this encoder is in another pruner's block, or another thread's: leave it")
+        ACTIVE.add(id(self.encoder))
         self.tokens, self.keep_idx, self._spy = None, None, None
         self._handles = []
         for i, block in enumerate(self.blocks):
@@ -669,13 +666,12 @@ def encode_all(
 def expected_ranks(
     encoders: Sequence[nn.Module],
     batches: Iterable[Sequence[Tensor]],
-    rtol: float = RTOL,
     points: int = POINTS,
 ) -> Tensor:
     """r_b^l: the mean rank over pictures of each encoder's patches at each pruning point, unpruned.
 
     Args: encoders: C models in eval mode; batches: each a list of the C encoders' pixels for the
-        same pictures, 64 pictures or more in all; rtol: as in `feature_rank`; points: how many.
+        same pictures, 64 pictures or more in all; points: how many.
     Returns: (points, C) float64. A ConvNeXt has the rank of its output at every point.
     Source: [supplement B.1]
     """
@@ -685,7 +681,7 @@ def expected_ranks(
         pictures += len(pixels[0])
         for l, (encoder, x) in enumerate(zip(encoders, pixels)):
             for b, features in enumerate(features_at_points(encoder, x, points)):
-                ranks[b, l] += feature_rank(features, rtol).sum().item()
+                ranks[b, l] += feature_rank(features).sum().item()
     require(pictures > 0, "batches must hold at least one picture, got none")
     return ranks / pictures
 
@@ -694,21 +690,15 @@ def features_at_points(encoder: nn.Module, pixels: Tensor, points: int = POINTS)
     """The patches (B, N, D) after the last block of each part, nothing pruned, before any norm."""
     if not can_prune_inside(encoder):
         return [dense_tokens(find_encoder(encoder), pixels)] * points
-    pruner = EncoderPruner(encoder, [None] * points)
     features = []
 
     def note(block, args, output):
         x = output[0] if isinstance(output, tuple) else output
         features.append(x[:, pruner.prefix :])
 
-    claim(pruner.encoder)
-    handles = [pruner.blocks[i].register_forward_hook(note) for i in pruner.points]
-    try:
+    with EncoderPruner(encoder, [None] * points) as pruner:
+        pruner._handles += [pruner.blocks[i].register_forward_hook(note) for i in pruner.points]
         pruner.encoder(pixels)
-    finally:
-        ACTIVE.remove(id(pruner.encoder))
-        for handle in handles:
-            handle.remove()
     return features
 
 
@@ -738,20 +728,14 @@ def count_anew(encoder: nn.Module, pixels: Tensor) -> int:
     """
     if not can_prune_inside(encoder):
         return dense_tokens(find_encoder(encoder), pixels[:0]).shape[1]
-    pruner = EncoderPruner(encoder, [None])
 
-    def count(block, args):
-        raise Counted(args[0].shape[1] - pruner.prefix)
+    def leave(block, args):
+        raise Counted
 
-    claim(pruner.encoder)
-    handle = pruner.blocks[0].register_forward_pre_hook(count)
-    try:
+    with contextlib.suppress(Counted), EncoderPruner(encoder, [None]) as pruner:
+        pruner._handles.append(pruner.blocks[0].register_forward_pre_hook(leave))
         pruner.encoder(pixels[:1])
-    except Counted as counted:
-        return counted.args[0]
-    finally:
-        ACTIVE.remove(id(pruner.encoder))
-        handle.remove()
+    return pruner.N
 
 
 @torch.no_grad()

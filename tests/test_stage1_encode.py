@@ -1031,7 +1031,7 @@ def test_expected_ranks_against_the_librarys_features_one_picture_at_a_time(mode
     large = F.interpolate(blotches, 64, mode="bicubic", antialias=True)
     pixels_of = [large if name == "convnext" else blotches for name in names]
     batches = ([x[a:b] for x in pixels_of] for a, b in ((0, 2), (2, 4), (4, 5)))
-    ranks = expected_ranks(encoders, batches, rtol=0.05)
+    ranks = expected_ranks(encoders, batches)
     assert ranks.shape == (3, 4) and ranks.dtype == torch.float64
     for l, (name, model, x) in enumerate(zip(names, encoders, pixels_of)):
         if name == "convnext":
@@ -1043,7 +1043,7 @@ def test_expected_ranks_against_the_librarys_features_one_picture_at_a_time(mode
             features = found["image_intermediates"] if name == "clip" else found
         assert equal(features_at_points(model, x), features)
         for b, tokens in enumerate(features):
-            want = [int(torch.linalg.matrix_rank(a.double(), rtol=0.05)) for a in tokens]
+            want = [int(torch.linalg.matrix_rank(a.double(), rtol=1e-2)) for a in tokens]
             assert float(ranks[b, l]) == pytest.approx(sum(want) / 5), (name, b)
     assert len(ranks.unique()) > 3, "ranks too equal to test anything"
     assert expected_ranks(encoders, [[x[:2] for x in pixels_of]], points=2).shape == (2, 4)
