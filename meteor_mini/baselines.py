@@ -16,7 +16,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stage1_encode import EncoderPruner, allocate_budget, encode, encode_all, find_encoder
+from stage1_encode import (
+    EncoderPruner,
+    allocate_budget,
+    can_prune_inside,
+    dense_tokens,
+    encode,
+    encode_all,
+    find_encoder,
+    highest,
+    mean_similarity,
+)
 from stage2_fuse import Fused, Projector, fuse, gather, lowest, mutual_redundancy
 from stage3_decode import TokenPruner, select, text_relevance
 
@@ -388,12 +398,31 @@ def prumerge(model: Meteor, images: Tensor, names: list[str], budget: int) -> En
     pixels = dict(zip(model.encoders, model.pixels(images)))
     merged, kept = [], []
     for name, K in zip(names, counts):
-        encoder, x = model.encoders[name], pixels[name]
-        _, keep_idx = encode(encoder, x, (K,), AttentionPruner)
-        every_token, _ = encode(encoder, x)
+        every_token, keep_idx = attended(model.encoders[name], pixels[name], K)
         merged.append(merge(every_token, keep_idx))
         kept.append(keep_idx)
     return only(model, names, merged, kept)
+
+
+class OutputNoter(AttentionPruner):
+    """Notes all tokens as the encoder would return them, before the choice."""
+
+    def score(self, part: int, tokens: Tensor, attention: Callable[[], Tensor]) -> Tensor:
+        self.every_token = tokens if self.norm is None else self.norm(tokens)
+        return super().score(part, tokens, attention)
+
+
+def attended(encoder: nn.Module, pixels: Tensor, K: int) -> tuple[Tensor, Tensor]:
+    """All of an encoder's tokens (B, N, D), and the K patches of most attention (B, K), in one
+    run."""
+    if not can_prune_inside(encoder):
+        every_token = dense_tokens(find_encoder(encoder), pixels)
+        return every_token, highest(-mean_similarity(every_token), K)
+    with OutputNoter(encoder, (K,)) as pruner:
+        pruner.encoder(pixels)
+    if K == pruner.N:  # nothing was scored
+        return pruner.tokens, pruner.keep_idx
+    return pruner.every_token, pruner.keep_idx
 
 
 def merge(tokens: Tensor, keep_idx: Tensor) -> Tensor:
@@ -476,7 +505,8 @@ def shrink(model: Meteor, images: Tensor, budget: int) -> Encoded:
     """A smaller picture: so small that all its patches are as many as the budget.
 
     It lies in the upper left corner of a picture of its mean color, so that the encoders' positions
-    are those that they know; the patches outside of it go.
+    are those that they know; the patches outside of it go. So the encoders save no time here, as
+    they would on an input that is small.
     Source: [our choice]
     """
     H, W = images.shape[2:]

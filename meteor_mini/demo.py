@@ -15,18 +15,13 @@ from torch import Tensor
 
 from .budgets import Budget
 from .model import Answer, Meteor
-from .plots import survivor_figure
+from .plots import STAGE_TITLES, survivor_figure
 from .toy.questions import QUESTION_FAMILIES, Example, images_and_questions, make_example
 
 FIRST = 90_000  # number of the first picture: no table measures these
 RUNS = 3  # timed runs of each kind; the median counts
 HEAD = """tokens: from the encoders -> after stage 1 -> after stage 2 -> mean per LLM layer
 ms: from the picture to the first new token (prefill) and to the answer's end"""
-STAGE_LABELS = {
-    "stage1": "after stage 1",
-    "stage2": "after stage 2",
-    "stage3": "stage 3, in the last LLM layer",
-}
 
 
 def demo(model: Meteor, out: Path) -> None:
@@ -115,9 +110,9 @@ def token_line(answer: Answer) -> str:
 
 
 def survivor_lines(answer: Answer) -> list[str]:
-    """A line for each stage, as `after stage 1: clip 39, convnext 32, eva 45, pix2struct 52`."""
+    """A line for each stage, as `Stage 1, encoding: clip 39, convnext 32`."""
     lines = []
     for stage, counts in answer.survivors.items():
         each = ", ".join(f"{name} {count}" for name, count in counts.items())
-        lines.append(f"{STAGE_LABELS[stage]}: {each}")
+        lines.append(f"{STAGE_TITLES[stage]}: {each}")
     return lines

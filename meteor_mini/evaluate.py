@@ -8,7 +8,7 @@ measure everything with the functions of this file. Needs scipy and pandas (the 
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,14 @@ from torch import Tensor
 from .budgets import Budget
 from .flops import prefill_flops
 from .model import Answer, Meteor
-from .toy.questions import GROUPS, QUESTION_FAMILIES, Example, example_batches, images_and_questions
+from .toy.questions import (
+    GROUPS,
+    OCR_CHART,
+    QUESTION_FAMILIES,
+    Example,
+    example_batches,
+    images_and_questions,
+)
 
 # What is evaluated: a budget, or a function (model, images, questions) -> answers.
 Method = Budget | Callable[[Meteor, Tensor, list[str]], list[Answer]]
@@ -82,13 +89,22 @@ def grade(model: Meteor, examples: list[Example], answers: list[Answer]) -> pd.D
 
 
 def families_by_kind() -> dict[str, list[str]]:
-    """The kinds of question that results are given for: all, each group, each family."""
+    """The kinds of question that results are given for: all, each group, OCR & Chart without the
+    charts, each family.
+    """
     kinds = {"all": list(QUESTION_FAMILIES)}
     for group in GROUPS:
         kinds[group] = [name for name, family in QUESTION_FAMILIES.items() if family.group == group]
-    for name in QUESTION_FAMILIES:
-        kinds[name] = [name]
-    return kinds
+    reads = kinds[OCR_CHART]
+    kinds["OCR"] = [name for name in reads if QUESTION_FAMILIES[name].picture != "chart"]
+    return kinds | {name: [name] for name in QUESTION_FAMILIES}
+
+
+def masks_by_kind(family: Iterable[str]) -> dict[str, np.ndarray]:
+    """Each kind of question that occurs, and which of the questions (n,) bool are of it."""
+    family = list(family)
+    masks = {kind: np.isin(family, members) for kind, members in families_by_kind().items()}
+    return {kind: asked for kind, asked in masks.items() if asked.any()}
 
 
 # ---------------------------------------------------------------------------------------- intervals

@@ -1,24 +1,23 @@
-"""Measurements other than the method tables: the paper's Findings 1, 2, 4 and 5,
-who survives (Figure 1), ranks, what each encoder is worth, clips (Table 4).
+"""Measurements other than the method tables: the paper's Findings 4 and 5, who survives (Figure 1),
+ranks, what each encoder is worth, clips (Table 4). Findings 1 and 2: `photographs`.
 
-    frame = measure(model, "depth", samples=240)
+    frame = measure(model, "heads", samples=240)
 
 Every finding is a list of lines, each with one value, see `measure`. Change here: FINDINGS, and the
 functions above it.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 import stage1_encode
-from stage1_encode import EncoderPruner, Spy, highest, mean_similarity
 from stage3_decode import default_layers
 
 from . import baselines
@@ -26,8 +25,8 @@ from .budgets import Budget
 from .evaluate import (
     Estimate,
     difference,
-    families_by_kind,
     information_gap,
+    masks_by_kind,
     mean,
     ratio,
     utilization,
@@ -36,7 +35,6 @@ from .model import Answer, Meteor
 from .toy.clips import CLIPS, make_clip
 from .toy.questions import (
     GROUPS,
-    QUESTION_FAMILIES,
     Example,
     example_batches,
     images_and_questions,
@@ -51,9 +49,9 @@ def measure(model: Meteor, name: str, samples: int) -> pd.DataFrame:
     """Measure a finding of `FINDINGS` on `samples` questions of the test split.
 
     Returns: a line for each value, with its 95 % interval [low, high] where it has one. encoder:
-        one, or several joined by "+"; layer: the encoder's block or the LLM's layer; criterion:
-        what the value is; kind: of the questions, as in `families_by_kind`, or of the clips.
-        Fields that mean nothing for a finding are empty.
+        one, or several joined by "+"; layer: of the LLM; criterion:
+        what the value is; kind: of the questions, as in `evaluate.families_by_kind`, or of the
+        clips. Fields that mean nothing for a finding are empty.
     """
     lines = pd.DataFrame(FINDINGS[name](model, samples))
     return lines.assign(finding=name).reindex(columns=FIELDS)
@@ -69,130 +67,14 @@ def line(estimate: Estimate | float, criterion: str, **where) -> dict:
 def lines_by_kind(values: np.ndarray, family: Iterable[str], criterion: str, **where) -> list[dict]:
     """The mean of values (n,) of n questions, for each kind of question that occurs."""
     lines = []
-    for kind, asked in masks_by_kind(family):
+    for kind, asked in masks_by_kind(family).items():
         own = values[asked]
         lines.append(line(mean(own), criterion, kind=kind, questions=len(own), **where))
     return lines
 
 
-def masks_by_kind(family: Iterable[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Each kind of question that occurs, and which of the questions (n,) bool are of it. OCR: OCR &
-    Chart without the charts.
-    """
-    kinds = families_by_kind()
-    reads = kinds["OCR & Chart"]
-    kinds["OCR"] = [name for name in reads if QUESTION_FAMILIES[name].picture != "chart"]
-    for kind, families in kinds.items():
-        asked = np.isin(list(family), families)
-        if asked.any():
-            yield kind, asked
-
-
 def is_right(answers: list[Answer], truths: Iterable[str]) -> list[bool]:
     return [answer.text == truth for answer, truth in zip(answers, truths)]
-
-
-# ------------------------------------------------------------------------------- Findings 1 and 2
-
-CRITERIA = ("similarity", "attention")
-MEAN = "mean over encoders"
-
-
-@torch.no_grad()
-def depth(model: Meteor, samples: int) -> list[dict]:
-    """Of the patches that a question asks about, how many are among the quarter of all that each
-    criterion of stage 1 keeps, after each block of an encoder that is not pruned?
-
-    Questions about nothing in the picture (is there ...? no) are left out.
-
-    Source: [paper, Findings 1 and 2]
-    """
-    encoders = {
-        name: encoder
-        for name, encoder in model.encoders.items()
-        if stage1_encode.can_prune_inside(encoder)
-    }
-    parts = {(name, criterion): [] for name in encoders for criterion in CRITERIA}
-    for examples in example_batches("test", samples):
-        examples = [example for example in examples if example.asked.any()]
-        if not examples:
-            continue
-        asked = torch.from_numpy(np.stack([example.asked for example in examples]))  # (B, N)
-        images, _ = images_and_questions(examples)
-        pixels = dict(zip(model.encoders, model.pixels(images)))
-        for name, encoder in encoders.items():
-            for criterion, scores in criteria_by_block(encoder, pixels[name]).items():
-                shares = [kept_share(criterion, score.cpu(), asked) for score in scores]
-                parts[name, criterion].append(torch.stack(shares).numpy())  # (blocks, B)
-    shares = {key: 100 * np.concatenate(arrays, axis=1) for key, arrays in parts.items()}
-
-    lines = []
-    for (name, criterion), of_blocks in shares.items():
-        for block, share in enumerate(of_blocks):
-            where = {"encoder": name, "layer": block, "questions": len(share)}
-            lines.append(line(mean(share), criterion, **where))
-    for third in ("first third", "last third"):
-        means = {}  # (encoder, criterion) -> (n,), mean over the blocks of the third
-        for key, of_blocks in shares.items():
-            means[key] = of_blocks[blocks_in(third, len(of_blocks))].mean(axis=0)
-        for criterion in CRITERIA:
-            means[MEAN, criterion] = np.mean([means[name, criterion] for name in encoders], axis=0)
-        for name in (*encoders, MEAN):
-            gain = difference(means[name, "similarity"], means[name, "attention"])
-            where = {"encoder": name, "kind": third, "questions": len(means[name, "attention"])}
-            lines.append(line(gain, "similarity - attention", **where))
-    return lines
-
-
-def criteria_by_block(encoder: nn.Module, pixels: Tensor) -> dict[str, list[Tensor]]:
-    """Run an encoder, unpruned, and score its patches in each block.
-
-    Args: encoder: one with blocks that stage 1 prunes inside; pixels: what it reads, B pictures.
-    Returns: {"similarity", "attention"}: for each block (B, N) float32, the patches' similarity to
-        their mean after the block, and the attention that they receive in it.
-    """
-    pruner = EncoderPruner(encoder, [None])  # knows its blocks and its prefix; it does not run
-    P, spy = pruner.prefix, None
-    scores = {"similarity": [], "attention": []}
-
-    def listen(block, args):
-        nonlocal spy
-        spy = Spy()
-        spy.__enter__()
-
-    def score(block, args, output):
-        spy.__exit__(None, None, None)
-        x = output[0] if isinstance(output, tuple) else output  # (B, P + N, D)
-        queries = 1 if pruner.has_cls else x.shape[1]
-        (attention,) = spy.heard
-        scores["similarity"].append(mean_similarity(x[:, P:]))
-        scores["attention"].append(attention(queries)[:, P:])
-
-    handles = [block.register_forward_pre_hook(listen) for block in pruner.blocks]
-    handles += [block.register_forward_hook(score) for block in pruner.blocks]
-    try:
-        pruner.encoder(pixels)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return scores
-
-
-def kept_share(criterion: str, score: Tensor, asked: Tensor) -> Tensor:
-    """(B,): the share of the asked patches (B, N) bool among the quarter of all that stage 1 would
-    keep by the scores (B, N) of a criterion.
-    """
-    if criterion == "similarity":
-        score = -score  # the patches most like the mean go
-    keep_idx = highest(score, score.shape[1] // 4)  # (B, K)
-    kept = torch.zeros_like(asked).scatter(1, keep_idx, True)
-    return (kept & asked).sum(dim=1) / asked.sum(dim=1)
-
-
-def blocks_in(third: str, blocks: int) -> slice:
-    """The blocks of the first or the last third, as stage 1 cuts an encoder."""
-    first_end, last_start, _ = stage1_encode.pruning_points(blocks, 3)
-    return slice(0, first_end + 1) if third == "first third" else slice(last_start + 1, blocks)
 
 
 # ---------------------------------------------------------------------------------- who survives
@@ -220,7 +102,7 @@ def figure1(model: Meteor, samples: int) -> list[dict]:
     for (stage, name), counts in left.items():
         lines += lines_by_kind(np.array(counts), family, stage, encoder=name)
     in_layers = np.array(in_layers)  # (n, L)
-    masks = dict(masks_by_kind(family))
+    masks = masks_by_kind(family)
     averages = {
         "tokens per LLM layer": in_layers.mean(axis=1),
         "tokens per layer from the first pruned one on": in_layers[:, first:].mean(axis=1),
@@ -287,7 +169,7 @@ def redundancy(model: Meteor, samples: int) -> list[dict]:
     for subset in subsets:
         encoder = "+".join(name for name in names if name in subset)
         lines += lines_by_kind(right[subset], family, "accuracy", encoder=encoder)
-    for kind, asked in masks_by_kind(family):
+    for kind, asked in masks_by_kind(family).items():
         rates = utilization({s: right[s][asked].mean() for s in subsets}, names)
         full = right[everyone][asked]
         for name in names:
@@ -396,6 +278,5 @@ FINDINGS = {
     "ranks": ranks,
     "heads": heads,
     "redundancy": redundancy,
-    "depth": depth,
     "video": video,
 }

@@ -25,8 +25,7 @@ table says how many questions it was measured on). Real sizes are timed in
 **What this page does not show.** The small Llama of this model was *taught* where to look, and in
 which layers: those in which METEOR prunes. So what separates the methods of stage 3 (main table,
 Tables 3, 6, 7 and 8) shows what the code does and what the model learned, not which method is
-better. Its encoders were trained so that late attention finds what captions name, so the depth
-figure below is no evidence for Findings 1 and 2 either. EAGLE's projector was trained on few
+better. EAGLE's projector was trained on few
 pictures and memorised them ([docs/toy.md](../docs/toy.md)), so that its losses here are not fair to
 it. *Unpruned* is no upper bound: the Llama saw all 576 tokens rarely in training. The paper's
 numbers are of a 7B model on other data.
@@ -112,13 +111,6 @@ TEXTS = {  # title; what is compared, and what the paper found
         "measure finds one encoder with a CUR above 90 % on OCR and charts, redundancy on general "
         "tasks, and some negative CURs (arXiv 2507.03262).",
     ),
-    "depth": (
-        "Findings 1 and 2: which criterion finds what is asked about, by depth",
-        "Of the patches that a question asks about, the percentage among the quarter of all "
-        "patches that each criterion would keep after each block. The paper: in shallow blocks "
-        "similarity to the mean token is the better criterion (Finding 1), in deep ones attention "
-        "(Finding 2).",
-    ),
     "video": (
         "Table 4: clips tiled into one picture",
         "Short clips, their frames side by side in one picture, of which the model saw none in "
@@ -133,7 +125,6 @@ FIGURES = {  # of a finding: the criteria that are drawn, and what their values 
     "ranks": (["rank"], "rank"),
     "heads": (["lowest head", "median head", "highest head"], "VAV"),
     "redundancy": (["CUR"], "share of right answers lost"),
-    "depth": (["similarity", "attention"], "asked patches kept, %"),
     "video": (["accuracy, unpruned", "accuracy, METEOR"], "right answers, %"),
 }
 
@@ -238,7 +229,7 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def paper_ranking(of_method: pd.DataFrame) -> str:
-    """How the paper ranks a method, and whether all its seeds show that; empty where it does not."""
+    """How the paper ranks a method, if it does, and whether all its seeds show that."""
     paper = of_method["paper"].iloc[0]
     if pd.isna(paper):
         return ""

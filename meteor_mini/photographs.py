@@ -23,18 +23,20 @@ from torch import Tensor, nn
 
 from stage1_encode import (
     EncoderPruner,
+    Spy,
     encode,
     feature_rank,
     features_at_points,
     highest,
     mean_similarity,
     plan_budgets,
+    pruning_points,
 )
 
 from . import plots
 from .baselines import AttentionPruner
 from .evaluate import difference, mean
-from .findings import blocks_in, criteria_by_block, line
+from .findings import line
 from .pictures import view_of
 from .real_parts import REAL_PARTS, SALIENCY, find_file
 from .weights import fetch_encoder
@@ -122,6 +124,46 @@ def measure(encoder: nn.Module, pixels: Tensor, importance: Tensor) -> pd.DataFr
     ]
     frame = pd.DataFrame(lines).assign(photographs=len(pixels)).reindex(columns=FIELDS)
     return frame.astype({"block": "Int64"})  # empty where a line is of no block
+
+
+def criteria_by_block(encoder: nn.Module, pixels: Tensor) -> dict[str, list[Tensor]]:
+    """Run an encoder, unpruned, and score its patches in each block.
+
+    Args: encoder: one with blocks that stage 1 prunes inside; pixels: what it reads, B pictures.
+    Returns: {"similarity", "attention"}: for each block (B, N) float32, the patches' similarity to
+        their mean after the block, and the attention that they receive in it.
+    """
+    pruner = EncoderPruner(encoder, [None])  # knows its blocks and its prefix; it does not run
+    P, spy = pruner.prefix, None
+    scores = {"similarity": [], "attention": []}
+
+    def listen(block, args):
+        nonlocal spy
+        spy = Spy()
+        spy.__enter__()
+
+    def score(block, args, output):
+        spy.__exit__(None, None, None)
+        x = output[0] if isinstance(output, tuple) else output  # (B, P + N, D)
+        queries = 1 if pruner.has_cls else x.shape[1]
+        (attention,) = spy.heard
+        scores["similarity"].append(mean_similarity(x[:, P:]))
+        scores["attention"].append(attention(queries)[:, P:])
+
+    handles = [block.register_forward_pre_hook(listen) for block in pruner.blocks]
+    handles += [block.register_forward_hook(score) for block in pruner.blocks]
+    try:
+        pruner.encoder(pixels)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return scores
+
+
+def blocks_in(third: str, blocks: int) -> slice:
+    """The blocks of the first or the last third, as stage 1 cuts an encoder."""
+    first_end, last_start, _ = pruning_points(blocks, 3)
+    return slice(0, first_end + 1) if third == "first third" else slice(last_start + 1, blocks)
 
 
 def carried(importance: Tensor, keep_idx: Tensor) -> np.ndarray:

@@ -162,37 +162,6 @@ def to_pixels(image: Tensor) -> np.ndarray:
     return image.detach().cpu().float().clamp(0, 1).permute(1, 2, 0).numpy()
 
 
-def heat_figure(
-    image: Tensor, maps: dict[str, dict[str, Tensor]], label: str, title: str = ""
-) -> Figure:
-    """Draw a value for each patch over the grey picture; no color where it is NaN (dropped).
-
-    Args: image (3, H, W) float in [0, 1]; maps: row -> {column: (h, w) float}; label: what the
-        value is. All maps share one scale.
-    """
-    rows, columns = len(maps), max(len(line) for line in maps.values())
-    figure = new_figure(1.3 * columns + 1.4, 1.65 * rows + 0.5, title)
-    axes = figure.subplots(rows, columns, squeeze=False)
-    values = np.concatenate([m.flatten().numpy() for line in maps.values() for m in line.values()])
-    scale = {"vmin": np.nanmin(values), "vmax": np.nanmax(values), "cmap": "viridis"}
-    grey = to_pixels(image).mean(axis=2)
-    for cells, (row, line) in zip(axes, maps.items()):
-        for ax in cells:
-            ax.spines[:].set_visible(False)
-            ax.set_xticks([])
-            ax.set_yticks([])
-        cells[0].set_ylabel(textwrap.fill(row, 22), fontsize=SIZE)
-        for ax, (name, value) in zip(cells, line.items()):
-            h, w = value.shape
-            ax.imshow(grey, extent=(0, w, h, 0), cmap="gray", vmin=0, vmax=1)
-            drawn = ax.imshow(value.numpy(), extent=(0, w, h, 0), alpha=0.72, **scale)
-            ax.set_title(name, fontsize=SIZE, color=INK, loc="left")
-    bar = figure.colorbar(drawn, ax=axes, shrink=0.8, aspect=30, pad=0.02)
-    bar.set_label(label, fontsize=SIZE)
-    bar.ax.tick_params(labelsize=SIZE)
-    return figure
-
-
 # ----------------------------------------------------------------------------------- bars and lines
 
 

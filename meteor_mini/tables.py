@@ -31,7 +31,7 @@ from stage3_decode import AdaptivePruner, default_layers, solve_lambda
 
 from . import baselines, findings, page
 from .budgets import Budget, budget_for, stage3_lambda
-from .evaluate import difference, families_by_kind, grade, mean
+from .evaluate import difference, grade, masks_by_kind, mean
 from .flops import counted_flops
 from .model import Answer, Encoded, Meteor
 from .pictures import pixels_for
@@ -51,7 +51,6 @@ class Row:
     against: the method of a row above, that it is compared with.
     paper: "above" or "below", where the paper ranks it so to the row that it is compared with.
     random: it follows torch's seed, and is measured with several.
-    twice: work that `encode` does twice and a careful implementation once; its FLOPs count once.
     """
 
     method: str
@@ -60,7 +59,6 @@ class Row:
     against: str | None = None
     paper: str | None = None
     random: bool = False
-    twice: Encode | None = None
 
     def answer(self, model: Meteor, images: Tensor, questions: list[str]) -> list[Answer]:
         return model.answer(self.encode(model, images), questions, Budget.keep_all(), self.pruner)
@@ -110,17 +108,13 @@ def stage1_features(
 
 
 def prumerge_row(encoders: Iterable[str], tokens: int, against: str | None = None) -> Row:
-    """PruMerge++ at the encoders' outputs. Ours runs each encoder twice, theirs once."""
-    names = tuple(encoders)
+    """PruMerge++ at the encoders' outputs."""
+    names = list(encoders)
 
     def encode(model: Meteor, images: Tensor) -> Encoded:
-        return baselines.prumerge(model, images, list(names), tokens)
+        return baselines.prumerge(model, images, names, tokens)
 
-    def encoders_alone(model: Meteor, images: Tensor):
-        return stage1_features(model, images, names, None, "rank")
-
-    method = f"PruMerge++-style, {tokens}"
-    return Row(method, encode, against=against, twice=encoders_alone)
+    return Row(f"PruMerge++-style, {tokens}", encode, against=against)
 
 
 def eagle_rows(model: Meteor, against: str) -> list[Row]:
@@ -439,9 +433,10 @@ def measure(
     """Measure tables of `TABLES` on `samples` questions of the test split.
 
     Returns: a row for each (table, method, seed, family), a family being one of
-        `families_by_kind`. tokens: mean visual tokens per LLM layer; flops: mean FLOPs of encoders,
-        projectors and the LLM's prefill, for one question; accuracy in percent, [low, high] its
-        95 % interval; difference in points to the method in `against`, paired, with its interval.
+        `evaluate.families_by_kind`. tokens: mean visual tokens per LLM layer; flops: mean FLOPs of
+        encoders, projectors and the LLM's prefill, for one question; accuracy in percent, [low,
+        high] its 95 % interval; difference in points to the method in `against`, paired, with its
+        interval.
     """
     check_model(model)
     return pd.concat(
@@ -499,14 +494,10 @@ def compare(
         questions; encoding: FLOPs of making the visual tokens; hard: (bool) one more kind.
     """
     lines = []
-    kinds = {
-        kind: answers["family"].isin(families) for kind, families in families_by_kind().items()
-    }
-    if hard is not None:
+    kinds = masks_by_kind(answers["family"])
+    if hard is not None and hard.any():
         kinds["hard"] = hard
     for kind, asked in kinds.items():
-        if not asked.any():
-            continue
         right = 100 * answers["right"][asked]
         line = {
             "family": kind,
@@ -528,9 +519,6 @@ def encoding_flops(model: Meteor, row: Row) -> int:
     images, _ = images_and_questions(examples)
     flops = counted_flops(lambda: row.encode(model, images))
     stage1_features.cache_clear()  # else it would not run again
-    if row.twice is not None:
-        flops -= counted_flops(lambda: row.twice(model, images))
-        stage1_features.cache_clear()
     return flops
 
 

@@ -383,6 +383,17 @@ def test_prumerge_shares_equally_and_knows_its_patches(model, batch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("K", [9, 144])
+def test_prumerge_has_all_tokens_and_its_choice_from_one_run(model, batch, K):
+    for encoder, pixels in zip(model.encoders.values(), model.pixels(batch[0])):
+        every_token, keep_idx = baselines.attended(encoder, pixels, K)
+        alone, _ = stage1_encode.encode(encoder, pixels)
+        torch.testing.assert_close(every_token, alone, atol=1e-5, rtol=1e-5)
+        _, chosen = stage1_encode.encode(encoder, pixels, (K,), baselines.AttentionPruner)
+        assert torch.equal(keep_idx, chosen)
+
+
+@torch.no_grad()
 def test_a_single_encoder_gives_its_own_tokens_and_books(model, batch):
     images, questions = batch
     pixels = model.views["eva"](images)

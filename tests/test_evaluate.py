@@ -13,6 +13,7 @@ from meteor_mini.evaluate import (
     families_by_kind,
     grade,
     information_gap,
+    masks_by_kind,
     mean,
     ratio,
     utilization,
@@ -63,9 +64,11 @@ def test_flops_of_a_question_are_of_its_whole_prompt(untrained):
 
 def test_kinds_of_question():
     kinds = families_by_kind()
-    assert list(kinds) == ["all", "General", "OCR & Chart", *QUESTION_FAMILIES]
+    assert list(kinds) == ["all", "General", "OCR & Chart", "OCR", *QUESTION_FAMILIES]
     assert kinds["all"] == list(QUESTION_FAMILIES) == kinds["General"] + kinds["OCR & Chart"]
+    assert kinds["OCR"] == ["number", "label", "tag", "cell", "row"]
     assert kinds["label"] == ["label"]
+    assert list(masks_by_kind(["tag", "tag"])) == ["all", "OCR & Chart", "OCR", "tag"]
 
 
 # ---------------------------------------------------------------------------------------- intervals

@@ -7,9 +7,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from transformers import Dinov2Config, Dinov2Model
 
 from meteor_mini import photographs, real_parts
-from meteor_mini.findings import criteria_by_block
-from meteor_mini.photographs import GRID, RULES, best_quarter, carried
-from stage1_encode import encode, expected_ranks
+from meteor_mini.baselines import AttentionPruner
+from meteor_mini.photographs import GRID, RULES, best_quarter, carried, criteria_by_block
+from meteor_mini.toy.world import SIZE
+from stage1_encode import encode, expected_ranks, highest
 
 BLOCKS, SIDE, P = 6, 2 * GRID, 5
 
@@ -153,3 +154,29 @@ def test_a_package_that_is_missing_is_named_with_the_command_that_installs_it(
     assert not any(tmp_path.iterdir())
     with pytest.raises(ValueError, match="part must be one of smollm2, dinov2, got vicuna"):
         real_parts.write_part("vicuna")
+
+
+@pytest.mark.parametrize("name", ["clip", "eva", "pix2struct"])
+@torch.no_grad()
+def test_stage_1_keeps_what_the_criterion_says_in_the_block_where_it_prunes(untrained, name):
+    images = torch.rand(2, 3, SIZE, SIZE, generator=torch.Generator().manual_seed(0))
+    pixels = dict(zip(untrained.encoders, untrained.pixels(images)))[name]
+    encoder = untrained.encoders[name]
+    scores = criteria_by_block(encoder, pixels)
+    assert len(scores["similarity"]) == len(scores["attention"]) == 6
+    rules = {"similarity": (photographs.SimilarityPruner, -1), "attention": (AttentionPruner, 1)}
+    for criterion, (rule, sign) in rules.items():
+        for b, block in enumerate((1, 3, 5)):
+            keep = [None, None, None]
+            keep[b] = 40
+            with rule(encoder, keep) as pruner:
+                encoder(pixels)
+            assert torch.equal(pruner.keep_idx, highest(sign * scores[criterion][block], 40))
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_the_thirds_are_stage_1s():
+    assert photographs.blocks_in("first third", 6) == slice(0, 2)
+    assert photographs.blocks_in("last third", 6) == slice(4, 6)
+    assert photographs.blocks_in("first third", 24) == slice(0, 8)
+    assert photographs.blocks_in("last third", 24) == slice(16, 24)

@@ -57,13 +57,6 @@ def test_bars_stand_in_their_groups_and_have_the_heights_given():
     assert interval.get_segments()[0][:, 1].tolist() == [1.5, 3.0]
 
 
-def test_a_dropped_patch_has_no_color_in_a_heat_map():
-    value = torch.tensor([[0.0, 1.0], [torch.nan, 3.0]])
-    figure = plots.heat_figure(torch.rand(3, 8, 8), {"row": {"block 0": value}}, "attention")
-    heat = figure.axes[0].images[1]
-    assert heat.get_clim() == (0, 3) and heat.get_array().mask.tolist() == [[0, 0], [1, 0]]
-
-
 def test_a_table_has_a_dot_with_its_interval_for_each_seed():
     rows = [
         {"method": method, "seed": seed, "family": family, "tokens": 48.0}

@@ -162,7 +162,7 @@ def test_rows_share_stage_1_and_nothing_else(untrained, batch):
     torch.testing.assert_close(tokens, want)
 
 
-def test_flops_count_a_row_whole_and_the_second_pass_of_prumerge_not(untrained):
+def test_flops_count_a_row_whole_and_prumerges_encoders_once(untrained):
     names = list(untrained.encoders)
     full = tables.encoding_flops(untrained, tables.Row("", tables.stages()))
     assert tables.encoding_flops(untrained, tables.Row("", tables.stages())) == full  # not shared
@@ -170,8 +170,6 @@ def test_flops_count_a_row_whole_and_the_second_pass_of_prumerge_not(untrained):
     assert 0.3 * full < half < 0.9 * full
     merged = tables.encoding_flops(untrained, tables.prumerge_row(names, 48))
     assert 0.8 * full < merged < 1.05 * full
-    twice = replace(tables.prumerge_row(names, 48), twice=None)
-    assert tables.encoding_flops(untrained, twice) > 1.6 * merged
 
 
 def test_eagle_is_there_where_its_weights_are(untrained, batch, tmp_path, monkeypatch):
@@ -192,7 +190,7 @@ def test_eagle_is_there_where_its_weights_are(untrained, batch, tmp_path, monkey
 
 SMALL = [
     tables.Row("clip", tables.stages(20, encoders=("clip",))),
-    tables.Row("random", tables.stages(60, 30, fusion="random"), None, "clip", random=True),
+    tables.Row("random", tables.stages(60, 30, fusion="random"), None, "clip", "below", True),
 ]
 
 
@@ -257,6 +255,26 @@ def test_lines_are_of_the_questions_of_their_kind():
     assert tuple(lines["General"][key] for key in names) == gain
 
 
+@pytest.mark.parametrize(
+    "paper, intervals, verdict",
+    [
+        ("above", [(1, 3)], "above: shown"),
+        ("above", [(-3, -1)], "above: reversed"),
+        ("below", [(-3, -1)], "below: shown"),
+        ("below", [(1, 3)], "below: reversed"),
+        ("below", [(-3, 0)], "below: not shown"),
+        ("below", [(-3, -1), (-2, 1)], "below: not shown"),  # one of two seeds alone
+        (None, [(1, 3)], ""),
+    ],
+)
+def test_a_ranking_of_the_paper_is_shown_where_every_interval_is_on_its_side(
+    paper, intervals, verdict
+):
+    lines = pd.DataFrame(intervals, columns=["difference_low", "difference_high"])
+    lines = lines.assign(paper=paper, family="OCR & Chart")
+    assert page.paper_ranking(lines) == verdict
+
+
 # ------------------------------------------------------------------------- CSV files and the page
 
 
@@ -280,7 +298,7 @@ def test_the_csv_file_holds_what_was_measured(small, tmp_path):
     page.save(tmp_path, "1", small)
     got = page.read(tmp_path, "1")
     pd.testing.assert_frame_equal(got, small, rtol=1e-4, check_dtype=False)
-    assert page.read(tmp_path, "3") is None and page.read(tmp_path, "depth") is None
+    assert page.read(tmp_path, "3") is None and page.read(tmp_path, "ranks") is None
 
 
 def test_a_report_that_was_stopped_goes_on(untrained, small, tmp_path, monkeypatch, capsys):

@@ -40,6 +40,7 @@ from ..tables import (
     eagle_rows,
     encoding_flops,
     grid_cells,
+    prumerge_row,
     pruner_for_average,
     random_in_llm,
     stage1_features,
@@ -134,8 +135,7 @@ def pyramid_drop_of_eagle(model: Meteor, average: int, layers: tuple) -> Row:
 
 
 def prumerge(model: Meteor, average: int) -> Row:
-    names = list(model.encoders)
-    return Row("", lambda model, images: baselines.prumerge(model, images, names, average))
+    return prumerge_row(model.encoders, average)
 
 
 def some_encoders(model: Meteor, average: int, names: tuple[str, ...]) -> Row:
