@@ -366,6 +366,9 @@ class Spy(TorchFunctionMode):
         output = func(*args, **kwargs)
         if func is F.scaled_dot_product_attention:  # timm, and transformers on sdpa
             q, k = args[:2]  # (B, H, P + N, d), (B, H_kv, P + N, d)
+            bias = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+            none = bias is None or not alters_attention(bias)
+            require(none, "attention with a bias of its own is not supported", TypeError)
             scale = kwargs.get("scale") or q.shape[-1] ** -0.5
             self.heard.append(lambda Q: received_attention(q[:, :, :Q], k, scale))
         elif func is F.multi_head_attention_forward:  # open_clip: torch's own module
@@ -503,12 +506,16 @@ class EncoderPruner:
     def _start(self, x: Tensor, masks: list[Tensor]) -> None:
         """A forward begins: all patches are there."""
         require(
-            not any(hides_tokens(mask) for mask in masks),
+            not any(alters_attention(mask) for mask in masks),
             "the encoder must see all its patches, without padding or an attention mask",
         )
         require(
             not reruns_blocks(self.encoder),
             "gradient checkpointing must be off: it runs the blocks again after they were pruned",
+        )
+        require(
+            not drops_patches(self.encoder),
+            "patch dropout must be off: keep_idx would not say which patches are left",
         )
         self.N = x.shape[1] - self.prefix
         self.keep_idx = torch.arange(self.N, device=x.device).expand(len(x), self.N)  # (B, N)
@@ -527,6 +534,8 @@ class EncoderPruner:
         if K is not None and K < N:
             with torch.no_grad():
                 score = self.score(b, x[:, P:], partial(self._attention, heard))  # (B, N)
+                shape = (len(x), N)
+                require(score.shape == shape, f"score must return a tensor of shape {shape}")
                 stay = highest(score, K)  # (B, K)
             x = torch.cat([x[:, :P], take(x[:, P:], stay)], dim=1)  # (B, P + K, D)
             self.keep_idx = self.keep_idx.gather(1, stay)
@@ -573,10 +582,10 @@ def pruning_points(blocks: int, parts: int) -> list[int]:
     return [blocks * (b + 1) // parts - 1 for b in range(parts)]
 
 
-def hides_tokens(mask: Tensor) -> bool:
-    """Whether a mask hides a token: an additive one by below 0, one of bools or ints by 0."""
-    hidden = mask < 0 if mask.is_floating_point() else mask == 0
-    return bool(hidden.any())
+def alters_attention(mask: Tensor) -> bool:
+    """Whether a mask does anything: an additive one by values other than 0, others by hiding."""
+    altered = mask != 0 if mask.is_floating_point() else mask == 0
+    return bool(altered.any())
 
 
 def reruns_blocks(encoder: nn.Module) -> bool:
@@ -586,6 +595,14 @@ def reruns_blocks(encoder: nn.Module) -> bool:
     return any(
         getattr(module, "grad_checkpointing", False) is True  # open_clip, timm: in eval mode too
         or (module.training and getattr(module, "gradient_checkpointing", False) is True)
+        for module in encoder.modules()
+    )
+
+
+def drops_patches(encoder: nn.Module) -> bool:
+    """Whether open_clip's or timm's patch dropout is on."""
+    return any(
+        module.training and type(module).__name__.startswith("PatchDropout") and module.prob > 0
         for module in encoder.modules()
     )
 
@@ -603,7 +620,8 @@ def encode(
 
     Args: pixels: what the encoder's own preprocessing makes, (B, 3, H, W), or the flattened patches
         (B, N, 2 + 3 p^2) of a Pix2Struct; keep: as in `EncoderPruner`; a ConvNeXt goes by the last
-        entry alone; pruner: `EncoderPruner`, or a subclass with a rule of its own.
+        entry alone; pruner: `EncoderPruner`, or a subclass with a rule of its own, which a ConvNeXt
+        does not follow.
     Returns: tokens (B, K, D) without CLS; keep_idx (B, K) int64, ascending.
     Raises: as `EncoderPruner`.
     """

@@ -442,8 +442,10 @@ class TokenPruner:
 
     Modifications: from the first pruned layer on, layers get the tokens left, right-aligned, with
     their masks and rotary positions. last_hidden_state and hidden_states go back to full length,
-    with zeros where a token was dropped; attentions do not. A KV cache that was filled in the
-    block, and lacks tokens, refuses more of them once the block has ended.
+    with zeros where a token was dropped; attentions do not. So a dropped token predicts nothing: a
+    loss must leave out the token after the picture. A KV cache that was filled in the block, and
+    lacks tokens, refuses more of them once the block has ended. Until then every call of the model
+    is pruned by visual_mask, those of other threads too: let them wait.
 
     Args:
         model: a decoder on sdpa, eager or flash attention, or a model that holds one.
@@ -500,6 +502,7 @@ class TokenPruner:
 
     def average_tokens(self) -> Tensor:
         """(B,) float: visual tokens there in the last prompt, mean over the decoder's layers."""
+        require(len(self.counts) > 0, "average_tokens needs a prompt, and none has run yet")
         counts = list(self.counts.values())
         tokens_in = self.visual_mask.sum(dim=1).to(counts[0].device)
         return average_tokens(tokens_in, counts, self.layers, self.num_layers)
@@ -524,6 +527,7 @@ class TokenPruner:
         self.past = 0  # tokens that were there before this call
         self._left = {}  # layer -> the tokens left from it on
         self._handles = [
+            self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.layers[0].register_forward_pre_hook(self._before_first, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder),
         ]
@@ -545,7 +549,7 @@ class TokenPruner:
         for handle in self._handles:
             handle.remove()
         self._close_cache()
-        self.cache = self.heard = self._first_mask = None
+        self.cache = self.heard = self._first_mask = self._prompts = None
         self._left, self._masks, self._rotary = {}, {}, {}
         require(
             kind is not None or list(self.kept) == self.layers,
@@ -558,6 +562,15 @@ class TokenPruner:
         is_cut = any(left.ragged or left.place.shape[1] < self.S for left in self._left.values())
         if self.cache is not None and is_cut:
             self.cache.update = refuse_short_cache
+
+    def _before_decoder(self, decoder, args, kwargs) -> None:
+        """Qwen3-VL adds features of the picture after its first layers, at the prompt's places."""
+        added = kwargs.get("deepstack_visual_embeds") or []
+        require(
+            len(added) <= self.layers[0],
+            f"layers must begin at {len(added)} or later: the layers before it of "
+            f"{type(decoder).__name__} need all visual tokens, got {self.layers}",
+        )
 
     # ------------------------------------------------ before layer 0: does a prompt begin, or go on
 
@@ -621,6 +634,12 @@ class TokenPruner:
             are_copies,
             f"the batch must be the {B} samples of visual_mask, or copies of each side by side",
         )
+        require(
+            not has_answer or self._one_copy(prompts).equal(self._prompts),
+            "a longer call without a KV cache must begin with the prompt of the call before: use a "
+            "block of its own for each prompt",
+        )
+        self._prompts = self._one_copy(prompts) if cache is None else None
         answer = (0, S - given)  # neither visual nor asking
         device = hidden.device
         self._visual = self._copy(F.pad(self.visual_mask, answer)).to(device)  # (rows, S)
@@ -684,7 +703,12 @@ class TokenPruner:
         attention = self._text_attention(heard, asks)  # (B, H, N)
         visual_once = self._one_copy(visual)  # (B, N): copies of a sample choose alike
         attention = attention.masked_fill(~visual_once[:, None], 0)
-        keep = self.choose(i, attention, visual_once) & visual_once  # (B, N)
+        keep = self.choose(i, attention, visual_once)
+        require(
+            is_mask(keep) and keep.shape == visual_once.shape,
+            f"choose must return a bool tensor of shape {tuple(visual_once.shape)}, as visual",
+        )
+        keep = keep & visual_once  # (B, N)
 
         in_prompt = torch.zeros_like(self._one_copy(self._visual), device=device)  # (B, S)
         in_prompt = in_prompt.scatter(1, self._one_copy(place), keep)

@@ -1202,6 +1202,33 @@ def test_gradient_checkpointing_is_refused_where_it_runs(models, name, train):
         encode(model, x, KEEP)  # there it does nothing
 
 
+def test_patch_dropout_is_refused_in_training():
+    model = timm.create_model("test_vit", num_classes=0, patch_drop_rate=0.5)
+    x = torch.rand(1, 3, 160, 160)
+    with pytest.raises(ValueError, match="patch dropout must be off"):
+        encode(model.train(), x, (9,))
+    encode(model.eval(), x, (9,))
+
+
+@torch.no_grad()
+def test_attention_with_a_bias_is_refused_in_a_new_family(monkeypatch):
+    """It would be scored as if there was none."""
+    family = stage1_encode.Family("blocks", "norm", stage1_encode.no_prefix)
+    monkeypatch.setitem(stage1_encode.FAMILIES, "timm.VisionTransformerRelPos", family)
+    model = timm.create_model("vit_relpos_small_patch16_224", depth=2, num_classes=0).eval()
+    with pytest.raises(TypeError, match="attention with a bias of its own is not supported"):
+        encode(model, torch.rand(1, 3, 224, 224), (None, 50))
+
+
+def test_a_rule_that_scores_other_than_each_patch_is_refused(models):
+    class OneRow(EncoderPruner):
+        def score(self, part, tokens, attention):
+            return tokens[:1, :, 0]
+
+    with pytest.raises(ValueError, match=r"score must return a tensor of shape \(2, 64\)"):
+        encode(models["clip"], pixels("clip", 2), (9,), OneRow)
+
+
 @pytest.mark.parametrize(
     "build", [lambda: timm.create_model("test_resnet"), lambda: nn.Linear(2, 2)]
 )

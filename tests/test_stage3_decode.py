@@ -1350,6 +1350,60 @@ def test_a_prompt_that_cannot_be_pruned_is_refused(needs):
     refuses(message, lambda: forward(model, embeds), model, visual, query_mask=asks)
 
 
+def test_another_prompt_without_a_cache_is_not_taken_for_the_first_with_its_answer():
+    """Its length alone would not tell: it would be pruned by the first prompt's mask."""
+    model, (embeds, _, visual_mask) = build(), ragged()
+    answered = torch.cat([embeds, embeds[:, -2:]], dim=1)
+    another = answered.clone()
+    another[1, 3] += 1
+    with prune(model, visual_mask):
+        forward(model, embeds, use_cache=False)
+        forward(model, answered, use_cache=False)
+        with pytest.raises(ValueError, match="a longer call without a KV cache must begin with"):
+            forward(model, another, use_cache=False)
+
+
+def test_layers_that_get_features_of_the_whole_picture_are_not_pruned():
+    """Qwen3-VL adds them at the places that the picture had, after its first layers."""
+    decoder, (embeds, attention_mask, visual_mask) = qwen_vl("Qwen3VL"), ragged(torch.float64)
+    features = [torch.randn(int(visual_mask.sum()), D).double() for _ in range(2)]
+
+    def call(layers):
+        with prune(decoder, visual_mask, layers=layers), torch.no_grad():
+            decoder(
+                inputs_embeds=embeds,
+                attention_mask=attention_mask,
+                visual_pos_masks=visual_mask,
+                deepstack_visual_embeds=features,
+            )
+
+    with pytest.raises(ValueError, match="layers must begin at 2 or later.*got .1, 3"):
+        call([1, 3])
+    call([2, 3])
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda keep: keep.float(), lambda keep: keep[:1], lambda keep: keep.nonzero()]
+)
+def test_a_rule_that_returns_no_mask_of_the_tokens_is_refused(wrong):
+    class Wrong(TokenPruner):
+        def choose(self, layer, attention, visual):
+            return wrong(visual)
+
+    model, (embeds, attention_mask, visual_mask) = build(), ragged()
+    with pytest.raises(ValueError, match=r"choose must return a bool tensor of shape \(3, 24\)"):
+        with Wrong(model, visual_mask):
+            forward(model, embeds, attention_mask)
+
+
+def test_an_average_before_any_prompt_is_refused():
+    model, (embeds, attention_mask, visual_mask) = build(), ragged()
+    with prune(model, visual_mask) as pruner:
+        with pytest.raises(ValueError, match="average_tokens needs a prompt"):
+            pruner.average_tokens()
+        forward(model, embeds, attention_mask)
+
+
 def test_other_kv_caches_are_refused():
     model, (embeds, attention_mask, visual_mask) = build(), ragged()
     filled = DynamicCache(config=model.config)
