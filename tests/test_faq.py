@@ -28,13 +28,11 @@ def test_snippets_run_in_order_and_print_what_they_show(capsys, monkeypatch):
         assert capsys.readouterr().out.splitlines() == shown, f"snippet {number}"
 
 
-def test_every_answer_is_short_and_has_a_snippet_that_checks_it():
+def test_every_answer_has_a_snippet_that_checks_it():
     _, *sections = re.split(r"^## ", PAGE, flags=re.M)
     for section in sections:
         (snippet,) = SNIPPET.findall(section)
         assert re.search(r"^( *assert|#) ", snippet, flags=re.M), section
-        assert len(section.split("```")[0].splitlines()) <= 6, section  # the question, five lines
-    assert len(PAGE.splitlines()) < 200
 
 
 VIDEO = 4  # the placeholder token's id
