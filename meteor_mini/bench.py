@@ -479,7 +479,8 @@ def draw(frame: pandas.DataFrame) -> Figure:
     for panel, (table, rows) in zip(panels, tables):
         pruned = rows[(rows["batch"] == 1) & (rows["method"] != "unpruned")]
         for place, (method, own) in enumerate(pruned.groupby("method", sort=False)):
-            color, marker, x = plots.PALETTE[place], plots.MARKERS[place], own["visual_tokens"]
+            color, marker = (c[place % len(c)] for c in (plots.PALETTE, plots.MARKERS))
+            x = own["visual_tokens"]
             panel.plot(x, own["speed_up"], color=color, marker=marker, label=method)
             panel.fill_between(x, own["least"], own["most"], color=color, alpha=0.2)
             panel.plot(x, own["flops_ratio"], color=color, linestyle=":")

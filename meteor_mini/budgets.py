@@ -5,13 +5,14 @@ ranks, stage 3 turns a wanted average into lambda by a table; `calibrate` measur
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 import stage1_encode
-import stage3_decode
+from stage3_decode import AdaptivePruner
 
 PAPER_TOKENS = (1193, 576, 242)  # after stages 1 and 2, and per LLM layer: the paper's main result
 LAMBDAS = [0.0, *(2.0**i for i in range(10))]
@@ -25,7 +26,7 @@ class Budget:
     stage1: total over the encoders at their output, or (k_0, k_1, k_2) for the pruning points.
     stage2: K in the fused sequence.
     stage3: wanted mean number per LLM layer, averaged over layers and questions.
-    k, layers (of the LLM; None: L/8, 3L/8, 5L/8): as in `stage3_decode.AdaptivePruner`.
+    k, layers (of the LLM; None: L/8, 3L/8, 5L/8): as in `AdaptivePruner`.
     """
 
     stage1: int | tuple[int, ...] | None = None
@@ -166,14 +167,10 @@ def measure_lambda(
         stage1 = stage1 if stage1 < model.num_tokens else None
         budget = replace(model.budget, stage1=stage1, stage2=K)
         encoded = model.encode(images, budget)
-        embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
         row = []
         for lam in lams:
-            pruner = stage3_decode.AdaptivePruner(
-                model.decoder, visual_mask, lam, budget.layers, budget.k
-            )
-            with pruner:
-                model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+            stage3 = partial(AdaptivePruner, lam=lam, layers=budget.layers, k=budget.k)
+            pruner = model.prefill(encoded, questions, stage3)
             row.append(round(float(pruner.average_tokens().mean()), 3))
         averages.append(row)
     layers = model.budget.layers and list(model.budget.layers)

@@ -26,7 +26,7 @@ from PIL import Image
 from . import __version__, budgets, vlm
 from .budgets import Budget
 from .model import Meteor
-from .pictures import load_picture, resize_square
+from .pictures import open_picture, resize_square, to_square
 from .weights import CHECKPOINTS, PRESETS, hub_or_cache
 
 EXTRAS = {"eval": ["pandas", "scipy"], "train": ["accelerate"]}
@@ -217,15 +217,15 @@ def run_demo(args: Namespace) -> None:
 def run_ask(args: Namespace) -> None:
     if args.plot is not None and args.plot.exists() and args.plot.samefile(args.image):
         raise ValueError(f"--plot would overwrite the picture {args.image}")
-    images = load_picture(args.image)
+    picture = open_picture(args.image)
     if is_vlm(args.model):
-        return ask_vlm(args, images)
+        return ask_vlm(args, picture)
     if args.lam is not None:
         raise ValueError("--lam is for a vision-language model; a Meteor is calibrated: --tokens")
     model = Meteor.from_pretrained(args.model)
     from . import demo  # it brings the toy's pictures, which no other model needs
 
-    budget = model.budget
+    images, budget = to_square(picture), model.budget
     if args.keep_all:
         budget = Budget.keep_all()
     if args.tokens is not None:
@@ -256,16 +256,15 @@ def is_vlm(name: str) -> bool:
         return False
 
 
-def ask_vlm(args: Namespace, images: torch.Tensor) -> None:
+def ask_vlm(args: Namespace, picture: Image.Image) -> None:
     if args.plot is not None:
         raise ValueError("--plot draws the encoders of a Meteor; stage 3 alone has none")
     model, processor = vlm.load_vlm(args.model)
-    image = to_pillow(images)
     lam = float("inf") if args.keep_all else args.lam
     if args.tokens is not None:
-        prompt = vlm.prepare(model, processor, image, args.question)
+        prompt = vlm.prepare(model, processor, picture, args.question)
         lam = vlm.calibrate_lambda(model, [prompt], args.tokens)
-    result = vlm.ask(model, processor, image, args.question, lam)
+    result = vlm.ask(model, processor, picture, args.question, lam)
     if args.json:
         print(json.dumps({"question": args.question} | result))
         return
@@ -274,12 +273,6 @@ def ask_vlm(args: Namespace, images: torch.Tensor) -> None:
     print(
         f"  tokens {result['visual_tokens']} -> {average:.1f} (visual tokens -> mean per LLM layer)"
     )
-
-
-def to_pillow(images: torch.Tensor) -> Image.Image:
-    """(1, 3, H, W) in [0, 1] -> an RGB picture."""
-    pixels = (255 * images[0].permute(1, 2, 0)).round().byte()
-    return Image.fromarray(pixels.numpy())
 
 
 # ----------------------------------------------------------------------------------- eval and bench
@@ -342,13 +335,13 @@ def run_calibrate(args: Namespace) -> None:
     files = [file for file in files if file.is_file()]
     if not files:
         raise ValueError(f"{args.pictures} must be a directory with pictures")
-    images = [load_picture(file) for file in files]
+    pictures = [open_picture(file) for file in files]
     if is_vlm(args.model):
-        return calibrate_vlm(args, images)
+        return calibrate_vlm(args, pictures)
     if args.out is None:
         raise ValueError("--out must name a directory for the calibrated model")
     model = Meteor.from_pretrained(args.model)
-    images = [resize_square(image, model.side) for image in images]
+    images = [resize_square(to_square(picture), model.side) for picture in pictures]
     budgets.calibrate(model, images, [args.question] * len(images))
     model.save_pretrained(args.out)
     print(
@@ -360,9 +353,9 @@ def run_calibrate(args: Namespace) -> None:
     print(f"lambda measured for {Ks} tokens after stage 2: {args.out}")
 
 
-def calibrate_vlm(args: Namespace, images: list[torch.Tensor]) -> None:
+def calibrate_vlm(args: Namespace, pictures: list[Image.Image]) -> None:
     model, processor = vlm.load_vlm(args.model)
-    prompts = [vlm.prepare(model, processor, to_pillow(x), args.question) for x in images]
+    prompts = [vlm.prepare(model, processor, x, args.question) for x in pictures]
     counts = [int(vlm.find_visual(model, prompt).sum()) for prompt in prompts]
     mean_count = sum(counts) / len(counts)
     tokens = vlm.SHARE * mean_count if args.tokens is None else args.tokens

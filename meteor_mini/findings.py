@@ -10,6 +10,7 @@ functions above it.
 import itertools
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -205,7 +206,7 @@ def by_subset(
             x if name in subset else torch.zeros_like(x)
             for name, x in zip(model.encoders, features)
         ]
-        encoded = model.fuse(masked, kept, Budget.keep_all())
+        encoded = model.fuse(masked, kept)
         ids, _ = model.generate(encoded, questions, Budget.keep_all())
         right[subset] = [text == truth for text, truth in zip(model.decode(ids), truths)]
     return right
@@ -229,9 +230,9 @@ def heads(model: Meteor, samples: int) -> list[dict]:
     for examples in example_batches("test", samples):
         images, questions = images_and_questions(examples)
         encoded = model.encode(images, replace(model.budget, stage3=None))
-        embeds, attention_mask, visual_mask = model.prompt(encoded, questions)
-        with baselines.AttentionRecorder(model.decoder, visual_mask, layers) as recorder:
-            model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+        recorder = model.prefill(
+            encoded, questions, partial(baselines.AttentionRecorder, layers=layers)
+        )
         for i in layers:
             values[i].append(recorder.attention[i].sum(dim=-1).cpu().numpy())  # (B, H)
         family += [example.family for example in examples]

@@ -132,12 +132,11 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         images: Tensor,
         budget: Budget | None = None,
         ranks: Tensor | None = None,
-        fusion: Callable = stage2_fuse.fuse,
     ) -> Encoded:
         """Stages 1 and 2.
 
         Args: images (B, 3, H, W) float in [0, 1]; budget, ranks (points, C): the model's own where
-            None; fusion: (tokens, K) -> `Fused`, in place of stage 2.
+            None.
         """
         budget = self.budget if budget is None else budget
         ranks = self.ranks if ranks is None else ranks
@@ -146,18 +145,22 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
         encoders, pixels = list(self.encoders.values()), self.pixels(images)
         with RUNNING:
             features, kept = stage1_encode.encode_all(encoders, pixels, budget.stage1, ranks)
-        return self.fuse(features, kept, budget, fusion)
+        return self.fuse(features, kept, budget.stage2)
 
     def fuse(
         self,
         features: list[Tensor],
         kept: list[Tensor],
-        budget: Budget,
+        K: int | None = None,
         fusion: Callable = stage2_fuse.fuse,
     ) -> Encoded:
-        """Project each encoder's tokens (B, n_l, D_l) into the LLM's width, and run stage 2."""
+        """Project each encoder's tokens (B, n_l, D_l) into the LLM's width, and run stage 2.
+
+        Args: kept: their patches (B, n_l); K: tokens that stage 2 keeps, None: all; fusion:
+            (tokens, K) -> `Fused`, in place of stage 2.
+        """
         tokens = [project(x) for project, x in zip(self.projectors.values(), features)]
-        return Encoded(fusion(tokens, budget.stage2), kept)
+        return Encoded(fusion(tokens, K), kept)
 
     def tokenize(self, questions: list[str]) -> list[list[int]]:
         """Token ids of all that follows the picture. Raises: see `question_ids`."""
@@ -181,6 +184,18 @@ class Meteor(nn.Module, PyTorchModelHubMixin, library_name="meteor_mini", licens
     def before_ids(self) -> list[int]:
         """Token ids of the text before the picture."""
         return self.tokenizer(self.before, add_special_tokens=False).input_ids
+
+    @torch.no_grad()
+    def prefill(self, encoded: Encoded, questions: list[str], pruner: Callable):
+        """Run the prompts through the LLM's layers under a pruner, without an answer.
+
+        Args: pruner: (decoder, visual_mask) -> `TokenPruner`. Returns: the pruner, which knows what
+            it kept.
+        """
+        embeds, attention_mask, visual_mask = self.prompt(encoded, questions)
+        with RUNNING, pruner(self.decoder, visual_mask) as stage3:
+            self.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+        return stage3
 
     @torch.no_grad()
     def generate(

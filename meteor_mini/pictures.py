@@ -31,12 +31,20 @@ MAX_SQUARE = 1024  # larger pictures are scaled down; each encoder resizes to it
 
 
 def load_picture(path: str | Path) -> torch.Tensor:
-    """Read a picture of any format and mode that Pillow reads; of an animation its first frame.
-
-    EXIF rotation is applied, transparency laid on white, and the picture padded to a square in its
-    mean colour.
+    """Read a picture as the encoders of a Meteor see it: padded to a square in its mean colour.
 
     Returns: (1, 3, S, S) float32 in [0, 1]; S is the longer side, at most 1024.
+    Raises: see `open_picture`.
+    """
+    return to_square(open_picture(path))
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """Read a picture of any format and mode that Pillow reads; of an animation its first frame.
+
+    EXIF rotation is applied, and transparency laid on white.
+
+    Returns: an RGB picture of its own size.
     Raises: ValueError, one sentence that names the file, where it is missing, empty, no picture or
     broken.
     """
@@ -49,10 +57,9 @@ def load_picture(path: str | Path) -> torch.Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow's remarks on odd headers
             with Image.open(path) as image:
-                rgb = to_rgb(ImageOps.exif_transpose(image))
+                return to_rgb(ImageOps.exif_transpose(image))
     except Exception as error:  # on broken bytes Pillow's decoders raise a dozen kinds
         raise ValueError(f"picture {path} cannot be decoded: {error}") from error
-    return to_square(rgb)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -86,7 +86,7 @@ def stages(
         features, kept = stage1_features(model, images, names, stage1, shares)
         if encoders is not None:
             return baselines.only(model, names, features, kept)
-        return model.fuse(features, kept, Budget(stage2=stage2), baselines.FUSIONS[fusion])
+        return model.fuse(features, kept, stage2, baselines.FUSIONS[fusion])
 
     return encode
 
@@ -164,11 +164,10 @@ def solve_on_validation(
     """
     examples = list(itertools.chain(*example_batches("val", samples, first=50_000)))
     images, questions = images_and_questions(examples)
-    embeds, attention_mask, visual_mask = model.prompt(encode(model, images), questions)
+    encoded = encode(model, images)
 
     def measure(lam: float) -> float:
-        with adaptive_pruner(budget, lam)(model.decoder, visual_mask) as pruner:
-            model.decoder.model(inputs_embeds=embeds, attention_mask=attention_mask)
+        pruner = model.prefill(encoded, questions, adaptive_pruner(budget, lam))
         return pruner.average_tokens().mean().item()
 
     return solve_lambda(average, measure, tolerance=0.1)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_model
 
+import stage1_encode
 from meteor_mini import Budget, baselines, page, tables
 from meteor_mini.evaluate import difference, families_by_kind, mean
 from meteor_mini.findings import FINDINGS
@@ -150,7 +151,9 @@ def test_rows_share_stage_1_and_nothing_else(untrained, batch):
         if fusion == "random":
             continue
         shared = tables.stages(100, 40, fusion=fusion)(untrained, images).fused
-        alone = untrained.encode(images, Budget(stage1=100, stage2=40), fusion=want).fused
+        encoders, pixels = list(untrained.encoders.values()), untrained.pixels(images)
+        features, kept = stage1_encode.encode_all(encoders, pixels, 100, untrained.ranks)
+        alone = untrained.fuse(features, kept, 40, want).fused
         assert torch.equal(shared.keep_idx, alone.keep_idx)
         torch.testing.assert_close(shared.tokens, alone.tokens)
     hits = tables.stage1_features.cache_info().hits

@@ -82,7 +82,10 @@ def load_smol(folder: Path = CHECKPOINT) -> Meteor:
         raise ValueError(f"{folder} holds no trained smol: docs/smol.md says how to train it")
     decoder, tokenizer = fetch_smollm2()
     adapted = get_peft_model(decoder, LoraConfig(**LORA))
-    adapted.base_model.model.load_state_dict(load_file(folder / ADAPTER), strict=False)
+    lora = load_file(folder / ADAPTER)
+    _, unexpected = adapted.base_model.model.load_state_dict(lora, strict=False)
+    if unexpected:  # peft has renamed its weights: without them the model would be untrained
+        raise ValueError(f"{folder / ADAPTER} does not fit this release of peft: {unexpected[0]}")
     decoder = adapted.merge_and_unload()
     config = json.loads((folder / "config.json").read_text())
     model, _ = compose(config, decoder, tokenizer)

@@ -32,7 +32,7 @@ from ..toy.pool import Pool, draw_pool, fit
 from ..toy.questions import to_pairs
 from ..toy.random_budgets import encode_randomly, fuse_randomly
 from ..toy.schooling import TOLD_SLOTS, select_words
-from ..toy.train import BLANK_WEIGHT
+from ..toy.train import BLANK_WEIGHT, sum_embeddings
 from .build import CHECKPOINT, build_smol, write_smol
 
 POOL = 16_000  # training pictures
@@ -92,21 +92,16 @@ def encode_pictures(model: Meteor, pool: Pool) -> tuple[list[Tensor], list[Tenso
 
 
 def embed_words(model: Meteor, words: Tensor) -> Tensor:
-    """The sum of n words' embeddings over sqrt(n); of no word, the mean of all embeddings.
-
-    Each word of the world is one token of SmolLM2's.
-
-    Args: words (P, slots) int64, 0 for none. Returns: (P, D) float.
+    """`toy.train.sum_embeddings` of SmolLM2, of which each word of the world is one token; of no
+    word, the mean of all embeddings.
     """
     embeddings = model.decoder.get_input_embeddings().weight  # (V, D)
-    total = 0.0
-    for slot, vocabulary in enumerate(world.SLOTS.values()):
-        text = [word if word.isdigit() else f" {word}" for word in vocabulary]
-        ids = torch.tensor(model.tokenizer(text, add_special_tokens=False).input_ids).squeeze(1)
-        none = torch.zeros(1, embeddings.shape[1])
-        total = total + torch.cat([none, embeddings[ids]])[words[:, slot]]
-    count = (words > 0).sum(dim=-1, keepdim=True)
-    return torch.where(count > 0, total / count.clamp(min=1).sqrt(), embeddings.mean(dim=0))
+    ids = []
+    for slot in world.SLOTS.values():
+        text = [word if word.isdigit() else f" {word}" for word in slot]
+        of_words = model.tokenizer(text, add_special_tokens=False).input_ids
+        ids.append([token for (token,) in of_words])
+    return sum_embeddings(embeddings, ids, words, embeddings.mean(dim=0))
 
 
 def fit_last_layer(

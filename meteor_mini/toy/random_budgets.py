@@ -7,7 +7,6 @@ from torch import Tensor
 import stage1_encode
 
 from ..baselines import FUSIONS
-from ..budgets import Budget
 from ..model import Encoded, Meteor
 
 STAGE1_TOKENS = (100, 260)  # that stage 1 leaves in training, at random; in some steps all stay
@@ -50,7 +49,7 @@ def fuse_randomly(
         features = [x if s else torch.zeros_like(x) for x, s in zip(features, sees)]
     available = sum(x.shape[1] for x in features)
     if available == model.num_tokens or rng.random() < 0.1:
-        return model.fuse(features, kept, Budget.keep_all())
+        return model.fuse(features, kept)
     strategy = str(rng.choice(list(STRATEGIES), p=list(STRATEGIES.values())))
     K = min(int(rng.integers(*tokens)), available)
-    return model.fuse(features, kept, Budget(stage2=K), FUSIONS[strategy])
+    return model.fuse(features, kept, K, FUSIONS[strategy])

@@ -137,21 +137,26 @@ def llama_optimizers(decoder: nn.Module, rate: float) -> list[torch.optim.Optimi
 
 
 def embed_words(model: Meteor, words: Tensor) -> Tensor:
-    """What a perfect encoder would say of patches: the sum of n words' embeddings over sqrt(n).
-
-    A patch without words is <pad>.
-
-    Args: words (..., slots) int64, 0 for none. Returns: (..., D) float.
+    """What a perfect encoder would say of patches: see `sum_embeddings`. A patch without words is
+    <pad>.
     """
     embeddings = model.decoder.get_input_embeddings().weight  # (V, D)
-    pad = model.tokenizer.pad_token_id
+    ids = [model.tokenizer.convert_tokens_to_ids(slot) for slot in world.SLOTS.values()]
+    return sum_embeddings(embeddings, ids, words, embeddings[model.tokenizer.pad_token_id])
+
+
+def sum_embeddings(embeddings: Tensor, ids: list[list[int]], words: Tensor, blank: Tensor):
+    """The sum of n words' embeddings over sqrt(n), for each patch; `blank` (D,) where n is 0.
+
+    Args: embeddings (V, D); ids: for each slot, the token ids of its words; words (..., slots)
+        int64: of each patch, numbers in these lists from 1 on, 0 for none. Returns: (..., D) float.
+    """
     total = 0.0
-    for slot, vocabulary in enumerate(world.SLOTS.values()):
-        ids = [pad, *model.tokenizer.convert_tokens_to_ids(vocabulary)]
-        of_slot = torch.tensor(ids, device=words.device)[words[..., slot]]  # (...)
+    for slot, of_words in enumerate(ids):
+        of_slot = torch.tensor([0, *of_words], device=words.device)[words[..., slot]]  # (...)
         total = total + embeddings[of_slot] * (words[..., slot] > 0)[..., None]
     count = (words > 0).sum(dim=-1, keepdim=True)
-    return torch.where(count > 0, total / count.clamp(min=1).sqrt(), embeddings[pad])
+    return torch.where(count > 0, total / count.clamp(min=1).sqrt(), blank)
 
 
 def list_things_once(words: Tensor, rng: np.random.Generator) -> Tensor:
