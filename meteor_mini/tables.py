@@ -354,7 +354,8 @@ def table3(model: Meteor) -> list[Row]:
     like_the_papers = [average_like(model, tokens, average) for tokens in (312, 242, 162)]
     for n in dict.fromkeys(like_the_papers):  # each once
         stage3 = pruner_for_average(model, encode, n, own)
-        rows.append(Row(f"adaptive, {n}", encode, stage3, several, "above"))
+        paper = "above" if n == average else None  # at equal tokens
+        rows.append(Row(f"adaptive, {n}", encode, stage3, several, paper))
     return rows
 
 
