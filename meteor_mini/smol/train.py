@@ -27,9 +27,9 @@ from ..baselines import ChannelFusion, encode_channels
 from ..finetune import Dialogue, answer_loss, pack_dialogue
 from ..model import Meteor
 from ..toy import world
-from ..toy.dialogues import make_dialogue
+from ..toy.dialogues import ask_in_keywords, choose_fitting, describe, make_dialogue
 from ..toy.pool import Pool, draw_pool, fit
-from ..toy.questions import to_pairs
+from ..toy.questions import Question, to_pairs
 from ..toy.random_budgets import encode_randomly, fuse_randomly
 from ..toy.schooling import TOLD_SLOTS, select_words
 from ..toy.train import BLANK_WEIGHT, sum_embeddings
@@ -37,11 +37,10 @@ from .build import CHECKPOINT, build_smol, write_smol
 
 POOL = 16_000  # training pictures
 STEPS = 2000
-PICTURES = 4  # a step, on average
+PICTURES = 3  # a step, on average
 BLOCK = 16  # steps whose pictures are drawn together
-TOKENS_OF_DIALOGUE = 200  # words of all questions and answers about a picture
+TOKENS_OF_DIALOGUE = 260  # words of all questions and answers about a picture
 STAGE1_TOKENS, STAGE2_TOKENS = (120, 420), (40, 240)  # that these leave, at random
-KEYWORDS = 0.3  # share of pictures asked in keywords
 HOLD = 0.85  # share of steps after which the learning rates fall
 RATES = {"lora": 8e-4, "projectors": 5e-4}
 SAVE_EVERY = 25
@@ -126,6 +125,17 @@ def fit_last_layer(
 # ------------------------------------------------------------------------------------ the training
 
 
+def ask_much(picture: world.Picture, rng: np.random.Generator) -> list[Question]:
+    """A description of the picture, then questions in sentences and in keywords, mixed.
+
+    A picture costs its visual tokens once, however much is asked about it.
+    """
+    asked = make_dialogue(picture, rng, most_tokens=TOKENS_OF_DIALOGUE)
+    asked += ask_in_keywords(picture, rng)
+    mixed = [asked[i] for i in rng.permutation(len(asked))]
+    return choose_fitting([describe(picture), *mixed], TOKENS_OF_DIALOGUE)
+
+
 def draw_dialogues(model: Meteor, pool: Pool, step: int) -> tuple[np.ndarray, list[Dialogue]]:
     """Rows of the pool, and the questions and answers about each, of similar length.
 
@@ -135,9 +145,7 @@ def draw_dialogues(model: Meteor, pool: Pool, step: int) -> tuple[np.ndarray, li
     block, place = divmod(step, BLOCK)
     rng = np.random.default_rng(block)
     rows = rng.integers(len(pool), size=BLOCK * PICTURES)
-    dialogues = to_pairs(
-        [make_dialogue(pool.pictures[i], rng, KEYWORDS, TOKENS_OF_DIALOGUE) for i in rows]
-    )
+    dialogues = to_pairs([ask_much(pool.pictures[i], rng) for i in rows])
     lengths = np.array([len(pack_dialogue(model, d, 0)["ids"]) for d in dialogues])
     order = lengths.argsort()
     share = lengths[order].cumsum() / (lengths.sum() + 1)  # in [0, 1)
