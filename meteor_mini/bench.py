@@ -437,9 +437,9 @@ nothing that a pruner computes in the LLM.
 
 *METEOR, keeps nearly all* makes all of METEOR's choices and drops almost nothing, *stage 3, keeps
 all* those of stage 3: their `speed_up` falls short of 1 by the cost of choosing, where `least` and
-`most` are close enough to resolve it. *FastV, eager* and *ToMe, eager* materialise the attention matrix, as the
-authors' code does. At equal mean tokens FastV has the fewest FLOPs here: it drops early and
-at once, and attention grows with the square.
+`most` are close enough to resolve it. *FastV, eager* and *ToMe, eager* materialise the attention
+matrix, as the authors' code does. At equal mean tokens FastV has the fewest FLOPs here: it drops
+early and at once, and attention grows with the square.
 """
 
 

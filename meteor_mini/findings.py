@@ -111,7 +111,8 @@ def figure1(model: Meteor, samples: int) -> list[dict]:
     for criterion, tokens in averages.items():
         lines += lines_by_kind(tokens, family, criterion)
         general, ocr = (tokens[masks[group]] for group in GROUPS)
-        lines.append(line(ratio(ocr, general, paired=False), criterion, kind="OCR & Chart / General"))
+        share = ratio(ocr, general, paired=False)
+        lines.append(line(share, criterion, kind="OCR & Chart / General"))
     return lines
 
 
