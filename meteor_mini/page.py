@@ -25,20 +25,21 @@ table says how many questions it was measured on). Real sizes are timed in
 **What this page does not show.** The small Llama of this model was *taught* where to look, and in
 which layers: those in which METEOR prunes. So what separates the methods of stage 3 (main table,
 Tables 3, 6, 7 and 8) shows what the code does and what the model learned, not which method is
-better. Tables 1 and 2 are not neutral either: the projectors were designed for stage 2, and the Llama
-and EVA were trained under stage 1. EAGLE's projector was trained on few pictures and memorised them
-([docs/toy.md](../docs/toy.md)), so the comparison is unfair to it. *Unpruned* is no upper bound: the
-Llama saw all 576 tokens rarely in training. The paper's numbers are of a 7B model on other data; most
-of its gaps, 0.2 to 6 points, are smaller than what so few questions resolve.
+better. Tables 1 and 2 are not neutral either: the projectors were designed for stage 2, and the
+Llama and EVA were trained under stage 1. EAGLE's projector was trained on few pictures and
+memorised them ([docs/toy.md](../docs/toy.md)), so the comparison is unfair to it. *Unpruned* is no
+upper bound: the Llama saw all 576 tokens rarely in training. The paper's numbers are of a 7B model
+on other data; most of its gaps, 0.2 to 6 points, are smaller than what so few questions resolve.
 
 Accuracy is exact match in percent on held-out questions, with its 95 % bootstrap interval over
-questions (at 0 and 100 % it has no width, and means nothing). A difference, in points, is relative to the row numbered in column *to*, on the same
-questions, with its paired interval; one below 0 is a loss. *tokens*: visual tokens per LLM layer.
-*FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a pruner. Random
-methods: mean over seeds [lowest, highest]. *paper*: how the paper ranks the row to the one in *to*,
-and the verdict of the questions of OCR & Chart: *shown* where the difference's interval is on the
-same side of 0, *reversed* where it is on the other, *not shown* where it contains 0. *OCR*: OCR &
-Chart without the charts. The single families are in the CSV files.
+questions (at 0 and 100 % it has no width, and means nothing). A difference, in points, is relative
+to the row numbered in column *to*, on the same questions, with its paired interval; one below 0 is
+a loss. *tokens*: visual tokens per LLM layer. *FLOPs*: encoders, projectors and the LLM's prefill,
+in millions, without those of a pruner. Random methods: mean over seeds [lowest, highest]. *paper*:
+how the paper ranks the row to the one in *to*, and the verdict of the questions of OCR & Chart:
+*shown* where the difference's interval is on the same side of 0, *reversed* where it is on the
+other, *not shown* where it contains 0. *OCR*: OCR & Chart without the charts. The single families
+are in the CSV files.
 """
 
 TEXTS = {  # title; what is compared, and what the paper found
@@ -46,9 +47,9 @@ TEXTS = {  # title; what is compared, and what the paper found
         "Main result",
         "METEOR at three averages, EAGLE-style fusion (all channels of a grid cell in one token), "
         "random tokens, FastV, PyramidDrop and PruMerge++ at METEOR's own average, and without "
-        "stages 1 and 2 FastV at EAGLE's and PyramidDrop at a quarter more. In the paper, METEOR at 242 tokens "
-        "per layer is 0.3 points below EAGLE at 1024, "
-        "with 51 % of its FLOPs (main table, Vicuna-7B, 11 benchmarks).",
+        "stages 1 and 2 FastV at EAGLE's and PyramidDrop at a quarter more. In the paper, METEOR at "
+        "242 tokens per layer is 0.3 points below EAGLE at 1024, with 51 % of its FLOPs (main "
+        "table, Vicuna-7B, 11 benchmarks).",
     ),
     "1": (
         "Table 1: how encoders share the budget",

@@ -40,7 +40,7 @@ def test_figure_1_counts_survivors_and_tokens(answered):
     general = [QUESTION_FAMILIES[example.family].group == "General" for example in examples]
     late = np.array([np.mean(answer.layers[1:]) for answer in answers])
     assert [answer.layers[0] for answer in answers] == [80] * 24  # nothing is pruned before layer 1
-    got = frame.loc["tokens per layer from the first pruned one on", "OCR / General"]
+    got = frame.loc["tokens per layer from the first pruned one on", "OCR & Chart / General"]
     want = ratio(late[~np.array(general)], late[general], paired=False)
     assert tuple(got[["value", "low", "high"]]) == pytest.approx(want)
 
