@@ -47,8 +47,8 @@ TEXTS = {  # title; what is compared, and what the paper found
         "Main result",
         "METEOR at three averages, EAGLE-style fusion (all channels of a grid cell in one token), "
         "random tokens, FastV, PyramidDrop and PruMerge++ at METEOR's own average, and without "
-        "stages 1 and 2 FastV at EAGLE's and PyramidDrop at a quarter more. In the paper, METEOR at "
-        "242 tokens per layer is 0.3 points below EAGLE at 1024, with 51 % of its FLOPs (main "
+        "stages 1 and 2 FastV at EAGLE's and PyramidDrop at a quarter more. In the paper, METEOR "
+        "at 242 tokens per layer is 0.3 points below EAGLE at 1024, with 51 % of its FLOPs (main "
         "table, Vicuna-7B, 11 benchmarks).",
     ),
     "1": (
