@@ -2,6 +2,7 @@
 
 import csv
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from safetensors.torch import load_file
 from meteor_mini import load
 from meteor_mini.finetune import pack_dialogue
 from meteor_mini.smol import build, train
-from meteor_mini.toy import world
+from meteor_mini.toy import questions, world
+from meteor_mini.toy.dialogues import ask_in_keywords
 from meteor_mini.toy.pool import Pool, draw_pool
 
 PICTURES = 24
@@ -67,12 +69,31 @@ def test_what_a_perfect_encoder_would_say_is_the_scaled_sum_of_embeddings(pool):
     torch.testing.assert_close(train.embed_words(model, words), expected)
 
 
+def test_kinds_of_picture_are_drawn_by_their_shares():
+    pictures = [SimpleNamespace(kind=kind) for kind in ["scene"] * 6 + ["table"] * 3 + ["chart"]]
+    rows = train.draw_rows(pictures, np.random.default_rng(0), 10_000)
+    counts = np.bincount(rows, minlength=10) / 10_000
+    assert counts[:6].sum() == pytest.approx(train.SHARES["scene"], abs=0.02)
+    assert counts[6:9].sum() == pytest.approx(train.SHARES["table"], abs=0.02)
+    assert counts[9] == pytest.approx(train.SHARES["chart"], abs=0.02)
+
+
+def test_much_is_asked_about_a_picture_and_nothing_twice(pool):
+    for number in range(6):
+        picture, rng = pool.pictures[number], np.random.default_rng(number)
+        texts = [question.text for question in train.ask_much(picture, rng)]
+        keywords = {question.text for question in ask_in_keywords(picture, rng)}
+        assert len(set(texts)) == len(texts) and texts[0] == questions.DESCRIBE
+        assert keywords & set(texts)  # in keywords
+        assert set(texts[1:]) - keywords  # and in sentences
+
+
 @pytest.mark.parametrize("block", [0, 1])
 def test_the_pictures_of_a_block_are_dealt_out_once_and_by_length(pool, block, monkeypatch):
     monkeypatch.setattr(train, "BLOCK", 4)
     model, _ = build.build_smol()
     steps = [train.draw_dialogues(model, pool, 4 * block + place) for place in range(4)]
-    drawn = np.random.default_rng(block).integers(len(pool), size=4 * train.PICTURES)
+    drawn = train.draw_rows(pool.pictures, np.random.default_rng(block), 4 * train.PICTURES)
     assert sorted(np.concatenate([rows for rows, _ in steps])) == sorted(drawn)
     spans = []
     for _, dialogues in steps:
