@@ -51,8 +51,8 @@ NEW = 9  # tokens that are generated
 SIDES = (16, 24, 32)  # each of four encoders has n x n patches: 1024, 2304, 4096 visual tokens
 BATCHES = (1, 4, 16)
 ROUNDS = 3  # that count, after one that warms up
-CPU_TOKENS = 10_000  # visual tokens in a batch, at most, on a CPU
-SECONDS, QUICK_SECONDS = 200, 20  # that the rounds of a comparison may take; one always runs
+CPU_TOKENS = 16_384  # visual tokens in a batch, at most, on a CPU
+SECONDS, QUICK_SECONDS = 160, 20  # that the rounds of a comparison may take; one always runs
 
 
 # --------------------------------------------------------------------------------------- the models
