@@ -274,7 +274,8 @@ def take_turns(work: dict[str, Callable[[], dict]], seconds: float) -> pandas.Da
     """Run every contender once a round. The first round warms up; it counts where it is the only
     one that fits into `seconds`.
 
-    Returns: a row for each run that counts: "round", "method", and what the run returned.
+    Returns: a row for each run that counts: "round", "method", what the run returned, "ms" among
+        it, and speed_up, the time of "unpruned" over the row's in the same round.
     """
     runs, start = [], timer()
     for number in range(1 + ROUNDS):
@@ -284,7 +285,9 @@ def take_turns(work: dict[str, Callable[[], dict]], seconds: float) -> pandas.Da
         runs += [{"round": number, "method": name} | once() for name, once in work.items()]
     runs = pandas.DataFrame(runs)
     after_the_first = runs[runs["round"] > 0]
-    return runs if after_the_first.empty else after_the_first
+    runs = runs if after_the_first.empty else after_the_first
+    unpruned = runs[runs["method"] == "unpruned"].set_index("round")["ms"]
+    return runs.assign(speed_up=runs["round"].map(unpruned) / runs["ms"])
 
 
 def compare(
@@ -296,8 +299,6 @@ def compare(
     realised: speed_up / flops_ratio, 1 where time falls as FLOPs do.
     """
     runs = take_turns(work, seconds)
-    unpruned = runs[runs["method"] == "unpruned"].set_index("round")["ms"]
-    runs = runs.assign(speed_up=runs["round"].map(unpruned) / runs["ms"])
     by_method = runs.groupby("method", sort=False)
     rows = by_method.median().drop(columns="round")
     rows["rounds"] = by_method.size()

@@ -347,6 +347,24 @@ def test_every_family_of_these_tests_is_loaded_by_its_name():
     assert names | {"deepseek_vl"} == set(vlm.MODEL_TYPES)
 
 
+def test_the_command_line_shows_pictures_as_they_are(folder, tmp_path, monkeypatch):
+    """Not padded to a square, as a Meteor's encoders see them."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (60, 20)).save(tmp_path / "pictures" / "wide.png")
+    shown, prepare = [], vlm.prepare
+
+    def note(model, processor, image, question):
+        shown.append(image.size)
+        return prepare(model, processor, image, question)
+
+    monkeypatch.setattr(vlm, "prepare", note)
+    model = ["--model", str(folder)]
+    wide = str(tmp_path / "pictures" / "wide.png")
+    assert cli.main(["ask", wide, "what is this", "--lam", "2", *model]) == 0
+    assert cli.main(["calibrate", str(tmp_path / "pictures"), "--tokens", "8", *model]) == 0
+    assert set(shown) == {(60, 20)} and len(shown) == 2
+
+
 def test_the_command_line_calibrates_and_asks_it(folder, tmp_path, capsys, short_answers):
     (tmp_path / "pictures").mkdir()
     for color in ("red", "blue"):

@@ -266,8 +266,6 @@ def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
 
     work = {name: partial(time_call, partial(first_token, row)) for name, row in rows.items()}
     runs = take_turns(work, SECONDS)
-    unpruned = runs[runs["method"] == "unpruned"].set_index("round")["ms"]
-    runs = runs.assign(speed_up=runs["round"].map(unpruned) / runs["ms"])
     return runs.groupby("method", sort=False)[["ms", "speed_up"]].median().reset_index()
 
 
@@ -317,7 +315,7 @@ def load_csv(file: Path, *columns: str) -> pd.DataFrame:
 
 
 def append(file: Path, frame: pd.DataFrame, more: pd.DataFrame) -> pd.DataFrame:
-    """The frame that `file` holds, and more."""
+    """The frame that `file` holds with more rows, which are written to it."""
     frame = pd.concat([frame, more], ignore_index=True) if len(frame) else more
     frame.to_csv(file, index=False, float_format="%.6g")
     return frame

@@ -36,7 +36,7 @@ from ..toy.train import BLANK_WEIGHT, sum_embeddings
 from .build import CHECKPOINT, build_smol, write_smol
 
 POOL = 16_000  # training pictures
-STEPS = 2000
+STEPS = 1800  # six hours, at 12 seconds each
 PICTURES = 3  # a step, on average
 BLOCK = 16  # steps whose pictures are drawn together
 TOKENS_OF_DIALOGUE = 260  # words of all questions and answers about a picture

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from meteor_mini import Budget
 from meteor_mini.smol import build
@@ -39,6 +40,17 @@ def test_what_is_written_answers_the_same_when_it_is_read(tmp_path, pictures):
     with torch.no_grad():
         without = base(inputs_embeds=embeds, attention_mask=mask).logits
     assert not torch.allclose(without, logits, atol=5e-3, rtol=1e-2)
+
+
+def test_an_adapter_whose_weights_have_other_names_is_refused(tmp_path):
+    """Read without them, the model would be SmolLM2, untrained."""
+    model, eagle = build.build_smol()
+    build.write_smol(model, eagle, tmp_path)
+    lora = load_file(tmp_path / build.ADAPTER)
+    renamed = {name.replace("lora_A", "lora_a"): value for name, value in lora.items()}
+    save_file(renamed, tmp_path / build.ADAPTER)
+    with pytest.raises(ValueError, match="does not fit this release of peft: .*lora_a"):
+        build.load_smol(tmp_path)
 
 
 def test_a_folder_without_a_trained_smol_is_refused(tmp_path):

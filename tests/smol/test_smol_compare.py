@@ -77,25 +77,23 @@ def graded(share: float, method: str, right: list[bool], seed: int = 0) -> pd.Da
     return pd.DataFrame({"family": families, "right": right}).assign(**columns)
 
 
-def test_meteor_is_compared_with_the_unpruned_model_and_others_with_meteor():
+@pytest.fixture
+def methods():
     answers = [
         graded(4.0, "unpruned", [True, True, True, True]),
         graded(0.25, "METEOR", [True, True, True, False]),
         graded(0.25, "smaller picture", [True, False, False, False]),
     ]
-    methods = compare.summarise(pd.concat(answers, ignore_index=True))
+    return compare.summarise(pd.concat(answers, ignore_index=True))
+
+
+def test_meteor_is_compared_with_the_unpruned_model_and_others_with_meteor(methods):
     overall = methods[methods["family"] == "all"].set_index("method")
     assert overall.loc["METEOR", "difference"] == -25  # of unpruned
     assert overall.loc["smaller picture", "difference"] == -50  # of METEOR
 
 
-def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong():
-    answers = [
-        graded(4.0, "unpruned", [True, True, True, True]),
-        graded(0.25, "METEOR", [True, True, True, False]),
-        graded(0.25, "smaller picture", [True, False, False, False]),
-    ]
-    methods = compare.summarise(pd.concat(answers, ignore_index=True))
+def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
     hard = methods[methods["family"] == "hard"].set_index("method")
     assert (hard["questions"] == 3).all()
     assert hard.loc["METEOR", "accuracy"] == pytest.approx(200 / 3)
@@ -122,7 +120,6 @@ def test_accuracies_at_equal_time_are_read_off_straight_lines():
 def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys):
     some = ("METEOR", "stages 1+3", "random", "smaller picture")
     monkeypatch.setattr(compare, "METHODS", {name: compare.METHODS[name] for name in some})
-    monkeypatch.setattr(compare, "STAGE_3", compare.STAGE_3)
     monkeypatch.setattr(compare, "SHARES", (0.25,))
     monkeypatch.setattr(compare, "SEEDS", [0, 1])
     monkeypatch.setattr(compare, "SECONDS", 0)
