@@ -193,8 +193,8 @@ def solve_lambda(
 ) -> float:
     r"""The \lambda that reaches a target token count, on average over layers and prompts.
 
-    By bisection of x in \lambda = x / (1 - x), which reaches from 0 to infinity as x goes from 0
-    to 1.
+    By bisection of x in \lambda = x / (1 - x) target_average, which reaches from 0 to infinity as x
+    goes from 0 to 1; a VAV of some heads is of the order of 1, so \lambda is of that of the target.
 
     Args:
         target_average: wanted mean of `average_tokens`.
@@ -215,7 +215,7 @@ def solve_lambda(
     low, high = 0.0, 1.0
     for _ in range(40):
         x = (low + high) / 2
-        lam = x / (1 - x)
+        lam = x / (1 - x) * target_average
         average = measure(lam)
         if abs(average - target_average) <= tolerance:
             break

@@ -30,7 +30,7 @@ from .pictures import open_picture, resize_square, to_square
 from .weights import CHECKPOINTS, PRESETS, hub_or_cache
 
 EXTRAS = {"eval": ["pandas", "scipy"], "train": ["accelerate"]}
-RESULTS = Path("results")  # where all tables and the whole benchmark go
+RESULTS = Path("results")  # where the whole benchmark goes
 
 
 # ------------------------------------------------------------------------------------ the arguments
@@ -121,7 +121,13 @@ def add_eval(commands) -> None:
         "--table",
         metavar="NAME",
         help="a table of the paper (main, 1, 2, 3, 6, 7, 8) or a finding (see meteor_mini/"
-        "findings.py); all: every one, into results/",
+        "findings.py), or all of them",
+    )
+    command.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="with --table: put what is measured into the CSV files, figures and README.md there",
     )
     command.add_argument("--split", choices=["test", "val"], default="test")
 
@@ -291,9 +297,9 @@ def run_eval(args: Namespace) -> None:
     if args.table is None:
         print_accuracy(model, args.split, args.samples)
     elif args.table == "all":
-        tables.report(model, names, args.samples, RESULTS)
+        tables.report(model, names, args.samples, args.out)
     elif args.table in names:
-        tables.report(model, [args.table], args.samples)
+        tables.report(model, [args.table], args.samples, args.out)
     else:
         raise ValueError(f"--table must be one of {', '.join(names)} or all, got {args.table}")
 

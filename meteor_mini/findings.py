@@ -1,4 +1,4 @@
-"""Measurements other than the method tables: the paper's Findings 4 and 5, who survives (Figure 1),
+"""Measurements other than the method tables: the paper's Findings 3 to 5, who survives (Figure 1),
 ranks, what each encoder is worth, clips (Table 4). Findings 1 and 2: `photographs`.
 
     frame = measure(model, "heads", samples=240)
@@ -8,6 +8,7 @@ functions above it.
 """
 
 import itertools
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
@@ -132,6 +133,36 @@ def ranks(model: Meteor, samples: int) -> list[dict]:
         lines.append(line(spread, "standard deviation of the rank, percent", **where))
         lines.append(line(mean(diversity), "diversity", **where))
     return lines
+
+
+@torch.no_grad()
+def similarity(model: Meteor, samples: int) -> list[dict]:
+    """How alike projected tokens are, nothing pruned: the cosine of an encoder's tokens to its own
+    others, and to the tokens of the other encoders, the mean and the highest.
+
+    Source: [paper, Finding 3]
+    """
+    images = to_images([make_picture(i, "val").image for i in range(min(samples, 64))])
+    fused = model.encode(images, Budget.keep_all()).fused
+    encoder = fused.encoder_id[0]  # (N,), the same for all pictures
+    cosines = all_cosines(fused.tokens)  # (B, N, N)
+    lines = []
+    for number, name in enumerate(model.encoders):
+        own = encoder == number
+        for others, compared in (("within the encoder", own), ("to the others", ~own)):
+            pairs = cosines[:, own][:, :, compared]  # (B, n_l, n)
+            where = {"encoder": name, "questions": len(images)}
+            average = pairs.nanmean(dim=(1, 2))  # (B,)
+            nearest = pairs.nan_to_num(-1).amax(dim=2).mean(dim=1)
+            lines.append(line(mean(average.numpy()), f"mean cosine {others}", **where))
+            lines.append(line(mean(nearest.numpy()), f"highest cosine {others}", **where))
+    return lines
+
+
+def all_cosines(tokens: Tensor) -> Tensor:
+    """Tokens (B, N, D) -> cosines of all pairs (B, N, N) float32, nan of a token and itself."""
+    unit = F.normalize(tokens.float(), dim=-1)
+    return (unit @ unit.mT).diagonal_scatter(torch.full(tokens.shape[:2], math.nan), 0, 1, 2)
 
 
 def nuclear_diversity(tokens: Tensor) -> Tensor:
@@ -278,6 +309,7 @@ def video(model: Meteor, samples: int) -> list[dict]:
 FINDINGS = {
     "figure1": figure1,
     "ranks": ranks,
+    "similarity": similarity,
     "heads": heads,
     "redundancy": redundancy,
     "video": video,

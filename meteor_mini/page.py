@@ -1,11 +1,13 @@
-"""results/: two CSV files, a figure for each table and finding, and the page that shows them.
+"""results/: CSV files, a figure for each table and finding, and the page that shows them.
 
 `save` puts what was measured into a CSV file and draws it; `write` makes README.md from these files
-alone.
+alone, and from methods.csv, which `smol.compare` leaves.
 """
 
+import json
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from . import plots
@@ -13,14 +15,16 @@ from .toy.questions import GROUPS, OCR_CHART, QUESTION_FAMILIES
 
 KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
 
+# ------------------------------------------------------------------------------------- the words
+
 HEAD = """\
 # The paper's tables on the embedded model
 
 All numbers are in [tables.csv](tables.csv) and [findings.csv](findings.csv); this page and its
-figures are made from these files. `meteor-mini eval --table all --samples N` measures them anew (a
-table says how many questions it was measured on). Real sizes are timed in
-[benchmark.md](benchmark.md); Findings 1 and 2 on a pretrained encoder are in
-[docs/real_parts.md](../docs/real_parts.md).
+figures are made from these files. `meteor-mini eval --table all --samples N --out results` measures
+them anew (a table says how many questions it was measured on). Methods are compared on `smol`, on
+[a page of its own](smol/README.md). Real sizes are timed in [benchmark.md](benchmark.md); Findings
+1 and 2 on a pretrained encoder are in [docs/real_parts.md](../docs/real_parts.md).
 
 **What this page does not show.** The small Llama of this model was *taught* where to look, and in
 which layers: those in which METEOR prunes. So what separates the methods of stage 3 (main table,
@@ -99,6 +103,12 @@ TEXTS = {  # title; what is compared, and what the paper found
         "deviation over pictures; the nuclear-norm diversity. The paper finds that the rank hardly "
         "varies with the picture, so that it can be measured once.",
     ),
+    "similarity": (
+        "Finding 3: redundancy within and across encoders",
+        "The cosine of a projected token to the other tokens of its encoder and to those of the "
+        "other encoders, nothing pruned: the mean, and the highest. The paper finds redundancy "
+        "across encoders, and drops the tokens that are like those of others (Finding 3).",
+    ),
     "heads": (
         "Findings 4 and 5: which heads look at the picture",
         "The visual attention value of a layer's heads, mean over questions: the lowest, the "
@@ -122,9 +132,67 @@ TEXTS = {  # title; what is compared, and what the paper found
 }
 
 
+METHODS_HEAD = """\
+# Methods compared on `smol`
+
+`smol` is a pretrained SmolLM2-135M behind four small encoders, trained on the loss of its answers
+alone ([how](../../docs/smol.md)); nothing in its training looks at attention, patches or layers.
+All methods leave the same mean number of visual tokens per LLM layer, a share of the 144 patches of
+one encoder. Each method's own settings were searched on {searched} validation questions, over at
+most twelve, at {search_at} (last section; METEOR with a stage left out has METEOR's); then the test
+split was asked once. `python -m meteor_mini.smol.compare --out DIR` measures it, and writes this
+page from its CSV files.
+
+Beside the numbers:
+
+- **The model is not fully trained**: see the unpruned row. What a method loses here it may not lose
+  on a better model, and the other way round.
+- The encoders were trained to name what a patch shows, and the projectors began from that.
+- EAGLE-style fusion, one token for a cell of all four encoders, was trained as long as the
+  projectors, with the same LoRA.
+
+Accuracy: exact match in percent, with its 95 % bootstrap interval over questions. A difference, in
+points, is to the row numbered in column *to*, on the same questions, with its paired interval: of
+METEOR and EAGLE to the unpruned model, of all others to METEOR. *hard*: the questions that the
+smaller picture of the same share gets wrong. Random methods: mean over {seeds} seeds [lowest,
+highest]. *FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a
+pruner. *speed-up*: the unpruned model's time to the first token over the method's, in turns, one
+question at a time, on the CPU.
+"""
+
+AT_EQUAL_TIME = """\
+## At METEOR's time
+
+Each method's accuracy, on straight lines between its shares, where it is as fast as METEOR is at
+each of its own; nothing where it was not measured as slow, or as fast.
+
+"""
+SETTINGS = """\
+## Settings
+
+Found on validation questions at {search_at}, of so many tried.
+
+"""
+
+IN_LLM = ["FastV", "PyramidDrop", "random in the LLM"]
+OF_EAGLE = ["EAGLE-style, FastV", "EAGLE-style, PyramidDrop"]
+OTHERS = ["PruMerge++-style", "DivPrune", "random", "regular grid", "average pooling"]
+SMALLER = ["smaller picture", "best encoder", "best pair"]
+PARTS = ["stages 1+2", "stages 1+3", "stages 2+3", "stage 1", "stage 2"]
+METHODS_FIGURES = {  # file -> title, methods beside METEOR
+    "parts": ("METEOR and its stages", PARTS),
+    "inside": ("Rivals that prune inside the LLM", [*IN_LLM, *OF_EAGLE]),
+    "before": ("Rivals that prune before the LLM", [*OTHERS, *SMALLER]),
+}
+
+
 FIGURES = {  # of a finding: the criteria that are drawn, and what their values are
     "figure1": (["stage2"], "tokens after stage 2"),
     "ranks": (["rank"], "rank"),
+    "similarity": (
+        ["mean cosine within the encoder", "mean cosine to the others"],
+        "mean cosine",
+    ),
     "heads": (["lowest head", "median head", "highest head"], "VAV"),
     "redundancy": (["CUR"], "share of right answers lost"),
     "video": (["accuracy, unpruned", "accuracy, METEOR"], "right answers, %"),
@@ -174,7 +242,8 @@ def order_on_page(name: str) -> int:
 
 def write(folder: Path) -> None:
     """README.md, and figures that are not there, from the CSV files alone."""
-    sections = [HEAD]
+    has_methods = (folder / "methods.csv").exists()
+    sections = methods_sections(folder) if has_methods else [HEAD]
     for name in TEXTS:
         frame = read(folder, name)
         if frame is not None:
@@ -189,7 +258,7 @@ def section(name: str, frame: pd.DataFrame, figure: str | None = None) -> str:
     title, text = TEXTS[name]
     picture = [] if figure is None else [f"![{title}]({figure})", ""]
     tables = [method_table(frame)] if "table" in frame else finding_tables(frame)
-    blocks = [f"```\n{table.to_string()}\n```\n" for table in tables]
+    blocks = [fenced(table) for table in tables]
     asked = f"{int(frame['questions'].max())} questions."
     return "\n".join([f"## {title}", "", *picture, f"{text} {asked}", "", *blocks])
 
@@ -206,7 +275,7 @@ def draw(folder: Path, name: str) -> None:
     figure.savefig(folder / f"{name}.png")
 
 
-def method_table(frame: pd.DataFrame) -> pd.DataFrame:
+def method_table(frame: pd.DataFrame, kinds: list[str] = KINDS) -> pd.DataFrame:
     """A row for each method, numbered; its accuracy, and its difference to the one in *to*."""
     methods = list(frame["method"].unique())
     rows = []
@@ -218,14 +287,15 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
         name = method if seeds == 1 else f"{method} ({seeds} seeds)"
         row = {"method": name, **numbers_of(of_method)}
         row["to"] = methods.index(against) + 1 if compared else ""
-        for kind in KINDS:
+        for kind in kinds:
             own = of_method[of_method["family"] == kind]
             row[kind] = over_seeds(own, "accuracy", "low", "high", ".1f")
-        for kind in KINDS:
+        for kind in kinds:
             own = of_method[of_method["family"] == kind]
             columns = ("difference", "difference_low", "difference_high")
             row[f"difference, {kind}"] = over_seeds(own, *columns, "+.1f") if compared else ""
-        row["paper"] = paper_ranking(of_method)
+        if "paper" in frame:
+            row["paper"] = paper_ranking(of_method)
         rows.append(row)
     return pd.DataFrame(rows, index=range(1, len(rows) + 1))
 
@@ -245,10 +315,13 @@ def paper_ranking(of_method: pd.DataFrame) -> str:
 
 
 def numbers_of(of_method: pd.DataFrame) -> dict[str, str]:
-    """Tokens and FLOPs of a method, over all questions and seeds."""
+    """Tokens and FLOPs of a method, over all questions and seeds; its speed-up, if measured."""
     overall = of_method[of_method["family"] == "all"]
     tokens, flops = overall["tokens"].mean(), overall["flops"].mean()
-    return {"tokens": f"{tokens:.1f}", "FLOPs": f"{flops / 1e6:.0f}"}
+    numbers = {"tokens": f"{tokens:.1f}", "FLOPs": f"{flops / 1e6:.0f}"}
+    if "speed_up" in of_method:
+        numbers["speed-up"] = f"{overall['speed_up'].mean():.2f}"
+    return numbers
 
 
 def over_seeds(own: pd.DataFrame, value: str, low: str, high: str, form: str) -> str:
@@ -264,6 +337,94 @@ def with_interval(value: float, low: float, high: float, form: str = ".3g") -> s
     if pd.isna(low):
         return f"{value:{form}}"
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
+
+
+# ------------------------------------------------------------------------- the table of methods
+
+
+def methods_sections(folder: Path) -> list[str]:
+    """What `smol.compare` measured, from methods.csv and search.csv; draws the figures."""
+    methods, searched = pd.read_csv(folder / "methods.csv"), pd.read_csv(folder / "search.csv")
+    asked, search_at = int(searched["questions"].max()), f"{searched['share'].max():.0%}"
+    seeds = methods.groupby("method")["seed"].nunique().max()
+    sections = [METHODS_HEAD.format(searched=asked, search_at=search_at, seeds=seeds)]
+    for name, (title, others) in METHODS_FIGURES.items():
+        draw_methods(methods, others, title).savefig(folder / f"methods_{name}.png")
+        sections.append(f"![{title}](methods_{name}.png)\n")
+    most = methods["share"].max()  # of all patches
+    for share in sorted(set(methods["share"]) - {most}, reverse=True):
+        rows = methods[methods["share"].isin([most, share])]
+        asked, tokens = int(rows["questions"].max()), rows[rows["share"] == share]["tokens"].mean()
+        title = f"## {share:.0%} of one encoder's patches: {tokens:.0f} tokens per LLM layer"
+        table = fenced(method_table(rows, [*KINDS, "hard"]))
+        sections.append(f"{title}\n\n{asked} questions.\n\n{table}")
+    sections.append(AT_EQUAL_TIME + fenced(at_equal_time(methods).round(1).T))
+    sections.append(SETTINGS.format(search_at=search_at) + fenced(settings_table(searched)))
+    return sections
+
+
+def fenced(table: pd.DataFrame) -> str:
+    return f"```\n{table.to_string(na_rep='')}\n```\n"
+
+
+def draw_methods(methods: pd.DataFrame, others: list[str], title: str):
+    """Accuracy by tokens, METEOR's with its interval, in a panel for each kind of question."""
+    panels = {}
+    for kind in KINDS:
+        lines = {}
+        for method in ("METEOR", *others):
+            own = methods[(methods["method"] == method) & (methods["family"] == kind)]
+            own = own.groupby("share")[["tokens", "accuracy", "low", "high"]].mean()
+            if len(own):
+                columns = own.to_numpy().T  # tokens, accuracy, low, high
+                lines[method] = tuple(columns if method == "METEOR" else columns[:2])
+        panels[kind] = lines
+    return plots.line_figure(panels, "visual tokens per LLM layer", "right answers, %", title)
+
+
+def at_equal_time(methods: pd.DataFrame) -> pd.DataFrame:
+    """Each method's accuracy at METEOR's time, on straight lines between its averages.
+
+    Returns: a row for each of METEOR's averages, a column for each method; nan where a method was
+        not measured as slow, or as fast.
+    """
+    overall = methods[methods["family"] == "all"]
+    columns = ["accuracy", "speed_up"]
+    points = overall.groupby(["method", "share"], sort=False)[columns].mean().reset_index()
+    points = points.sort_values("speed_up")
+    of_meteor = points[points["method"] == "METEOR"]["speed_up"]
+    columns = {
+        method: np.interp(
+            of_meteor, own["speed_up"], own["accuracy"], left=float("nan"), right=float("nan")
+        )
+        for method, own in points.groupby("method", sort=False)
+    }
+    table = pd.DataFrame(columns, index=of_meteor.round(2).rename("speed-up"))
+    return table.dropna(axis="columns", how="all")
+
+
+def settings_table(searched: pd.DataFrame) -> pd.DataFrame:
+    """For each method with settings: how many were tried, the best, and the accuracies' range."""
+    rows = []
+    for method, own in searched.groupby("method", sort=False):
+        reached = own.dropna(subset="accuracy")
+        if len(own) > 1:
+            best = reached.loc[reached["accuracy"].idxmax()]
+            setting = ", ".join(f"{k} {v}" for k, v in json.loads(best["setting"]).items())
+            low, high = reached["accuracy"].min(), reached["accuracy"].max()
+            rows.append(
+                {
+                    "method": method,
+                    "setting": setting,
+                    "tried": len(own),
+                    "accuracy": f"{low:.1f} to {high:.1f}",
+                }
+            )
+    columns = ["method", "setting", "tried", "accuracy"]
+    return pd.DataFrame(rows, columns=columns).set_index("method")
+
+
+# ------------------------------------------------------------------------------------- findings
 
 
 def groups_of(frame: pd.DataFrame) -> pd.DataFrame:

@@ -170,7 +170,7 @@ def solve_on_validation(
         pruner = model.prefill(encoded, questions, adaptive_pruner(budget, lam))
         return pruner.average_tokens().mean().item()
 
-    return solve_lambda(average, measure, tolerance=0.1)
+    return solve_lambda(average, measure, tolerance=average / 200)
 
 
 def pruner_for_average(

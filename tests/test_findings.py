@@ -8,10 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.nn.functional as F
 
-from meteor_mini import findings, page
+from meteor_mini import Budget, findings, page
 from meteor_mini.evaluate import ratio
-from meteor_mini.toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
+from meteor_mini.toy.questions import (
+    QUESTION_FAMILIES,
+    example_batches,
+    images_and_questions,
+    to_images,
+)
+from meteor_mini.toy.world import make_picture
 
 pytestmark = pytest.mark.usefixtures("one_word")
 
@@ -48,6 +55,29 @@ def test_figure_1_counts_survivors_and_tokens(answered):
 def test_diversity_is_one_where_all_tokens_differ_and_low_where_all_are_alike():
     tokens = torch.stack([torch.eye(4), torch.ones(4, 4)])
     assert findings.nuclear_diversity(tokens).tolist() == pytest.approx([1, math.sqrt(4) / 4])
+
+
+@torch.no_grad()
+def test_similarity_is_the_cosine_to_own_tokens_and_to_those_of_others(untrained):
+    frame = findings.measure(untrained, "similarity", 2).set_index(["criterion", "encoder"])
+    images = to_images([make_picture(i, "val").image for i in range(2)])
+    fused = untrained.encode(images, Budget.keep_all()).fused
+    clip = [tokens[encoder == 0] for tokens, encoder in zip(fused.tokens, fused.encoder_id)]
+    others = [tokens[encoder != 0] for tokens, encoder in zip(fused.tokens, fused.encoder_id)]
+    within, nearest, across = [], [], []
+    for own, theirs in zip(clip, others):
+        for i, token in enumerate(own):
+            to_own = F.cosine_similarity(token, torch.cat([own[:i], own[i + 1 :]]), dim=-1)
+            within.append(to_own.mean())
+            nearest.append(to_own.max())
+            across.append(F.cosine_similarity(token, theirs, dim=-1).mean())
+    for criterion, values in {
+        "mean cosine within the encoder": within,
+        "highest cosine within the encoder": nearest,
+        "mean cosine to the others": across,
+    }.items():
+        expected = torch.stack(values).mean().item()
+        assert frame.loc[(criterion, "clip"), "value"] == pytest.approx(expected, abs=1e-5)
 
 
 # ----------------------------------------------------------------------- what each encoder is worth

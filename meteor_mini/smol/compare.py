@@ -10,8 +10,7 @@ The protocol (docs/smol.md tells how the model was trained):
 4. times.csv holds the time to the first token, of all methods in turns.
 
 methods.csv is made of these: a row for each method, average, seed and family; "hard" are the
-questions that the smaller picture gets wrong. `at_equal_time` reads the accuracies off at METEOR's
-time.
+questions that the smaller picture gets wrong. `page` makes README.md and the figures of it.
 
 Resumable: what the files hold is not measured again. Change here: METHODS.
 """
@@ -24,11 +23,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 import torch
 
-from .. import baselines
+from .. import baselines, page
 from ..bench import take_turns, time_call
 from ..budgets import Budget
 from ..evaluate import accuracy, grade
@@ -48,11 +46,11 @@ from ..tables import (
 )
 from ..toy.questions import example_batches, images_and_questions
 
-SHARES = (0.60, 0.40, 0.25, 0.15)  # visual tokens per LLM layer, of one encoder's patches
+SHARES = (0.25, 0.40, 0.60, 0.15)  # visual tokens per LLM layer, of one encoder's patches
 SEARCH_AT = 0.25
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
 LAMBDA_QUESTIONS = 48
-SECONDS = 300  # that the rounds of a timing may take
+SECONDS = 90  # that the rounds of a timing may take
 LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, and PyramidDrop's
 
 # Every method is a function (model, average, **setting) -> Row.
@@ -198,7 +196,8 @@ def build_row(model: Meteor, name: str, share: float, setting: dict) -> Row:
 
 def search(model: Meteor, name: str, setting: dict, samples: int) -> dict:
     """A setting on validation questions; without accuracy where it cannot reach the average."""
-    line = {"method": name, "setting": json.dumps(setting), "questions": samples}
+    line = {"method": name, "setting": json.dumps(setting)}
+    line |= {"share": SEARCH_AT, "questions": samples}
     try:
         row = build_row(model, name, SEARCH_AT, setting)
     except ValueError as error:
@@ -269,45 +268,29 @@ def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
     return runs.groupby("method", sort=False)[["ms", "speed_up"]].median().reset_index()
 
 
-def summarise(answers: pd.DataFrame) -> pd.DataFrame:
-    """A row for each share, method, seed and family, METEOR against the unpruned model and all
-    others against METEOR, paired.
+def summarise(answers: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
+    """A row for each share, method, seed and family, METEOR and EAGLE against the unpruned model
+    and all others against METEOR, paired.
 
-    Args: answers: share, method, seed, and the columns of `ask`.
+    Args: answers: share, method, seed, and the columns of `ask`; times: share, and the columns of
+        `time_rows`.
     """
     cases = {
         case: own.reset_index(drop=True)
         for case, own in answers.groupby(["share", "method", "seed"], sort=False)
     }
-    unpruned = next(own for (_, method, _), own in cases.items() if method == "unpruned")
+    most = answers["share"].max()  # of all patches
     records = []
     for (share, method, seed), own in cases.items():
-        meteor, easy = cases.get((share, "METEOR", 0)), cases.get((share, "smaller picture", 0))
-        other = unpruned if method == "METEOR" or meteor is None else meteor
+        against = "unpruned" if method == "METEOR" or share == most else "METEOR"
+        other = cases.get((most if against == "unpruned" else share, against, 0))
+        easy = cases.get((share, "smaller picture", 0))
         hard = None if easy is None else ~easy["right"]
+        other = None if method == "unpruned" else other
         for line in compare(own, other, encoding=0, hard=hard):
-            records.append({"share": share, "method": method, "seed": seed} | line)
-    return pd.DataFrame(records)
-
-
-def at_equal_time(methods: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
-    """Each method's accuracy at METEOR's time, on straight lines between its averages.
-
-    Returns: a row for each of METEOR's averages, a column for each method; nan where a method was
-        not measured as slow, or as fast.
-    """
-    overall = methods[methods["family"] == "all"]
-    overall = overall.groupby(["share", "method"], sort=False)["accuracy"].mean().reset_index()
-    points = overall.merge(times, on=["share", "method"]).sort_values("speed_up")
-    of_meteor = points[points["method"] == "METEOR"]["speed_up"]
-    columns = {
-        method: np.interp(
-            of_meteor, own["speed_up"], own["accuracy"], left=float("nan"), right=float("nan")
-        )
-        for method, own in points.groupby("method", sort=False)
-    }
-    table = pd.DataFrame(columns, index=of_meteor.rename("speed-up"))
-    return table.dropna(axis="columns", how="all")
+            head = {"share": share, "method": method, "against": against, "seed": seed}
+            records.append(head | line)
+    return pd.DataFrame(records).merge(times, on=["share", "method"], how="left")
 
 
 def load_csv(file: Path, *columns: str) -> pd.DataFrame:
@@ -357,9 +340,10 @@ def main() -> None:
                     answers = append(args.out / "answers.csv", answers, own)
         own = time_rows(model, rows).assign(share=share)
         times = append(args.out / "times.csv", times, own)
-    methods = summarise(answers)
+    methods = summarise(answers, times)
     methods.to_csv(args.out / "methods.csv", index=False, float_format="%.6g")
-    print(at_equal_time(methods, times).T.round(1).to_string())
+    page.write(args.out)
+    print((args.out / "README.md").read_text())
 
 
 if __name__ == "__main__":

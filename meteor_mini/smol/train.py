@@ -14,6 +14,8 @@ Resumable: the same command goes on from the last saved step. WORK/curve.csv has
 
 import argparse
 import csv
+import itertools
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -24,12 +26,13 @@ from torch import Tensor, nn
 from stage1_encode import encode_all
 
 from ..baselines import ChannelFusion, encode_channels
+from ..budgets import budget_for, calibrate
 from ..finetune import Dialogue, answer_loss, pack_dialogue
 from ..model import Meteor
 from ..toy import world
 from ..toy.dialogues import ask_in_keywords, choose_fitting, describe, make_dialogue
 from ..toy.pool import Pool, draw_pool, fit
-from ..toy.questions import Question, to_pairs
+from ..toy.questions import Question, example_batches, images_and_questions, to_pairs
 from ..toy.random_budgets import encode_randomly, fuse_randomly
 from ..toy.schooling import TOLD_SLOTS, select_words
 from ..toy.train import BLANK_WEIGHT, sum_embeddings
@@ -47,6 +50,7 @@ RATES = {"lora": 8e-4, "projectors": 5e-4}
 SAVE_EVERY = 25
 FITTED = 512  # pictures on which the projectors' beginning is fitted
 RIDGE = 1e-5  # of that fit, to the mean square of a hidden unit
+AVERAGE = 72  # visual tokens per LLM layer of the model's own budget: half of one encoder's
 
 
 # ------------------------------------------------------------------------ how the projectors begin
@@ -201,7 +205,18 @@ def train(work: Path, out: Path, steps: int) -> None:
     )
     trained = nn.ParameterList([*lora, *projectors])
     fit("smol", work, trained, [optimizer], compute_loss, steps, HOLD, SAVE_EVERY)
+    set_budget(model)
     write_smol(model, eagle, out)
+
+
+def set_budget(model: Meteor) -> None:
+    """The model's own budget, in the paper's proportions; ranks and lambda on validation
+    questions.
+    """
+    model.config["budget"] = asdict(budget_for(model, AVERAGE))
+    examples = itertools.chain(*example_batches("val", 64, first=50_000))
+    images, questions = images_and_questions(list(examples))
+    calibrate(model.eval(), [images], questions)
 
 
 if __name__ == "__main__":

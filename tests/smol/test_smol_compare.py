@@ -84,13 +84,17 @@ def methods():
         graded(0.25, "METEOR", [True, True, True, False]),
         graded(0.25, "smaller picture", [True, False, False, False]),
     ]
-    return compare.summarise(pd.concat(answers, ignore_index=True))
+    times = pd.DataFrame({"share": [0.25], "method": ["METEOR"], "ms": [7.0], "speed_up": [2.0]})
+    return compare.summarise(pd.concat(answers, ignore_index=True), times)
 
 
 def test_meteor_is_compared_with_the_unpruned_model_and_others_with_meteor(methods):
     overall = methods[methods["family"] == "all"].set_index("method")
     assert overall.loc["METEOR", "difference"] == -25  # of unpruned
     assert overall.loc["smaller picture", "difference"] == -50  # of METEOR
+    assert overall["against"].tolist() == ["unpruned", "unpruned", "METEOR"]
+    assert pd.isna(overall.loc["unpruned", "difference"])
+    assert overall.loc["METEOR", "speed_up"] == 2 and pd.isna(overall.loc["unpruned", "speed_up"])
 
 
 def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
@@ -98,23 +102,6 @@ def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
     assert (hard["questions"] == 3).all()
     assert hard.loc["METEOR", "accuracy"] == pytest.approx(200 / 3)
     assert hard.loc["smaller picture", "accuracy"] == 0
-
-
-def test_accuracies_at_equal_time_are_read_off_straight_lines():
-    methods = pd.DataFrame(
-        {
-            "share": [0.6, 0.2, 0.6, 0.2],
-            "method": ["METEOR", "METEOR", "FastV", "FastV"],
-            "family": "all",
-            "accuracy": [80.0, 60.0, 90.0, 50.0],
-        }
-    )
-    times = methods[["share", "method"]].assign(speed_up=[2.0, 4.0, 3.0, 5.0])
-    table = compare.at_equal_time(methods, times)
-    assert table.index.tolist() == [2.0, 4.0]
-    assert table["METEOR"].tolist() == [80.0, 60.0]
-    assert table["FastV"].isna().tolist() == [True, False]  # it was never as slow as 2
-    assert table["FastV"].iloc[1] == 70.0
 
 
 def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,60 @@
+"""page.py: what it says of methods.csv and search.csv."""
+
+import json
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from meteor_mini import page
+
+
+def line(share, method, accuracy, speed_up, family="all", seed=0):
+    against = "unpruned" if method == "METEOR" else "METEOR"
+    numbers = {"tokens": 144 * share, "flops": 1e6, "accuracy": accuracy, "speed_up": speed_up}
+    interval = {"low": accuracy - 5, "high": accuracy + 5}
+    differences = dict.fromkeys(("difference", "difference_low", "difference_high"), -1.0)
+    head = {"share": share, "method": method, "against": against, "seed": seed, "family": family}
+    return head | {"questions": 24} | numbers | interval | differences
+
+
+@pytest.fixture
+def methods():
+    """METEOR at two averages, FastV faster at both, random with two seeds."""
+    lines = [line(4.0, "unpruned", 90.0, 1.0)]
+    for share, speed_up, accuracy in ((0.6, 2.0, 80.0), (0.2, 4.0, 60.0)):
+        lines.append(line(share, "METEOR", accuracy, speed_up))
+        lines.append(line(share, "METEOR", accuracy - 20, speed_up, "hard"))
+        lines.append(line(share, "FastV", 1.5 * accuracy - 30, speed_up + 1))
+        lines += [line(share, "random", value, 5.0, seed=value) for value in (30, 40)]
+    return pd.DataFrame(lines)
+
+
+def test_accuracies_at_equal_time_are_read_off_straight_lines(methods):
+    table = page.at_equal_time(methods)
+    assert table.index.tolist() == [2.0, 4.0]
+    assert table["METEOR"].tolist() == [80.0, 60.0]
+    assert np.isnan(table["FastV"].iloc[0])  # it was never as slow as 2
+    assert table["FastV"].iloc[1] == 75.0  # half way between 90 and 60
+
+
+def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
+    methods.to_csv(tmp_path / "methods.csv", index=False)
+    settings = [json.dumps({"enter": 1.5, "k": k}) for k in (3, 5, 9)]
+    searched = {"method": "METEOR", "setting": settings, "accuracy": [50.0, 60.0, None]}
+    searched = pd.DataFrame(searched).assign(questions=48, share=0.2)
+    searched.to_csv(tmp_path / "search.csv", index=False)
+    page.write(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "searched on 48 validation questions" in text
+    titles = [f"## {share} of one encoder's patches: " for share in ("60%", "20%")]
+    assert text.index(f"{titles[0]}86 tokens") < text.index(f"{titles[1]}29 tokens")
+    at_20 = text.split("## 20%")[1].split("## At METEOR")[0]
+    (meteor,) = [row for row in at_20.splitlines() if " METEOR " in row]
+    assert "60.0 [55.0, 65.0]" in meteor and "40.0 [35.0, 45.0]" in meteor and "4.00" in meteor
+    (random,) = [row for row in at_20.splitlines() if "random (2 seeds)" in row]
+    assert "35.0 [30.0, 40.0]" in random
+    (setting,) = [row for row in text.split("## Settings")[1].splitlines() if "METEOR" in row]
+    assert "enter 1.5, k 5" in setting and "50.0 to 60.0" in setting and " 3 " in setting
+    for name, (title, _) in page.METHODS_FIGURES.items():
+        assert (tmp_path / f"methods_{name}.png").exists() and f"![{title}]" in text
