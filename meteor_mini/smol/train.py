@@ -50,7 +50,7 @@ RATES = {"lora": 8e-4, "projectors": 5e-4}
 SAVE_EVERY = 25
 FITTED = 512  # pictures on which the projectors' beginning is fitted
 RIDGE = 1e-5  # of that fit, to the mean square of a hidden unit
-AVERAGE = 72  # visual tokens per LLM layer of the model's own budget: half of one encoder's
+AVERAGE = 36  # visual tokens per LLM layer of the model's own budget: the paper's share of all
 
 
 # ------------------------------------------------------------------------ how the projectors begin
