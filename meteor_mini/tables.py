@@ -514,11 +514,16 @@ def compare(
 
 
 def encoding_flops(model: Meteor, row: Row) -> int:
-    """FLOPs of making a row's visual tokens of one picture."""
-    (examples,) = example_batches("val", 1)
+    """FLOPs of making a row's visual tokens of one picture.
+
+    Of the second picture: at the first, stage 1 also counts the patches of encoders that are new to
+    it.
+    """
+    (examples,) = example_batches("val", 2)
     images, _ = images_and_questions(examples)
-    flops = counted_flops(lambda: row.encode(model, images))
-    stage1_features.cache_clear()  # else it would not run again
+    for image in images.split(1):
+        flops = counted_flops(partial(row.encode, model, image))
+        stage1_features.cache_clear()  # else it would not run again
     return flops
 
 

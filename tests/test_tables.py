@@ -167,6 +167,7 @@ def test_rows_share_stage_1_and_nothing_else(untrained, batch):
 
 def test_flops_count_a_row_whole_and_prumerges_encoders_once(untrained):
     names = list(untrained.encoders)
+    stage1_encode.COUNTS.clear()  # as if it had seen none of the encoders
     full = tables.encoding_flops(untrained, tables.Row("", tables.stages()))
     assert tables.encoding_flops(untrained, tables.Row("", tables.stages())) == full  # not shared
     half = tables.encoding_flops(untrained, tables.Row("", tables.stages(168)))
