@@ -65,8 +65,8 @@ def add_model(command: Parser) -> None:
         "--model",
         default="toy",
         metavar="NAME_OR_DIR",
-        help="toy (the embedded model), small, eagle-x4, a directory from save_pretrained, or a "
-        "hub id",
+        help="toy (the embedded model), smol (the same encoders before SmolLM2), small, eagle-x4, "
+        "a directory from save_pretrained, or a hub id",
     )
 
 

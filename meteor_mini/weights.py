@@ -1,6 +1,7 @@
 """Names -> models: the embedded one, directories, hub ids, and other people's pretrained parts.
 
     Meteor.from_pretrained("toy")                                  the embedded model
+    Meteor.from_pretrained("smol")                                   its encoders before SmolLM2
     Meteor.from_pretrained("DIR or OWNER/NAME")                      what save_pretrained wrote
     Meteor.from_pretrained("small")                                  a preset of pretrained parts
     Meteor.from_pretrained(encoders=["ViT-B-16/openai", "facebook/dinov2-small"],
@@ -85,7 +86,9 @@ def build_model(cls: type[T], name: str | Path = "toy", **hub) -> T:
         not fit, and where the hub cannot be reached.
     """
     if name == "smol":
-        from .smol.build import load_smol  # needs peft
+        if importlib.util.find_spec("peft") is None:
+            raise ValueError('smol needs the package peft: pip install -e ".[train]"')
+        from .smol.build import load_smol
 
         return load_smol()
     if name in PRESETS or "encoders" in hub:

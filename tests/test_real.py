@@ -11,6 +11,8 @@ import torch
 from dense_oracle import dense
 from transformers import AutoModelForCausalLM, AutoTokenizer, Dinov2Model
 
+from meteor_mini import load
+from meteor_mini.evaluate import accuracy
 from meteor_mini.model import left_padded, question_ids, text_around_picture
 from meteor_mini.real_parts import REAL_PARTS, SALIENCY, find_file
 from stage1_encode import EncoderPruner, encode
@@ -202,3 +204,14 @@ def test_pruning_equals_the_library_uncut(smollm2, prompt):
         assert len(kept) < left
         left = len(kept)
     torch.testing.assert_close(logits[oracle.alive], oracle.logits[oracle.alive], rtol=0, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------- smol
+
+
+def test_smol_answers_with_its_own_budget():
+    folder("smollm2")
+    model = load("smol")
+    result = accuracy(model, model.budget, "val", 48)
+    assert result["accuracy"] > 25  # untrained it is 0
+    assert result["average_tokens"] == pytest.approx(model.budget.stage3, rel=0.15)

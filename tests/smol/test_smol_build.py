@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from meteor_mini import Budget
+from meteor_mini import Budget, load
 from meteor_mini.smol import build
 from meteor_mini.toy.questions import example_batches, images_and_questions
 
@@ -56,3 +56,9 @@ def test_an_adapter_whose_weights_have_other_names_is_refused(tmp_path):
 def test_a_folder_without_a_trained_smol_is_refused(tmp_path):
     with pytest.raises(ValueError, match="holds no trained smol: docs/smol.md"):
         build.load_smol(tmp_path)
+
+
+def test_without_peft_it_is_said_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"smol needs the package peft: pip install"):
+        load("smol")
