@@ -178,7 +178,7 @@ IN_LLM = ["FastV", "PyramidDrop", "random in the LLM"]
 OF_EAGLE = ["EAGLE-style, FastV", "EAGLE-style, PyramidDrop"]
 OTHERS = ["PruMerge++-style", "DivPrune", "random", "regular grid", "average pooling"]
 SMALLER = ["smaller picture", "best encoder", "best pair"]
-PARTS = ["stages 1+2", "stages 1+3", "stages 2+3", "stage 1", "stage 2"]
+PARTS = ["stages 1+2", "stages 1+3", "stages 2+3", "stage 1", "stage 2", "stage 3"]
 METHODS_FIGURES = {  # file -> title, methods beside METEOR
     "parts": ("METEOR and its stages", PARTS),
     "inside": ("Rivals that prune inside the LLM", [*IN_LLM, *OF_EAGLE]),

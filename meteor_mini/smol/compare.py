@@ -96,6 +96,14 @@ def stage_2(model: Meteor, average: int, fusion: str = "collaborative") -> Row:
     return Row("", stages(None, average, fusion=fusion), random=fusion == "random")
 
 
+def stage_3(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
+    """All tokens enter the LLM, whatever `enter` is."""
+    before = model.num_tokens * layers[0] / model.decoder.config.num_hidden_layers
+    if before >= average:
+        raise ValueError(f"{before:.0f} of the average come from the layers before the first drop")
+    return adaptive(model, average, stages(), layers, k)
+
+
 # ----------------------------------------------------------------------------------------- rivals
 
 
@@ -160,6 +168,7 @@ METHODS = {  # name -> its function, and the values of each of its knobs
     "stages 2+3": (stages_2_and_3, STAGE_3),
     "stage 1": (stage_1, {}),
     "stage 2": (stage_2, {}),
+    "stage 3": (stage_3, STAGE_3),
     "FastV": (fastv, {"enter": ENTER, "layer": [2, 4, 6, 8]}),
     "PyramidDrop": (pyramid_drop, PYRAMID),
     "random in the LLM": (random_in_layers, PYRAMID),
