@@ -147,6 +147,8 @@ Beside the numbers:
 
 - **The model is not fully trained**: see the unpruned row. What a method loses here it may not lose
   on a better model, and the other way round.
+- *Unpruned* is no upper bound: training used random budgets, and all 576 tokens in one step of
+  sixteen.
 - The encoders were trained to name what a patch shows, and the projectors began from that.
 - EAGLE-style fusion, one token for a cell of all four encoders, was trained as long as the
   projectors, with the same LoRA.
