@@ -120,7 +120,7 @@ def add_eval(commands) -> None:
     command.add_argument(
         "--table",
         metavar="NAME",
-        help="a table of the paper (main, 1, 2, 3, 6, 7, 8) or a finding (see meteor_mini/"
+        help="a table of the paper (1, 2, 3, 6, 7, 8) or a finding (see meteor_mini/"
         "findings.py), or all of them",
     )
     command.add_argument(

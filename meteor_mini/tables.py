@@ -30,7 +30,7 @@ import stage1_encode
 from stage3_decode import AdaptivePruner, default_layers, solve_lambda
 
 from . import baselines, findings, page
-from .budgets import Budget, budget_for, stage3_lambda
+from .budgets import Budget
 from .evaluate import difference, grade, masks_by_kind, mean
 from .flops import counted_flops
 from .model import Answer, Encoded, Meteor
@@ -142,14 +142,6 @@ def grid_cells(model: Meteor) -> int:
 # --------------------------------------------------------------------------- what prunes in the LLM
 
 
-def meteor_row(model: Meteor, budget: Budget, method: str, against: str | None = None) -> Row:
-    """METEOR under a budget, lambda by the model's own table."""
-    K = budget.stage2 or budget.stage1 or model.num_tokens
-    lam = stage3_lambda(model.config, budget, K)
-    pruner = None if math.isinf(lam) else adaptive_pruner(budget, lam)
-    return Row(method, stages(budget.stage1, budget.stage2), pruner, against)
-
-
 def adaptive_pruner(budget: Budget, lam: float) -> baselines.Pruner:
     """Stage 3 with lambda as given, heads and layers of a budget."""
     return partial(AdaptivePruner, layers=budget.layers, lam=lam, k=budget.k)
@@ -180,20 +172,18 @@ def pruner_for_average(
     return adaptive_pruner(budget, solve_on_validation(model, encode, average, budget, samples))
 
 
-def fastv_row(model: Meteor, encode: Encode, K: int, average: float, against=None, name="") -> Row:
+def fastv_row(model: Meteor, encode: Encode, K: int, average: float) -> Row:
     """FastV at layer 1, of K tokens."""
     count = baselines.fastv_count(K, average, 1, model.decoder.config.num_hidden_layers)
-    return Row(f"{name}FastV {K}-{count}", encode, baselines.fastv(count, layer=1), against)
+    return Row(f"FastV {K}-{count}", encode, baselines.fastv(count, layer=1))
 
 
-def pyramid_row(
-    model: Meteor, encode: Encode, K: int, average: float, against=None, name=""
-) -> Row:
+def pyramid_row(model: Meteor, encode: Encode, K: int, average: float) -> Row:
     """PyramidDrop of K tokens."""
     counts = baselines.pyramid_counts(K, average, model.decoder.config.num_hidden_layers)
     pruner = baselines.pyramid_drop(counts)
     steps = "-".join(map(str, [K, *counts.values()]))
-    return Row(f"{name}PyramidDrop {steps}", encode, pruner, against)
+    return Row(f"PyramidDrop {steps}", encode, pruner)
 
 
 def random_in_llm(tokens: dict[int, int]) -> baselines.Pruner:
@@ -207,13 +197,6 @@ def random_in_llm(tokens: dict[int, int]) -> baselines.Pruner:
 
 
 # -------------------------------------------------------------------- counts that make an average
-
-
-def pyramid_start(K: int, average: float) -> int:
-    """Of K tokens, those that enter the LLM so that PyramidDrop can keep half at each step, as in
-    its paper, and have the wanted average.
-    """
-    return min(K, round(average * 4 / (1 + 1 / 2 + 1 / 4 + 1 / 8)))
 
 
 def own_layers(model: Meteor) -> list[int]:
@@ -254,31 +237,6 @@ def tokens_before_stage3(model: Meteor) -> float:
 
 
 # --------------------------------------------------------------------------------------- the tables
-
-
-def main_table(model: Meteor) -> list[Row]:
-    """METEOR at three averages, EAGLE-style fusion, and the rivals at METEOR's average."""
-    own, everything, cells = model.budget, model.num_tokens, grid_cells(model)
-    average, K = own.stage3, own.stage2
-    mine = f"METEOR, {average}"
-    rows = [Row("unpruned", stages())]
-    rows += eagle_rows(model, "unpruned")
-    rows.append(meteor_row(model, own, mine, "unpruned"))
-    for share in (1.3, 0.7):
-        budget = budget_for(model, round(share * average))
-        rows.append(meteor_row(model, budget, f"METEOR, {budget.stage3}", "unpruned"))
-
-    both = "stages 1+2, "
-    fewer = pyramid_start(K, average)
-    anything = random_in_llm(fixed_counts(model, average))
-    return rows + [
-        Row(f"{both}random", stages(own.stage1, K), anything, mine, random=True),
-        fastv_row(model, stages(own.stage1, K), K, average, mine, both),
-        pyramid_row(model, stages(own.stage1, fewer), fewer, average, mine, both),
-        prumerge_row(model.encoders, average, mine),
-        fastv_row(model, stages(), everything, cells, mine),
-        pyramid_row(model, stages(), everything, 1.25 * cells, mine),
-    ]
 
 
 def table1(model: Meteor) -> list[Row]:
@@ -385,7 +343,8 @@ def table7(model: Meteor) -> list[Row]:
     N, encode = model.views[name].num_tokens, stages(encoders=(name,))
     average = round(0.45 * N)
     fastv = fastv_row(model, encode, N, average)
-    pyramid = replace(pyramid_row(model, encode, N, average, fastv.method), paper="above")
+    pyramid = pyramid_row(model, encode, N, average)
+    pyramid = replace(pyramid, against=fastv.method, paper="above")
     stage3 = pruner_for_average(model, encode, average, model.budget)
     return [
         Row(f"{name} alone", encode),
@@ -414,7 +373,6 @@ def table8(model: Meteor) -> list[Row]:
 
 
 TABLES = {
-    "main": main_table,
     "1": table1,
     "2": table2,
     "3": table3,

@@ -2,8 +2,6 @@
 by hand; the CSV files and the page.
 """
 
-from dataclasses import replace
-
 import numpy as np
 import pandas as pd
 import pytest
@@ -42,12 +40,6 @@ def numbers_in(method):
 
 
 # ------------------------------------------------------------------------ counts that make averages
-
-
-def test_pyramid_drop_that_halves_starts_with_as_many_as_make_the_average():
-    K = tables.pyramid_start(576, 60)
-    assert [*baselines.pyramid_counts(K, 60, 8).values()] == [K // 2, K // 4, K // 8]
-    assert tables.pyramid_start(100, 60) == 100  # no more than there are
 
 
 @pytest.mark.parametrize("average", [34, 40, 55])
@@ -119,29 +111,13 @@ def test_pruned_rows_keep_the_average_that_their_table_promises(untrained, rows,
     def tokens(row):
         return row.answer(untrained, *batch)[0].tokens["stage3"]
 
-    main, own = rows["main"], untrained.budget
-    for row in main:
-        if row.method.startswith("stages 1+2"):
-            assert tokens(row) == pytest.approx(own.stage3, abs=0.6), row.method
-        elif row.method.startswith("FastV"):
-            assert tokens(row) == pytest.approx(144, abs=0.5)
-        elif row.method.startswith("PyramidDrop"):
-            assert tokens(row) == pytest.approx(180, abs=0.5)
+    own = untrained.budget
     tight = (own.stage2 / 8 + own.stage3) / 2
     for row in rows["3"]:
         if row.method.startswith("fixed"):
             assert tokens(row) == pytest.approx(tight, abs=0.5), row.method
     for row in rows["7"][1:3]:
         assert tokens(row) == pytest.approx(0.45 * 144, abs=0.6), row.method
-
-
-def test_a_meteor_row_is_the_model_under_that_budget(untrained, batch):
-    for budget in (untrained.budget, replace(untrained.budget, stage3=None)):
-        row = tables.meteor_row(untrained, budget, "METEOR")
-        got = row.answer(untrained, *batch)
-        want = untrained.answer(*batch, budget)
-        assert [answer.layers for answer in got] == [answer.layers for answer in want]
-        assert [answer.text for answer in got] == [answer.text for answer in want]
 
 
 @torch.no_grad()

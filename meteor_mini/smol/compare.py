@@ -278,12 +278,13 @@ def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
 
 
 def summarise(answers: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
-    """A row for each share, method, seed and family, METEOR and EAGLE against the unpruned model
-    and all others against METEOR, paired.
+    """A row for each share, method, seed and family, METEOR against the unpruned model and all
+    others against METEOR, paired. EAGLE's fusion has a row at every share, always the same.
 
     Args: answers: share, method, seed, and the columns of `ask`; times: share, and the columns of
         `time_rows`.
     """
+    answers, times = repeat_eagle(answers), repeat_eagle(times)
     cases = {
         case: own.reset_index(drop=True)
         for case, own in answers.groupby(["share", "method", "seed"], sort=False)
@@ -300,6 +301,14 @@ def summarise(answers: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
             head = {"share": share, "method": method, "against": against, "seed": seed}
             records.append(head | line)
     return pd.DataFrame(records).merge(times, on=["share", "method"], how="left")
+
+
+def repeat_eagle(frame: pd.DataFrame) -> pd.DataFrame:
+    """At every share, EAGLE's rows, which were measured once, beside the unpruned model's."""
+    most = frame["share"].max()
+    eagle = frame[(frame["share"] == most) & (frame["method"] != "unpruned")]
+    shares = [share for share in frame["share"].unique() if share != most]
+    return pd.concat([*(eagle.assign(share=share) for share in shares), frame], ignore_index=True)
 
 
 def load_csv(file: Path, *columns: str) -> pd.DataFrame:

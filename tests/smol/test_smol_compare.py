@@ -88,25 +88,29 @@ def graded(share: float, method: str, right: list[bool], seed: int = 0) -> pd.Da
 def methods():
     answers = [
         graded(4.0, "unpruned", [True, True, True, True]),
+        graded(4.0, "EAGLE", [True, True, True, True]),
         graded(0.25, "METEOR", [True, True, True, False]),
         graded(0.25, "smaller picture", [True, False, False, False]),
     ]
-    times = pd.DataFrame({"share": [0.25], "method": ["METEOR"], "ms": [7.0], "speed_up": [2.0]})
+    times = pd.DataFrame({"share": [4.0, 0.25], "method": ["EAGLE", "METEOR"]})
+    times = times.assign(ms=[3.0, 7.0], speed_up=[5.0, 2.0])
     return compare.summarise(pd.concat(answers, ignore_index=True), times)
 
 
 def test_meteor_is_compared_with_the_unpruned_model_and_others_with_meteor(methods):
-    overall = methods[methods["family"] == "all"].set_index("method")
-    assert overall.loc["METEOR", "difference"] == -25  # of unpruned
-    assert overall.loc["smaller picture", "difference"] == -50  # of METEOR
-    assert overall["against"].tolist() == ["unpruned", "unpruned", "METEOR"]
-    assert pd.isna(overall.loc["unpruned", "difference"])
-    assert overall.loc["METEOR", "speed_up"] == 2 and pd.isna(overall.loc["unpruned", "speed_up"])
+    overall = methods[methods["family"] == "all"].set_index(["method", "share"])
+    assert overall.loc[("METEOR", 0.25), "difference"] == -25  # of unpruned
+    assert overall.loc[("smaller picture", 0.25), "difference"] == -50  # of METEOR
+    assert overall.loc[("EAGLE", 4.0), "difference"] == 0  # of unpruned
+    assert overall.loc[("EAGLE", 0.25), "difference"] == 25  # of METEOR
+    assert pd.isna(overall.loc[("unpruned", 4.0), "difference"])
+    speed_up = overall["speed_up"]
+    assert speed_up["METEOR", 0.25] == 2 and speed_up["EAGLE", 0.25] == speed_up["EAGLE", 4.0] == 5
 
 
 def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
     hard = methods[methods["family"] == "hard"].set_index("method")
-    assert (hard["questions"] == 3).all()
+    assert (hard["questions"] == 3).all() and set(hard.index) >= {"EAGLE", "METEOR"}
     assert hard.loc["METEOR", "accuracy"] == pytest.approx(200 / 3)
     assert hard.loc["smaller picture", "accuracy"] == 0
 
