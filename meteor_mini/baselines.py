@@ -31,6 +31,7 @@ from stage2_fuse import Fused, Projector, fuse, gather, lowest, mutual_redundanc
 from stage3_decode import TokenPruner, select, text_relevance
 
 from .model import Encoded, Meteor
+from .pictures import pixels_for
 
 Pruner = Callable[..., TokenPruner]  # (decoder, visual_mask) -> TokenPruner
 
@@ -518,7 +519,9 @@ def shrink(model: Meteor, images: Tensor, budget: int) -> Encoded:
         small = F.interpolate(images, size, mode="bicubic", antialias=True).clamp(0, 1)
         canvas = images.mean(dim=(2, 3), keepdim=True).expand_as(images).clone()
         canvas[:, :, : size[0], : size[1]] = small
-        x, _ = encode(model.encoders[name], model.pixels(canvas)[number])
+        encoder = model.encoders[name]
+        (pixels,) = pixels_for({name: encoder}, model.views, canvas, model.device)
+        x, _ = encode(encoder, pixels)
         corner = model.projectors[name](x).unflatten(1, (h, w))[:, :r, :c]  # (B, r, c, D)
         tokens.append(corner.flatten(1, 2))
     return of_no_patch(model, torch.cat(tokens, dim=1))

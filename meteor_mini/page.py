@@ -130,17 +130,21 @@ METHODS_HEAD = """\
 `smol` is a pretrained SmolLM2-135M behind four small encoders, trained on the loss of its answers
 alone ([how](../../docs/smol.md)); nothing in its training looks at attention, patches or layers.
 All methods leave the same mean number of visual tokens per LLM layer, a share of the 144 patches of
-one encoder. Each method's own settings were searched on {searched} validation questions, over at
-most twelve, at {search_at} (last section; METEOR with a stage left out has METEOR's); then the test
-split was asked once. `python -m meteor_mini.smol.compare --out DIR` measures it, and writes this
-page from its CSV files.
+one encoder; METEOR's lambda is solved for it on validation questions, so its counts are off by a
+few percent. Each method's own settings were searched on {searched} validation questions, over at
+most twelve, at {search_at} (last section; stages 1+3, 2+3 and 3 have METEOR's); then the test split
+was asked once. FastV, PyramidDrop and random in the LLM stand behind METEOR's stages 1 and 2, in
+place of stage 3; those of EAGLE-style behind its fusion. `python -m meteor_mini.smol.compare --out
+DIR` measures it, and writes this page from its CSV files.
 
 Beside the numbers:
 
 - **The model is not fully trained**: see the unpruned row. What a method loses here it may not lose
   on a better model, and the other way round.
-- *Unpruned* is no upper bound: training used random budgets, and all 576 tokens in one step of
-  sixteen.
+- Training left 40 to 240 tokens, at random, and all 576 in one step of sixteen. So *unpruned* is no
+  upper bound; and at an average below 40, methods that prune before the LLM feed it fewer tokens
+  than it ever saw, which METEOR does not.
+- A smaller picture is padded for the encoders, so it saves them no time here.
 - The encoders were trained to name what a patch shows, and the projectors began from that.
 - EAGLE-style fusion, one token for a cell of all four encoders, was trained as long as the
   projectors, with the same LoRA. It always leaves 144 tokens. In the paper, METEOR at 242 tokens
@@ -152,15 +156,15 @@ points, is to the row numbered in column *to*, on the same questions, with its p
 METEOR to the unpruned model, of all others to METEOR. *hard*: the questions that the
 smaller picture of the same share gets wrong. Random methods: mean over {seeds} seeds [lowest,
 highest]. *FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a
-pruner. *speed-up*: the unpruned model's time to the first token over the method's, in turns, one
-question at a time, on the CPU.
+pruner. *speed-up*: the unpruned model's time to the first token over the method's, in turns, for a
+question of each family, one at a time, on the CPU.
 """
 
 AT_EQUAL_TIME = """\
 ## At METEOR's time
 
 Each method's accuracy, on straight lines between its shares, where it is as fast as METEOR is at
-each of its own; nothing where it was not measured as slow, or as fast.
+each of its own; nothing where it was not measured as slow, or as fast (EAGLE-style has one point).
 
 """
 SETTINGS = """\
