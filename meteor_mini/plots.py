@@ -219,7 +219,9 @@ def line_figure(
     for ax, lines in zip(drawn, panels.values()):
         for name, (x, y, *band) in lines.items():
             color, marker = looks[name]
-            ax.plot(x, y, color=color, marker=marker, markersize=4, label=name)
+            again = names.index(name) >= len(PALETTE)  # all colors are used: hollow and dashed
+            style = {"linestyle": "--", "markerfacecolor": "white"} if again else {}
+            ax.plot(x, y, color=color, marker=marker, markersize=4, label=name, **style)
             if band:
                 ax.fill_between(x, *band, color=color, alpha=0.2, linewidth=0)
     drawn[0].set_ylim(bottom=min(0, drawn[0].get_ylim()[0]))  # of all panels: they share it

@@ -75,6 +75,13 @@ def test_a_table_has_a_dot_with_its_interval_for_each_seed():
     assert labels == ["METEOR (48 tokens)", "random (48 tokens)"]
 
 
+def test_more_lines_than_colors_look_different():
+    lines = {f"method {number}": ([0, 1], [number, number]) for number in range(9)}
+    (ax,) = plots.line_figure({"": lines}, "x", "y").axes
+    looks = {(line.get_color(), line.get_marker(), line.get_linestyle()) for line in ax.lines}
+    assert len(looks) == 9
+
+
 def test_a_finding_is_lines_by_layer_or_bars():
     frame = pandas.DataFrame(
         [
