@@ -259,7 +259,8 @@ def section(name: str, frame: pd.DataFrame, figure: str | None = None) -> str:
     picture = [] if figure is None else [f"![{title}]({figure})", ""]
     tables = [method_table(frame)] if "table" in frame else finding_tables(frame)
     blocks = [fenced(table) for table in tables]
-    asked = f"{int(frame['questions'].max())} questions."
+    unit = "pictures" if "kind" in frame and frame["kind"].isna().all() else "questions"
+    asked = f"{int(frame['questions'].max())} {unit}."
     return "\n".join([f"## {title}", "", *picture, f"{text} {asked}", "", *blocks])
 
 

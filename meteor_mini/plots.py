@@ -69,8 +69,10 @@ def add_panels(figure: Figure, names: Iterable[str], xlabel: str, ylabel: str) -
 def add_legend(figure: Figure, ax: Axes) -> None:
     """One legend under all panels, of what is drawn in one of them."""
     handles, labels = ax.get_legend_handles_labels()
-    options = {"fontsize": SIZE, "frameon": False, "ncols": min(len(labels), 5)}
     if labels:
+        letters = 6 + max(map(len, labels))  # of an entry, its line among them
+        columns = max(1, min(len(labels), int(12 * figure.get_figwidth() / letters)))
+        options = {"fontsize": SIZE, "frameon": False, "ncols": columns}
         figure.legend(handles, labels, loc="outside lower center", **options)
 
 

@@ -51,7 +51,7 @@ SHARES = (0.40, 0.25, 0.60, 0.15)  # visual tokens per LLM layer, of one encoder
 SEARCH_AT = 0.40
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
 LAMBDA_QUESTIONS = 32
-SECONDS = 150  # that the rounds of a timing may take
+SECONDS = 200  # that the rounds of a timing may take
 LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, and PyramidDrop's
 
 # Every method is a function (model, average, **setting) -> Row.
