@@ -131,9 +131,9 @@ METHODS_HEAD = """\
 alone ([how](../../docs/smol.md)); nothing in its training looks at attention, patches or layers.
 All methods leave the same mean number of visual tokens per LLM layer, a share of the 144 patches of
 one encoder; METEOR's lambda is solved for it on validation questions, so its counts are off by a
-few percent. Each method's own settings were searched on {searched} validation questions, over at
-most twelve, at {search_at} (last section; stages 1+3, 2+3 and 3 have METEOR's); then the test split
-was asked once. FastV, PyramidDrop and random in the LLM stand behind METEOR's stages 1 and 2, in
+few percent (column *tokens*). Each method's own settings were searched on {searched} validation
+questions, over at most twelve, at {search_at} (last section; stages 1+3, 2+3 and 3 have METEOR's);
+then the test split was asked once. FastV, PyramidDrop and random in the LLM stand behind METEOR's stages 1 and 2, in
 place of stage 3; those of EAGLE-style behind its fusion. `python -m meteor_mini.smol.compare --out
 DIR` measures it, and writes this page from its CSV files.
 
@@ -145,7 +145,9 @@ Beside the numbers:
   upper bound; and at an average below 40, methods that prune before the LLM feed it fewer tokens
   than it ever saw, which METEOR does not.
 - A smaller picture is padded for the encoders, so it saves them no time here.
-- The encoders were trained to name what a patch shows, and the projectors began from that.
+- So few questions choose roughly, and the best of twelve accuracies on them is too high.
+- The encoders were trained to name what a patch shows, so that their late attention finds it, and
+  the projectors began from that. What the rows say of stage 1 need not hold for other encoders.
 - EAGLE-style fusion, one token for a cell of all four encoders, was trained as long as the
   projectors, with the same LoRA. It always leaves 144 tokens. In the paper, METEOR at 242 tokens
   per layer is 0.3 points below EAGLE at 1024, with 51 % of its FLOPs (main table, Vicuna-7B, 11
@@ -157,7 +159,8 @@ METEOR to the unpruned model, of all others to METEOR. *hard*: the questions tha
 smaller picture of the same share gets wrong. Random methods: mean over {seeds} seeds [lowest,
 highest]. *FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a
 pruner. *speed-up*: the unpruned model's time to the first token over the method's, in turns, for a
-question of each family, one at a time, on the CPU.
+question of each family, one at a time, on the CPU; *random* and *regular grid* do the same work, so
+their difference is noise.
 """
 
 AT_EQUAL_TIME = """\
