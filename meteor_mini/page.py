@@ -133,9 +133,9 @@ All methods leave the same mean number of visual tokens per LLM layer, a share o
 one encoder; METEOR's lambda is solved for it on validation questions, so its counts are off by a
 few percent (column *tokens*). Each method's own settings were searched on {searched} validation
 questions, over at most twelve, at {search_at} (last section; stages 1+3, 2+3 and 3 have METEOR's);
-then the test split was asked once. FastV, PyramidDrop and random in the LLM stand behind METEOR's stages 1 and 2, in
-place of stage 3; those of EAGLE-style behind its fusion. `python -m meteor_mini.smol.compare --out
-DIR` measures it, and writes this page from its CSV files.
+then the test split was asked once. FastV, PyramidDrop and random in the LLM stand behind METEOR's
+stages 1 and 2, in place of stage 3; those of EAGLE-style behind its fusion. `python -m
+meteor_mini.smol.compare --out DIR` measures it, and writes this page from its CSV files.
 
 Beside the numbers:
 
