@@ -122,6 +122,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
     monkeypatch.setattr(compare, "SHARES", (0.25,))
     monkeypatch.setattr(compare, "SEEDS", [0, 1])
     monkeypatch.setattr(compare, "SECONDS", 0)
+    monkeypatch.setattr(compare, "QUESTION_FAMILIES", ["one"])  # as many questions are timed
     monkeypatch.setattr(compare, "settings_of", lambda name, all=compare.settings_of: all(name)[:1])
     monkeypatch.setattr(Meteor, "from_pretrained", lambda name: model)
     command = ["compare", "--out", str(tmp_path), "--search", "2", "--samples", "3"]

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from meteor_mini import load
+from meteor_mini import budgets, load
+from meteor_mini.evaluate import accuracy
 from meteor_mini.finetune import pack_dialogue
 from meteor_mini.smol import build, train
 from meteor_mini.toy import questions, world
@@ -112,6 +113,7 @@ def test_a_few_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_p
 
     monkeypatch.setattr(train, "build_smol", build_and_remember)
     monkeypatch.setattr(train, "PICTURES", 2)
+    monkeypatch.setattr(train, "set_budget", lambda model: None)  # it has its own test
     train.train(work, tmp_path / "out", steps=4)
 
     ((model, eagle),), (before, eagle_before) = built, build.build_smol()
@@ -130,6 +132,20 @@ def test_a_few_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_p
         rows = list(csv.reader(file))
     assert [int(row[0]) for row in rows] == list(range(4))
     assert [row[1] for row in rows] == ["meteor", "eagle"] * 2
+
+
+def test_a_trained_model_gets_a_budget_and_the_lambda_that_keeps_it(monkeypatch):
+    monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0, 128.0, 256.0, 512.0])
+    monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
+    model = load("toy")
+    model.config["budget"] = model.config["lambda_table"] = None
+    train.set_budget(model)
+    budget = model.budget
+    assert budget.stage3 == train.AVERAGE
+    shares = np.array([budget.stage1, budget.stage2, budget.stage3]) / train.AVERAGE
+    assert shares == pytest.approx(np.array(budgets.PAPER_TOKENS) / 242, rel=0.01)
+    result = accuracy(model, budget, "val", 16, first=50_000)  # those of lambda
+    assert result["average_tokens"] == pytest.approx(train.AVERAGE, rel=0.1)
 
 
 def test_no_loss_but_the_answers_is_in_the_training():
