@@ -194,7 +194,7 @@ def solve_lambda(
     r"""The \lambda that reaches a target token count, on average over layers and prompts.
 
     By bisection of x in \lambda = x / (1 - x) target_average, which reaches from 0 to infinity as x
-    goes from 0 to 1; a VAV of some heads is of the order of 1, so \lambda is of that of the target.
+    goes from 0 to 1. The VAVs of the top heads sum to about 1, so \lambda is of the target's order.
 
     Args:
         target_average: wanted mean of `average_tokens`.

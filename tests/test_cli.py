@@ -97,6 +97,7 @@ def assert_refused(argv, capsys, *words):
         (["demo", "--model", "nosuch"], ["'nosuch'", "toy"]),
         (["demo", "--model", "nobody/nothing"], ["nobody/nothing could not be fetched"]),
         (["eval", "--table", "all", "--split", "val"], ["--split", "--table"]),
+        (["eval", "--out", "somewhere"], ["--out must come with --table"]),
         (["calibrate", "none"], ["none must be a directory with pictures"]),
     ],
 )

@@ -64,17 +64,20 @@ def test_similarity_is_the_cosine_to_own_tokens_and_to_those_of_others(untrained
     fused = untrained.encode(images, Budget.keep_all()).fused
     clip = [tokens[encoder == 0] for tokens, encoder in zip(fused.tokens, fused.encoder_id)]
     others = [tokens[encoder != 0] for tokens, encoder in zip(fused.tokens, fused.encoder_id)]
-    within, nearest, across = [], [], []
+    within, nearest, across, nearest_across = [], [], [], []
     for own, theirs in zip(clip, others):
         for i, token in enumerate(own):
             to_own = F.cosine_similarity(token, torch.cat([own[:i], own[i + 1 :]]), dim=-1)
             within.append(to_own.mean())
             nearest.append(to_own.max())
-            across.append(F.cosine_similarity(token, theirs, dim=-1).mean())
+            to_others = F.cosine_similarity(token, theirs, dim=-1)
+            across.append(to_others.mean())
+            nearest_across.append(to_others.max())
     for criterion, values in {
         "mean cosine within the encoder": within,
         "highest cosine within the encoder": nearest,
         "mean cosine to the others": across,
+        "highest cosine to the others": nearest_across,
     }.items():
         expected = torch.stack(values).mean().item()
         assert frame.loc[(criterion, "clip"), "value"] == pytest.approx(expected, abs=1e-5)

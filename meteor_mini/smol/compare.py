@@ -123,7 +123,7 @@ def fastv(model: Meteor, average: int, enter: float, layer: int) -> Row:
     return Row("", both_stages(model, K), baselines.fastv(keep, layer))
 
 
-def halving(model: Meteor, average: int, enter: float, layers: tuple) -> tuple[int, dict]:
+def count_pyramid(model: Meteor, average: int, enter: float, layers: tuple) -> tuple[int, dict]:
     """PyramidDrop's tokens that enter the LLM, and {layer: tokens left}."""
     L = model.decoder.config.num_hidden_layers
     counts = baselines.pyramid_counts(round(enter * average), average, L, layers)
@@ -131,12 +131,12 @@ def halving(model: Meteor, average: int, enter: float, layers: tuple) -> tuple[i
 
 
 def pyramid_drop(model: Meteor, average: int, enter: float, layers: tuple) -> Row:
-    K, counts = halving(model, average, enter, layers)
+    K, counts = count_pyramid(model, average, enter, layers)
     return Row("", both_stages(model, K), baselines.pyramid_drop(counts))
 
 
 def random_in_layers(model: Meteor, average: int, enter: float, layers: tuple) -> Row:
-    K, counts = halving(model, average, enter, layers)
+    K, counts = count_pyramid(model, average, enter, layers)
     return Row("", both_stages(model, K), random_in_llm(counts), random=True)
 
 
