@@ -292,6 +292,8 @@ def run_eval(args: Namespace) -> None:
         raise ValueError("--split must be test beside --table, whose rows are of the test split")
     if args.out is not None and args.table is None:
         raise ValueError("--out must come with --table: without it nothing is written")
+    if args.out is not None and args.model != "smol":
+        raise ValueError("--out must come with --model smol, of which its page tells")
     if args.samples < 1:
         raise ValueError(f"--samples must be 1 or more, got {args.samples}")
     model = Meteor.from_pretrained(args.model)

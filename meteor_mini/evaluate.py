@@ -38,35 +38,47 @@ RESAMPLES = 2000
 # ----------------------------------------------------------------------------------------- accuracy
 
 
-@torch.no_grad()
 def accuracy(
     model: Meteor, method: Method, split: str = "test", samples: int = 1000, first: int = 0
 ) -> dict:
-    """Exact-match accuracy in percent.
+    """Exact-match accuracy in percent. Args as in `ask`.
 
-    Args: method: a budget, or a function (model, images, questions) -> answers; first: number of
-        the first question.
     Returns:
         "accuracy": mean over questions; "families": {family: accuracy}.
         "average_tokens": mean visual tokens per LLM layer.
         "answers": a row for each question, as `grade` makes it.
     """
-    parts = []
-    for examples in example_batches(split, samples, first=first):
-        images, questions = images_and_questions(examples)
-        if isinstance(method, Budget):
-            answers = model.answer(images, questions, method)
-        else:
-            answers = method(model, images, questions)
-        parts.append(grade(model, examples, answers))
-    table = pd.concat(parts, ignore_index=True)
-    families = table.groupby("family", sort=False)["right"].mean()
+    answers = ask(model, method, split, samples, first)
+    families = answers.groupby("family", sort=False)["right"].mean()
     return {
-        "accuracy": 100 * float(table["right"].mean()),
+        "accuracy": 100 * float(answers["right"].mean()),
         "families": {name: 100 * float(share) for name, share in families.items()},
-        "average_tokens": float(table["tokens"].mean()),
-        "answers": table,
+        "average_tokens": float(answers["tokens"].mean()),
+        "answers": answers,
     }
+
+
+@torch.no_grad()
+def ask(
+    model: Meteor, method: Method, split: str, samples: int, first: int = 0, seed: int = 0
+) -> pd.DataFrame:
+    """A row for each question, as `grade` makes it.
+
+    Args: method: a budget, or a function (model, images, questions) -> answers; first: number of
+        the first question; seed: of a method that chooses at random. Torch's own random numbers go
+        on afterwards as if nothing had been asked.
+    """
+    parts = []
+    with torch.random.fork_rng():
+        for number, examples in enumerate(example_batches(split, samples, first=first)):
+            torch.manual_seed(1000 * seed + number)  # another for each batch
+            images, questions = images_and_questions(examples)
+            if isinstance(method, Budget):
+                answers = model.answer(images, questions, method)
+            else:
+                answers = method(model, images, questions)
+            parts.append(grade(model, examples, answers))
+    return pd.concat(parts, ignore_index=True)
 
 
 def grade(model: Meteor, examples: list[Example], answers: list[Answer]) -> pd.DataFrame:

@@ -17,35 +17,6 @@ KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
 
 # ------------------------------------------------------------------------------------- the words
 
-HEAD = """\
-# The paper's tables on the embedded model
-
-All numbers are in [tables.csv](tables.csv) and [findings.csv](findings.csv); this page and its
-figures are made from these files. `meteor-mini eval --table all --samples N --out results` measures
-them anew (a table says how many questions it was measured on). Methods are compared on `smol`, on
-[a page of its own](smol/README.md). Real sizes are timed in [benchmark.md](benchmark.md); Findings
-1 and 2 on a pretrained encoder are in [docs/real_parts.md](../docs/real_parts.md).
-
-**What this page does not show.** The small Llama of this model was *taught* where to look, and in
-which layers: those in which METEOR prunes. So what separates the methods of stage 3 (Tables
-3, 6, 7 and 8) shows what the code does and what the model learned, not which method is
-better. Tables 1 and 2 are not neutral either: the projectors were designed for stage 2, and the
-Llama and EVA were trained under stage 1. EAGLE's projector was trained on few pictures and
-memorised them ([docs/toy.md](../docs/toy.md)), so the comparison is unfair to it. *Unpruned* is no
-upper bound: the Llama saw all 576 tokens rarely in training. The paper's numbers are of a 7B model
-on other data; most of its gaps, 0.2 to 6 points, are smaller than what so few questions resolve.
-
-Accuracy is exact match in percent on held-out questions, with its 95 % bootstrap interval over
-questions (at 0 and 100 % it has no width, and means nothing). A difference, in points, is relative
-to the row numbered in column *to*, on the same questions, with its paired interval; one below 0 is
-a loss. *tokens*: visual tokens per LLM layer. *FLOPs*: encoders, projectors and the LLM's prefill,
-in millions, without those of a pruner. Random methods: mean over seeds [lowest, highest]. *paper*:
-how the paper ranks the row to the one in *to*, and the verdict of the questions of OCR & Chart:
-*shown* where the difference's interval is on the same side of 0, *reversed* where it is on the
-other, *not shown* where it contains 0. *OCR*: OCR & Chart without the charts. The single families
-are in the CSV files.
-"""
-
 TEXTS = {  # title; what is compared, and what the paper found
     "1": (
         "Table 1: how encoders share the budget",
@@ -54,7 +25,8 @@ TEXTS = {  # title; what is compared, and what the paper found
     ),
     "2": (
         "Table 2: what fusion drops",
-        "Stages 1 and 2 with other rules in stage 2, and EAGLE-style fusion of all tokens. The "
+        "Stages 1 and 2 with other rules in stage 2, and EAGLE-style fusion of all tokens. Its "
+        "Resampler, MLP and PixShuffle are left out: we did not train them. The "
         "paper, on DocVQA from 1193 to 576 tokens: collaborative 72.2, as without pruning, within "
         "each encoder 66.2, random 43.0; EAGLE-style 70.9 (supplement, Table 2).",
     ),
@@ -124,57 +96,88 @@ TEXTS = {  # title; what is compared, and what the paper found
 }
 
 
-METHODS_HEAD = """\
-# Methods compared on `smol`
+HEAD = """\
+# Results on `smol`
 
 `smol` is a pretrained SmolLM2-135M behind four small encoders, trained on the loss of its answers
-alone ([how](../../docs/smol.md)); nothing in its training looks at attention, patches or layers.
-All methods leave the same mean number of visual tokens per LLM layer, a share of the 144 patches of
-one encoder; METEOR's lambda is solved for it on validation questions, so its counts are off by a
-few percent (column *tokens*). Each method's own settings were searched on {searched} validation
-questions, over at most twelve, at {search_at} (last section; stages 1+3, 2+3 and 3 have METEOR's);
-then the test split was asked once. FastV, PyramidDrop and random in the LLM stand behind METEOR's
-stages 1 and 2, in place of stage 3; those of EAGLE-style behind its fusion. `python -m
-meteor_mini.smol.compare --out DIR` measures it, and writes this page from its CSV files.
+alone ([how](../docs/smol.md)); nothing in its training looks at attention, patches or layers. This
+page and its figures are made from the CSV files beside it: [methods.csv](methods.csv) and
+[search.csv](search.csv) by `python -m meteor_mini.smol.compare --out results`,
+[tables.csv](tables.csv) and [findings.csv](findings.csv) by `meteor-mini eval --model smol --table
+all --out results`. Real sizes are timed in [benchmark.md](benchmark.md); Findings 1 and 2 on a
+pretrained encoder and photographs are in [docs/real_parts.md](../docs/real_parts.md).
 
-Beside the numbers:
+Accuracy: exact match in percent, with its 95 % bootstrap interval over questions. A difference, in
+points, is on the same questions, with its paired interval; one below 0 is a loss. Random methods:
+mean over seeds [lowest, highest]. *tokens*: visual tokens per LLM layer. *FLOPs*: encoders,
+projectors and the LLM's prefill, in millions, without those of a pruner.
+
+What to keep in mind:
 
 - **The model is not fully trained**: see the unpruned row. What a method loses here it may not lose
   on a better model, and the other way round.
 - Training left 40 to 240 tokens, at random, and all 576 in one step of sixteen. So *unpruned* is no
   upper bound; and at an average below 40, methods that prune before the LLM feed it fewer tokens
   than it ever saw, which METEOR does not.
-- A smaller picture is padded for the encoders, so it saves them no time here.
-- So few questions choose roughly, and the best of twelve accuracies on them is too high.
 - The encoders were trained to name what a patch shows, so that their late attention finds it, and
   the projectors began from that. What the rows say of stage 1 need not hold for other encoders.
 - EAGLE-style fusion, one token for a cell of all four encoders, was trained as long as the
-  projectors, with the same LoRA. It always leaves 144 tokens. In the paper, METEOR at 242 tokens
-  per layer is 0.3 points below EAGLE at 1024, with 51 % of its FLOPs (main table, Vicuna-7B, 11
-  benchmarks).
+  projectors, with the same LoRA.
 
-Accuracy: exact match in percent, with its 95 % bootstrap interval over questions. A difference, in
-points, is to the row numbered in column *to*, on the same questions, with its paired interval: of
-METEOR to the unpruned model, of all others to METEOR. *hard*: the questions that the
-smaller picture of the same share gets wrong. Random methods: mean over {seeds} seeds [lowest,
-highest]. *FLOPs*: encoders, projectors and the LLM's prefill, in millions, without those of a
-pruner. *speed-up*: the unpruned model's time to the first token over the method's, in turns, for a
-question of each family, one at a time, on the CPU; *random* and *regular grid* do the same work, so
-their difference is noise.
+## Methods compared
+
+All methods leave the same mean number of visual tokens per LLM layer, a share of the 144 patches of
+one encoder; METEOR's lambda is solved for it on validation questions, so its counts are off by a
+few percent. Each method's own settings were searched on {searched} validation questions, over at
+most twelve, at {search_at} (*Settings*, below; stages 1+3, 2+3 and 3 have METEOR's); then the test
+split was asked once, {asked} questions. FastV, PyramidDrop and random in the LLM stand behind
+METEOR's stages 1 and 2, in place of stage 3; those of EAGLE-style behind its fusion, which alone
+leaves 144 tokens, whatever the share. A smaller picture is padded for the encoders, so it saves
+them no time here. In the paper METEOR is 0.3 points below EAGLE with a quarter of its tokens, and
+4 above FastV (main table, Vicuna-7B, 11 benchmarks).
 """
 
-AT_EQUAL_TIME = """\
-## At METEOR's time
+METHODS_TABLES = """\
+### Right answers, percent
+
+{accuracy}
+### Points above METEOR, paired
+
+METEOR's row is its difference to the unpruned model.
+
+{difference}
+### Visual tokens per LLM layer, measured
+
+{tokens}
+### Kinds of question, at {search_at}
+
+*hard*: the questions that the smaller picture of the same share gets wrong. *speed-up*: the
+unpruned model's time to the first token over the method's, in turns, for a question of each family,
+one at a time, on the CPU; *random* and *regular grid* do the same work, so their difference is
+noise.
+
+{kinds}
+### At METEOR's time
 
 Each method's accuracy, on straight lines between its shares, where it is as fast as METEOR is at
 each of its own; nothing where it was not measured as slow, or as fast (EAGLE-style has one point).
 
-"""
-SETTINGS = """\
-## Settings
+{at_equal_time}
+### Settings
 
-Found on validation questions at {search_at}, of so many tried.
+Found on validation questions at {search_at}, of so many tried; so few questions choose roughly, and
+the best of twelve accuracies is too high.
 
+{settings}"""
+
+TABLES_HEAD = """\
+## The paper's tables
+
+In each, a difference is to the row numbered in column *to*. *paper*: how the paper ranks the row to
+that one, and the verdict of the questions of OCR & Chart: *shown* where the difference's interval
+is on the same side of 0, *reversed* where it is on the other, *not shown* where it contains 0. Most
+gaps in the paper, 0.2 to 6 points, are smaller than what so few questions resolve. A stage that a
+table does not speak of has the model's own budget.
 """
 
 IN_LLM = ["FastV", "PyramidDrop", "random in the LLM"]
@@ -245,14 +248,13 @@ def order_on_page(name: str) -> int:
 
 def write(folder: Path) -> None:
     """README.md, and figures that are not there, from the CSV files alone."""
-    has_methods = (folder / "methods.csv").exists()
-    sections = methods_sections(folder) if has_methods else [HEAD]
-    for name in TEXTS:
-        frame = read(folder, name)
-        if frame is not None:
-            if not (folder / f"{name}.png").exists():
-                draw(folder, name)
-            sections.append(section(name, frame, f"{name}.png"))
+    sections = methods_sections(folder) if (folder / "methods.csv").exists() else []
+    names = [name for name in TEXTS if read(folder, name) is not None]
+    sections += [TABLES_HEAD] if names else []
+    for name in names:
+        if not (folder / f"{name}.png").exists():
+            draw(folder, name)
+        sections.append(section(name, read(folder, name), f"{name}.png"))
     (folder / "README.md").write_text("\n".join(sections))
 
 
@@ -264,7 +266,7 @@ def section(name: str, frame: pd.DataFrame, figure: str | None = None) -> str:
     blocks = [fenced(table) for table in tables]
     unit = "pictures" if "kind" in frame and frame["kind"].isna().all() else "questions"
     asked = f"{int(frame['questions'].max())} {unit}."
-    return "\n".join([f"## {title}", "", *picture, f"{text} {asked}", "", *blocks])
+    return "\n".join([f"### {title}", "", *picture, f"{text} {asked}", "", *blocks])
 
 
 def draw(folder: Path, name: str) -> None:
@@ -279,27 +281,23 @@ def draw(folder: Path, name: str) -> None:
     figure.savefig(folder / f"{name}.png")
 
 
-def method_table(frame: pd.DataFrame, kinds: list[str] = KINDS) -> pd.DataFrame:
+def method_table(frame: pd.DataFrame) -> pd.DataFrame:
     """A row for each method, numbered; its accuracy, and its difference to the one in *to*."""
     methods = list(frame["method"].unique())
     rows = []
     for method in methods:
         of_method = frame[frame["method"] == method]
         against = of_method["against"].iloc[0]
-        compared = against in methods
-        seeds = of_method["seed"].nunique()
-        name = method if seeds == 1 else f"{method} ({seeds} seeds)"
-        row = {"method": name, **numbers_of(of_method)}
-        row["to"] = methods.index(against) + 1 if compared else ""
-        for kind in kinds:
+        row = {"method": name_with_seeds(method, of_method), **numbers_of(of_method)}
+        row["to"] = methods.index(against) + 1 if against in methods else ""
+        for kind in KINDS:
             own = of_method[of_method["family"] == kind]
-            row[kind] = over_seeds(own, "accuracy", "low", "high", ".1f")
-        for kind in kinds:
+            row[kind] = over_seeds(own, "accuracy", "low", "high", form=".1f")
+        for kind in KINDS:
             own = of_method[of_method["family"] == kind]
             columns = ("difference", "difference_low", "difference_high")
-            row[f"difference, {kind}"] = over_seeds(own, *columns, "+.1f") if compared else ""
-        if "paper" in frame:
-            row["paper"] = paper_ranking(of_method)
+            row[f"difference, {kind}"] = over_seeds(own, *columns, form="+.1f")
+        row["paper"] = paper_ranking(of_method)
         rows.append(row)
     return pd.DataFrame(rows, index=range(1, len(rows) + 1))
 
@@ -328,13 +326,16 @@ def numbers_of(of_method: pd.DataFrame) -> dict[str, str]:
     return numbers
 
 
-def over_seeds(own: pd.DataFrame, value: str, low: str, high: str, form: str) -> str:
-    """A value with its interval; of several seeds the mean, the lowest and the highest."""
-    if len(own) == 0:
+def over_seeds(own: pd.DataFrame, value: str, *interval: str, form: str) -> str:
+    """A value with its interval, if it has one; of several seeds the mean, lowest and highest."""
+    if len(own) == 0 or own[value].isna().all():
         return ""
-    if len(own) == 1:
-        return with_interval(own[value].iloc[0], own[low].iloc[0], own[high].iloc[0], form)
-    return with_interval(own[value].mean(), own[value].min(), own[value].max(), form)
+    of_seeds = own[value]
+    if not interval:
+        return f"{of_seeds.mean():{form}}"
+    if len(own) > 1:
+        return with_interval(of_seeds.mean(), of_seeds.min(), of_seeds.max(), form)
+    return with_interval(of_seeds.iloc[0], *own[list(interval)].iloc[0], form)
 
 
 def with_interval(value: float, low: float, high: float, form: str = ".3g") -> str:
@@ -349,24 +350,58 @@ def with_interval(value: float, low: float, high: float, form: str = ".3g") -> s
 def methods_sections(folder: Path) -> list[str]:
     """What `smol.compare` measured, from methods.csv and search.csv; draws the figures."""
     methods, searched = pd.read_csv(folder / "methods.csv"), pd.read_csv(folder / "search.csv")
-    asked, search_at = int(searched["questions"].max()), f"{searched['share'].max():.0%}"
-    seeds = methods.groupby("method")["seed"].nunique().max()
-    sections = [METHODS_HEAD.format(searched=asked, search_at=search_at, seeds=seeds)]
+    asked, share = int(searched["questions"].max()), searched["share"].max()
+    questions = int(methods["questions"].max())
+    head = HEAD.format(searched=asked, search_at=f"{share:.0%}", asked=questions)
+    figures = []
     for name, (title, others) in METHODS_FIGURES.items():
         draw_methods(methods, others, title).savefig(folder / f"methods_{name}.png")
-        sections.append(f"![{title}](methods_{name}.png)\n")
-    most = methods["share"].max()  # of all patches
-    for share in sorted(set(methods["share"]) - {most}, reverse=True):
-        own = methods[methods["share"] == share]
-        rows = pd.concat([methods[methods["method"] == "unpruned"], own])
-        asked = int(own["questions"].max())
-        tokens = own[own["method"] == "METEOR"]["tokens"].mean()
-        title = f"## {share:.0%} of one encoder's patches: {tokens:.0f} tokens per LLM layer"
-        table = fenced(method_table(rows, [*KINDS, "hard"]))
-        sections.append(f"{title}\n\n{asked} questions.\n\n{table}")
-    sections.append(AT_EQUAL_TIME + fenced(at_equal_time(methods).round(1).T))
-    sections.append(SETTINGS.format(search_at=search_at) + fenced(settings_table(searched)))
-    return sections
+        figures.append(f"![{title}](methods_{name}.png)\n")
+    tables = {
+        "accuracy": by_share(methods, ("accuracy", "low", "high"), ".1f"),
+        "difference": by_share(
+            methods, ("difference", "difference_low", "difference_high"), "+.1f"
+        ),
+        "tokens": by_share(methods, ("tokens",), ".1f"),
+        "kinds": kinds_table(methods[methods["share"] == share]),
+        "at_equal_time": at_equal_time(methods).round(1).T,
+        "settings": settings_table(searched),
+    }
+    tables = {name: fenced(table) for name, table in tables.items()}
+    return [head, *figures, METHODS_TABLES.format(search_at=f"{share:.0%}", **tables)]
+
+
+def by_share(methods: pd.DataFrame, columns: tuple[str, ...], form: str) -> pd.DataFrame:
+    """A row for each method, a column for each share, of all questions."""
+    overall = methods[methods["family"] == "all"]
+    most = overall["share"].max()  # of all patches
+    everywhere = overall[overall["method"] == "unpruned"]
+    table = {}
+    for share in sorted(set(overall["share"]) - {most}, reverse=True):
+        own = pd.concat([everywhere, overall[overall["share"] == share]])
+        cells = {}
+        for method, rows in own.groupby("method", sort=False):
+            name = name_with_seeds(method, rows)
+            cells[name] = over_seeds(rows, *columns, form=form)
+        table[f"{share:.0%}"] = pd.Series(cells)
+    longest = max(table.values(), key=len)  # some method reaches few shares
+    return pd.DataFrame(table).reindex(longest.index).fillna("")
+
+
+def kinds_table(methods: pd.DataFrame) -> pd.DataFrame:
+    """Accuracy by kind of question, FLOPs and speed-up of each method, of one share."""
+    table = {}
+    for method, own in methods.groupby("method", sort=False):
+        row = table[name_with_seeds(method, own)] = numbers_of(own)
+        for kind in (*GROUPS, "hard"):
+            of_kind = own[own["family"] == kind]
+            row[kind] = over_seeds(of_kind, "accuracy", "low", "high", form=".1f")
+    return pd.DataFrame(table).T
+
+
+def name_with_seeds(method: str, rows: pd.DataFrame) -> str:
+    seeds = rows["seed"].nunique()
+    return method if seeds == 1 else f"{method} ({seeds} seeds)"
 
 
 def fenced(table: pd.DataFrame) -> str:

@@ -1,200 +1,43 @@
-"""The paper's tables on the embedded model: each a list of rows, a row a method and its settings.
+"""The paper's Tables 1 to 3 and 6 to 8: each a list of `methods.Row`.
 
     frame = measure(model, ["3", "7"], samples=240, seeds=[0, 1, 2])
-    report(model, ["3"], 1200, Path("results"))     # also writes the CSV, the figure and the page
+    report(model, ["3"], 240, Path("results"))     # also writes the CSV, the figure and the page
 
-A row says how the visual tokens that enter the LLM are made (`stages` for most of them),
-what prunes them inside it, and against which row above it is compared, question by question. All
-rows of a table answer the same questions of the test split; what has to be chosen (lambda) is
-solved on validation questions.
+All rows of a table answer the same questions of the test split, and each is compared with a row
+above it, question by question.
 
-Change here: TABLES, and the functions below it; a new method is one more `Row`.
+Change here: TABLES, and the functions below it.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-import torch
-from safetensors.torch import load_model
-from torch import Tensor
-from tqdm import tqdm
 
 import stage1_encode
-from stage3_decode import AdaptivePruner, default_layers, solve_lambda
+from stage3_decode import default_layers
 
 from . import baselines, findings, page
-from .budgets import Budget
-from .evaluate import difference, grade, masks_by_kind, mean
-from .flops import counted_flops
-from .model import Answer, Encoded, Meteor
-from .pictures import pixels_for
-from .toy.questions import example_batches, images_and_questions
-
-Encode = Callable[[Meteor, Tensor], Encoded]
-SEEDS = [0, 1, 2, 3, 4]  # of the methods that choose at random
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row of a table.
-
-    method: its name, unique in the table.
-    encode: (model, images) -> the visual tokens that enter the LLM.
-    pruner: what prunes them inside it, if anything.
-    against: the method of a row above, that it is compared with.
-    paper: "above" or "below", where the paper ranks it so to the row that it is compared with.
-    random: it follows torch's seed, and is measured with several.
-    """
-
-    method: str
-    encode: Encode
-    pruner: baselines.Pruner | None = None
-    against: str | None = None
-    paper: str | None = None
-    random: bool = False
-
-    def answer(self, model: Meteor, images: Tensor, questions: list[str]) -> list[Answer]:
-        return model.answer(self.encode(model, images), questions, Budget.keep_all(), self.pruner)
-
-
-# ---------------------------------------------------------------------- how visual tokens are made
-
-
-def stages(
-    stage1: int | tuple[int, ...] | None = None,
-    stage2: int | None = None,
-    encoders: tuple[str, ...] | None = None,
-    shares: str = "rank",
-    fusion: str = "collaborative",
-) -> Encode:
-    """Stages 1 and 2, or another rule in place of theirs.
-
-    Args: stage1, stage2: as in `Budget`; encoders: all where None, else there is no stage 2;
-        shares: how they share stage 1's total, of `baselines.SHARES`; fusion: of
-        `baselines.FUSIONS`.
-    """
-
-    def encode(model: Meteor, images: Tensor) -> Encoded:
-        names = encoders or tuple(model.encoders)
-        features, kept = stage1_features(model, images, names, stage1, shares)
-        if encoders is not None:
-            return baselines.only(model, names, features, kept)
-        return model.fuse(features, kept, stage2, baselines.FUSIONS[fusion])
-
-    return encode
-
-
-@functools.lru_cache(maxsize=8)  # the rows of a table share it, batch by batch
-def stage1_features(
-    model: Meteor,
-    images: Tensor,
-    names: tuple[str, ...],
-    total: int | tuple[int, ...] | None,
-    shares: str,
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Stage 1 of some encoders: their tokens (B, n_l, D_l), and the patches kept (B, n_l)."""
-    encoders = {name: model.encoders[name] for name in names}
-    pixels = pixels_for(encoders, model.views, images, model.device)
-    places = [list(model.encoders).index(name) for name in names]
-    ranks = baselines.reranked(model.ranks[:, places], shares)  # (points, encoders)
-    return stage1_encode.encode_all(list(encoders.values()), pixels, total, ranks)
-
-
-def prumerge_row(encoders: Iterable[str], tokens: int, against: str | None = None) -> Row:
-    """PruMerge++ at the encoders' outputs."""
-    names = list(encoders)
-
-    def encode(model: Meteor, images: Tensor) -> Encoded:
-        return baselines.prumerge(model, images, names, tokens)
-
-    return Row(f"PruMerge++-style, {tokens}", encode, against=against)
-
-
-def eagle_rows(model: Meteor, against: str) -> list[Row]:
-    """EAGLE-style fusion with the weights that were trained beside the model's; no row for a model
-    without eagle.safetensors.
-    """
-    file = Path(model.folder or "") / "eagle.safetensors"
-    if not file.exists():
-        return []
-    fusion = baselines.channel_fusion(model)
-    load_model(fusion, file)
-    fusion.eval().requires_grad_(False)
-
-    def encode(model: Meteor, images: Tensor) -> Encoded:
-        return baselines.encode_channels(model, fusion, images)
-
-    return [Row(f"EAGLE-style, {grid_cells(model)}", encode, against=against)]
-
-
-def grid_cells(model: Meteor) -> int:
-    """Tokens of one encoder: what EAGLE's fusion leaves."""
-    return next(iter(model.views.values())).num_tokens
-
-
-# --------------------------------------------------------------------------- what prunes in the LLM
-
-
-def adaptive_pruner(budget: Budget, lam: float) -> baselines.Pruner:
-    """Stage 3 with lambda as given, heads and layers of a budget."""
-    return partial(AdaptivePruner, layers=budget.layers, lam=lam, k=budget.k)
-
-
-@torch.no_grad()
-def solve_on_validation(
-    model: Meteor, encode: Encode, average: float, budget: Budget, samples: int = 96
-) -> float:
-    """lambda that keeps `average` tokens, solved on validation questions, those of calibration
-    among them.
-    """
-    examples = list(itertools.chain(*example_batches("val", samples, first=50_000)))
-    images, questions = images_and_questions(examples)
-    encoded = encode(model, images)
-
-    def measure(lam: float) -> float:
-        pruner = model.prefill(encoded, questions, adaptive_pruner(budget, lam))
-        return pruner.average_tokens().mean().item()
-
-    return solve_lambda(average, measure, tolerance=average / 200)
-
-
-def pruner_for_average(
-    model: Meteor, encode: Encode, average: float, budget: Budget, samples: int = 96
-) -> baselines.Pruner:
-    """Stage 3 that keeps an average of the tokens that `encode` makes, solved on validation."""
-    return adaptive_pruner(budget, solve_on_validation(model, encode, average, budget, samples))
-
-
-def fastv_row(model: Meteor, encode: Encode, K: int, average: float) -> Row:
-    """FastV at layer 1, of K tokens."""
-    count = baselines.fastv_count(K, average, 1, model.decoder.config.num_hidden_layers)
-    return Row(f"FastV {K}-{count}", encode, baselines.fastv(count, layer=1))
-
-
-def pyramid_row(model: Meteor, encode: Encode, K: int, average: float) -> Row:
-    """PyramidDrop of K tokens."""
-    counts = baselines.pyramid_counts(K, average, model.decoder.config.num_hidden_layers)
-    pruner = baselines.pyramid_drop(counts)
-    steps = "-".join(map(str, [K, *counts.values()]))
-    return Row(f"PyramidDrop {steps}", encode, pruner)
-
-
-def random_in_llm(tokens: dict[int, int]) -> baselines.Pruner:
-    """`baselines.RandomPruner` that follows torch's seed."""
-
-    def pruner(decoder, visual_mask: Tensor) -> baselines.RandomPruner:
-        seed = torch.initial_seed()
-        return baselines.RandomPruner(decoder, visual_mask, tokens, seed)
-
-    return pruner
-
+from .methods import (
+    SEEDS,
+    Row,
+    adaptive_pruner,
+    ask,
+    compare_answers,
+    eagle_rows,
+    fastv_row,
+    grid_cells,
+    prumerge_row,
+    pruner_for_average,
+    pyramid_row,
+    solve_on_validation,
+    stages,
+)
+from .model import Meteor
 
 # -------------------------------------------------------------------- counts that make an average
 
@@ -392,97 +235,30 @@ def measure(
 
     Returns: a row for each (table, method, seed, family), a family being one of
         `evaluate.families_by_kind`. tokens: mean visual tokens per LLM layer; flops: mean FLOPs of
-        encoders, projectors and the LLM's prefill, for one question; accuracy in percent, [low,
-        high] its 95 % interval; difference in points to the method in `against`, paired, with its
-        interval.
+        encoders, projectors and the LLM's prefill, for one question; the other columns as in
+        `methods.compare_answers`, difference to the method in `against`.
     """
     check_model(model)
-    return pd.concat(
-        [measure_rows(model, name, TABLES[name](model), samples, list(seeds)) for name in names],
-        ignore_index=True,
-    )
-
-
-@torch.no_grad()
-def measure_rows(
-    model: Meteor,
-    table: str,
-    rows: list[Row],
-    samples: int,
-    seeds: list[int],
-) -> pd.DataFrame:
-    """`measure` for the rows of one table."""
-    encoding = {row.method: encoding_flops(model, row) for row in rows}
-    runs = [(row, seed) for row in rows for seed in (seeds if row.random else seeds[:1])]
-    graded = {(row.method, seed): [] for row, seed in runs}
-    batches = list(example_batches("test", samples))
-    for number, examples in enumerate(tqdm(batches, desc=f"table {table}", leave=False)):
-        images, questions = images_and_questions(examples)
-        for row, seed in runs:
-            torch.manual_seed(len(batches) * seed + number)  # another for each batch
-            answers = row.answer(model, images, questions)
-            graded[row.method, seed].append(grade(model, examples, answers))
-        stage1_features.cache_clear()
-
-    answers = {run: pd.concat(parts, ignore_index=True) for run, parts in graded.items()}
+    first, *others = seeds
     records = []
-    for row, seed in runs:
-        other = answers.get((row.against, seeds[0]))
-        for line in compare(answers[row.method, seed], other, encoding[row.method]):
+    for table in names:
+        asked = {}  # method -> its answers, with the first seed
+        for row in TABLES[table](model):
+            asked[row.method] = ask(model, row, samples, first)
+            runs = {first: asked[row.method]}
+            if row.random:
+                runs |= {seed: ask(model, row, samples, seed) for seed in others}
             head = {"table": table, "method": row.method, "against": row.against}
-            records.append(head | {"paper": row.paper, "seed": seed} | line)
-    return pd.DataFrame(records)[FIELDS]
+            for seed, answers in runs.items():
+                for line in compare_answers(answers, asked.get(row.against)):
+                    records.append(head | {"paper": row.paper, "seed": seed} | line)
+    return pd.DataFrame(records).reindex(columns=FIELDS)
 
 
 FIELDS = (
     "table method against paper seed family questions tokens flops accuracy low high "
     "difference difference_low difference_high"
 ).split()
-
-
-def compare(
-    answers: pd.DataFrame,
-    other: pd.DataFrame | None,
-    encoding: float,
-    hard: pd.Series | None = None,
-) -> list[dict]:
-    """A line for each kind of question that occurs.
-
-    Args: answers: of `evaluate.grade`, other: of the row it is compared with, on the same
-        questions; encoding: FLOPs of making the visual tokens; hard: (bool) one more kind.
-    """
-    lines = []
-    kinds = masks_by_kind(answers["family"])
-    if hard is not None and hard.any():
-        kinds["hard"] = hard
-    for kind, asked in kinds.items():
-        right = 100 * answers["right"][asked]
-        line = {
-            "family": kind,
-            "questions": len(right),
-            "tokens": answers["tokens"][asked].mean(),
-            "flops": answers["flops"][asked].mean() + encoding,
-        }
-        line |= dict(zip(("accuracy", "low", "high"), mean(right)))
-        if other is not None:
-            gain = difference(right, 100 * other["right"][asked])
-            line |= dict(zip(("difference", "difference_low", "difference_high"), gain))
-        lines.append(line)
-    return lines
-
-
-def encoding_flops(model: Meteor, row: Row) -> int:
-    """FLOPs of making a row's visual tokens of one picture.
-
-    Of the second picture: at the first, stage 1 also counts the patches of encoders that are new to
-    it.
-    """
-    (examples,) = example_batches("val", 2)
-    images, _ = images_and_questions(examples)
-    for image in images.split(1):
-        flops = counted_flops(partial(row.encode, model, image))
-        stage1_features.cache_clear()  # else it would not run again
-    return flops
 
 
 def check_model(model: Meteor) -> None:

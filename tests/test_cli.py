@@ -98,6 +98,7 @@ def assert_refused(argv, capsys, *words):
         (["demo", "--model", "nobody/nothing"], ["nobody/nothing could not be fetched"]),
         (["eval", "--table", "all", "--split", "val"], ["--split", "--table"]),
         (["eval", "--out", "somewhere"], ["--out must come with --table"]),
+        (["eval", "--table", "1", "--out", "somewhere"], ["--out must come with --model smol"]),
         (["calibrate", "none"], ["none must be a directory with pictures"]),
     ],
 )

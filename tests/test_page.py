@@ -47,14 +47,23 @@ def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
     page.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert "searched on 48 validation questions" in " ".join(text.split())
-    titles = [f"## {share} of one encoder's patches: " for share in ("60%", "20%")]
-    assert text.index(f"{titles[0]}86 tokens") < text.index(f"{titles[1]}29 tokens")
-    at_20 = text.split("## 20%")[1].split("## At METEOR")[0]
-    (meteor,) = [row for row in at_20.splitlines() if " METEOR " in row]
-    assert "60.0 [55.0, 65.0]" in meteor and "40.0 [35.0, 45.0]" in meteor and "4.00" in meteor
-    (random,) = [row for row in at_20.splitlines() if "random (2 seeds)" in row]
-    assert "35.0 [30.0, 40.0]" in random
-    (setting,) = [row for row in text.split("## Settings")[1].splitlines() if "METEOR" in row]
+    accuracy, difference, tokens, kinds = (
+        text.split(f"### {title}")[1].split("```")[1].splitlines()
+        for title in ("Right answers", "Points above METEOR", "Visual tokens", "Kinds of question")
+    )
+    assert accuracy[1].split() == ["60%", "20%"]
+
+    def row_of(method, table):
+        (row,) = [row for row in table if row.startswith(method)]
+        return row.removeprefix(method)
+
+    assert row_of("METEOR", accuracy).split("  ")[-2:] == ["80.0 [75.0, 85.0]", "60.0 [55.0, 65.0]"]
+    assert "35.0 [30.0, 40.0]" in row_of("random (2 seeds)", accuracy)
+    assert row_of("METEOR", difference).count("-1.0 [-1.0, -1.0]") == 2
+    assert row_of("METEOR", tokens).split() == ["86.4", "28.8"]
+    hard = row_of("METEOR", kinds)  # at 20 %, where the settings were searched
+    assert "40.0 [35.0, 45.0]" in hard and "4.00" in hard
+    (setting,) = [row for row in text.split("### Settings")[1].splitlines() if "METEOR" in row]
     assert "enter 1.5, k 5" in setting and "50.0 to 60.0" in setting and " 3 " in setting
     for name, (title, _) in page.METHODS_FIGURES.items():
         assert (tmp_path / f"methods_{name}.png").exists() and f"![{title}]" in text

@@ -6,13 +6,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from safetensors.torch import save_model
 
-import stage1_encode
-from meteor_mini import Budget, baselines, page, tables
-from meteor_mini.evaluate import difference, families_by_kind, mean
+from meteor_mini import Budget, methods, page, tables
+from meteor_mini.evaluate import families_by_kind
 from meteor_mini.findings import FINDINGS
-from meteor_mini.toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
+from meteor_mini.methods import Row, stages
+from meteor_mini.toy.questions import example_batches, images_and_questions
 
 KINDS = list(families_by_kind())
 
@@ -24,7 +23,8 @@ pytestmark = pytest.mark.usefixtures("one_word")
 def rows(untrained):
     """All rows, their lambdas not solved: that takes long, and has its own test."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tables, "solve_on_validation", lambda *_: 2.0)
+        for module in (tables, methods):
+            patch.setattr(module, "solve_on_validation", lambda *_: 2.0)
         return {name: build(untrained) for name, build in tables.TABLES.items()}
 
 
@@ -58,21 +58,6 @@ def test_averages_stand_to_each_other_as_the_papers_above_what_stage_3_cannot_re
     assert tables.average_like(untrained, 242, 34) == 34
     assert tables.average_like(untrained, 72, 34) == 10
     assert tables.average_like(untrained, (72 + 242) / 2, 34) == 22
-
-
-def test_lambda_is_solved_for_an_average(untrained, monkeypatch):
-    def few(split, samples, first):
-        assert (split, samples) == ("val", 96)
-        return example_batches(split, 4, first=first)
-
-    monkeypatch.setattr(tables, "example_batches", few)
-    encode = tables.stages(168, 80)
-    lam = tables.solve_on_validation(untrained, encode, 30, untrained.budget)
-    examples = next(example_batches("val", 4, first=50_000))
-    images, questions = images_and_questions(examples)
-    pruner = tables.adaptive_pruner(untrained.budget, lam)
-    answers = untrained.answer(encode(untrained, images), questions, Budget.keep_all(), pruner)
-    assert np.mean([answer.tokens["stage3"] for answer in answers]) == pytest.approx(30, abs=0.2)
 
 
 # ------------------------------------------------------------------------------------- the rows
@@ -120,57 +105,12 @@ def test_pruned_rows_keep_the_average_that_their_table_promises(untrained, rows,
         assert tokens(row) == pytest.approx(0.45 * 144, abs=0.6), row.method
 
 
-@torch.no_grad()
-def test_rows_share_stage_1_and_nothing_else(untrained, batch):
-    images, _ = batch
-    for fusion, want in baselines.FUSIONS.items():
-        if fusion == "random":
-            continue
-        shared = tables.stages(100, 40, fusion=fusion)(untrained, images).fused
-        encoders, pixels = list(untrained.encoders.values()), untrained.pixels(images)
-        features, kept = stage1_encode.encode_all(encoders, pixels, 100, untrained.ranks)
-        alone = untrained.fuse(features, kept, 40, want).fused
-        assert torch.equal(shared.keep_idx, alone.keep_idx)
-        torch.testing.assert_close(shared.tokens, alone.tokens)
-    hits = tables.stage1_features.cache_info().hits
-    tables.stages(100, 30)(untrained, images)
-    assert tables.stage1_features.cache_info().hits == hits + 1
-    others = images.flip(0)  # not the same pictures
-    tokens = tables.stages(100)(untrained, others).fused.tokens
-    want = untrained.encode(others, Budget(stage1=100)).fused.tokens
-    torch.testing.assert_close(tokens, want)
-
-
-def test_flops_count_a_row_whole_and_prumerges_encoders_once(untrained):
-    names = list(untrained.encoders)
-    stage1_encode.COUNTS.clear()  # as if it had seen none of the encoders
-    full = tables.encoding_flops(untrained, tables.Row("", tables.stages()))
-    assert tables.encoding_flops(untrained, tables.Row("", tables.stages())) == full  # not shared
-    half = tables.encoding_flops(untrained, tables.Row("", tables.stages(168)))
-    assert 0.3 * full < half < 0.9 * full
-    merged = tables.encoding_flops(untrained, tables.prumerge_row(names, 48))
-    assert 0.8 * full < merged < 1.05 * full
-
-
-def test_eagle_is_there_where_its_weights_are(untrained, batch, tmp_path, monkeypatch):
-    assert tables.eagle_rows(untrained, "unpruned") == []
-    fusion = baselines.channel_fusion(untrained)
-    save_model(fusion, str(tmp_path / "eagle.safetensors"))
-    monkeypatch.setattr(untrained, "folder", tmp_path)
-    (row,) = tables.eagle_rows(untrained, "unpruned")
-    with torch.no_grad():
-        got = row.encode(untrained, batch[0]).fused.tokens
-        want = baselines.encode_channels(untrained, fusion, batch[0]).fused.tokens
-    torch.testing.assert_close(got, want)
-    assert row.answer(untrained, *batch)[0].tokens["stage3"] == 144
-
-
 # ------------------------------------------------------------------------------- what is measured
 
 
 SMALL = [
-    tables.Row("clip", tables.stages(20, encoders=("clip",))),
-    tables.Row("random", tables.stages(60, 30, fusion="random"), None, "clip", "below", True),
+    Row("clip", stages(20, encoders=("clip",))),
+    Row("random", stages(60, 30, fusion="random"), None, "clip", "below", True),
 ]
 
 
@@ -191,7 +131,7 @@ def small(untrained):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tables.TABLES, "1", lambda model: SMALL)
-        patch.setattr(tables.Row, "answer", answer)
+        patch.setattr(Row, "answer", answer)
         yield tables.measure(untrained, ["1"], 24, seeds=[3, 4])
 
 
@@ -205,34 +145,6 @@ def test_a_row_for_each_method_seed_and_family(small):
     assert [line["questions"] for line in first] == [24, 10] and first[0]["tokens"] == 20
     assert small[small["method"] == "clip"]["difference"].isna().all()
     assert small[small["method"] == "random"]["difference"].notna().all()
-
-
-def test_seeds_choose_differently_and_always_the_same(small, untrained, batch):
-    by_seed = [small[(small["seed"] == seed) & (small["method"] == "random")] for seed in (3, 4)]
-    assert list(by_seed[0]["accuracy"]) != list(by_seed[1]["accuracy"])
-    assert list(by_seed[0]["tokens"]) == list(by_seed[1]["tokens"])
-    row, chosen = SMALL[1], []
-    for seed in (7, 7, 8):
-        torch.manual_seed(seed)
-        chosen.append(row.encode(untrained, batch[0]).fused.keep_idx)
-    assert torch.equal(chosen[0], chosen[1]) and not torch.equal(chosen[0], chosen[2])
-
-
-def test_lines_are_of_the_questions_of_their_kind():
-    family = list(QUESTION_FAMILIES) * 2
-    answers = pd.DataFrame({"family": family, "right": [True] * 12 + [False] * 12})
-    answers = answers.assign(tokens=np.arange(24.0), flops=np.arange(24.0) * 10)
-    other = answers.assign(right=[name == "tag" for name in family])
-    lines = {line["family"]: line for line in tables.compare(answers, other, encoding=5)}
-    assert list(lines) == KINDS
-    assert lines["all"]["accuracy"] == 50 and lines["tag"]["difference"] == -50
-    assert (lines["presence"]["tokens"], lines["presence"]["flops"]) == (6, 65)
-    general = answers["family"].isin(families_by_kind()["General"])
-    right = 100 * answers["right"][general]
-    assert tuple(lines["General"][key] for key in ("accuracy", "low", "high")) == mean(right)
-    gain = difference(right, 100 * other["right"][general])
-    names = ("difference", "difference_low", "difference_high")
-    assert tuple(lines["General"][key] for key in names) == gain
 
 
 @pytest.mark.parametrize(

@@ -30,27 +30,26 @@ import torch
 from .. import baselines, page
 from ..bench import take_turns, time_call
 from ..budgets import Budget
-from ..evaluate import accuracy, grade
-from ..model import Meteor
-from ..tables import (
+from ..methods import (
     SEEDS,
     Row,
-    compare,
+    ask,
+    compare_answers,
     eagle_rows,
-    encoding_flops,
+    fastv_row,
     grid_cells,
     prumerge_row,
     pruner_for_average,
+    pyramid_row,
     random_in_llm,
-    stage1_features,
     stages,
 )
+from ..model import Meteor
 from ..toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
 
 SHARES = (0.40, 0.25, 0.60, 0.15)  # visual tokens per LLM layer, of one encoder's patches
 SEARCH_AT = 0.40
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
-LAMBDA_QUESTIONS = 32
 SECONDS = 200  # that the rounds of a timing may take
 LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, and PyramidDrop's
 
@@ -68,8 +67,7 @@ def both_stages(model: Meteor, K: int) -> Callable:
 def adaptive(model: Meteor, average: float, encode: Callable, layers: tuple, k: int) -> Row:
     """Stage 3 behind `encode`, with the lambda that leaves the average on validation questions."""
     budget = Budget(layers=list(layers), k=k)
-    pruner = pruner_for_average(model, encode, average, budget, LAMBDA_QUESTIONS)
-    return Row("", encode, pruner)
+    return Row("", encode, pruner_for_average(model, encode, average, budget))
 
 
 def meteor(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
@@ -142,17 +140,12 @@ def random_in_layers(model: Meteor, average: int, enter: float, layers: tuple) -
 
 def fastv_of_eagle(model: Meteor, average: int, layer: int) -> Row:
     (eagle,) = eagle_rows(model, "")
-    K, L = grid_cells(model), model.decoder.config.num_hidden_layers
-    keep = baselines.fastv_count(K, average, layer, L)
-    return Row("", eagle.encode, baselines.fastv(keep, layer))
+    return fastv_row(model, eagle.encode, grid_cells(model), average, layer)
 
 
 def pyramid_drop_of_eagle(model: Meteor, average: int, layers: tuple) -> Row:
     (eagle,) = eagle_rows(model, "")
-    K, L = grid_cells(model), model.decoder.config.num_hidden_layers
-    return Row(
-        "", eagle.encode, baselines.pyramid_drop(baselines.pyramid_counts(K, average, L, layers))
-    )
+    return pyramid_row(model, eagle.encode, grid_cells(model), average, layers)
 
 
 def prumerge(model: Meteor, average: int) -> Row:
@@ -227,9 +220,8 @@ def search(model: Meteor, name: str, setting: dict, samples: int) -> dict:
         row = build_row(model, name, SEARCH_AT, setting)
     except ValueError as error:
         return line | {"remark": str(error)}
-    torch.manual_seed(0)
-    result = accuracy(model, row.answer, "val", samples)
-    return line | {"tokens": result["average_tokens"], "accuracy": result["accuracy"]}
+    answers = ask(model, row, samples, split="val")
+    return line | {"tokens": answers["tokens"].mean(), "accuracy": 100 * answers["right"].mean()}
 
 
 def best_setting(searched: pd.DataFrame, name: str) -> dict:
@@ -264,18 +256,6 @@ def all_patches(model: Meteor) -> float:
 
 
 @torch.no_grad()
-def ask(model: Meteor, row: Row, samples: int, seed: int) -> pd.DataFrame:
-    """A row for each test question, as `evaluate.grade` makes it; FLOPs with the encoders'."""
-    parts = []
-    for number, examples in enumerate(example_batches("test", samples)):
-        torch.manual_seed(1000 * seed + number)  # another for each batch
-        images, questions = images_and_questions(examples)
-        parts.append(grade(model, examples, row.answer(model, images, questions)))
-    answers = pd.concat(parts, ignore_index=True)
-    return answers.assign(flops=answers["flops"] + encoding_flops(model, row))
-
-
-@torch.no_grad()
 def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
     """The time from a picture to the first token, the methods in turns, the unpruned model too: of
     a question of each family, one at a time.
@@ -288,7 +268,6 @@ def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
 
     def first_token(row: Row) -> None:
         for image, question in zip(images.split(1), questions):
-            stage1_features.cache_clear()
             encoded = row.encode(model, image)
             model.generate(encoded, [question], Budget.keep_all(), row.pruner, max_new_tokens=1)
 
@@ -317,7 +296,7 @@ def summarise(answers: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
         other = cases.get((most if against == "unpruned" else share, against, 0))
         easy = cases.get((share, "smaller picture", 0))
         hard = None if easy is None else ~easy["right"]
-        for line in compare(own, other, encoding=0, hard=hard):
+        for line in compare_answers(own, other, hard):
             head = {"share": share, "method": method, "against": against, "seed": seed}
             records.append(head | line)
     return pd.DataFrame(records).merge(times, on=["share", "method"], how="left")

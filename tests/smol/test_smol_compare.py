@@ -8,9 +8,9 @@ import torch
 
 from meteor_mini import Meteor, load
 from meteor_mini.baselines import channel_fusion
-from meteor_mini.evaluate import accuracy
+from meteor_mini.evaluate import ask
+from meteor_mini.methods import grid_cells
 from meteor_mini.smol import compare
-from meteor_mini.tables import grid_cells
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
-    monkeypatch.setattr(compare, "LAMBDA_QUESTIONS", 2)
+    monkeypatch.setattr("meteor_mini.methods.LAMBDA_QUESTIONS", 2)
 
 
 @pytest.mark.parametrize("name", compare.METHODS)
@@ -51,7 +51,7 @@ def test_every_method_leaves_the_average_within_one_percent(model, name):
     for setting in compare.settings_of(name)[:1]:
         setting = json.loads(json.dumps(setting))  # as it is read from search.csv
         row = compare.build_row(model, name, share, setting)
-        tokens = accuracy(model, row.answer, "val", 2, first=first)["average_tokens"]
+        tokens = ask(model, row.answer, "val", 2, first)["tokens"].mean()
         assert abs(tokens - wanted) <= 0.01 * wanted
 
 
@@ -117,6 +117,7 @@ def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
 
 
 def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("meteor_mini.methods.solve_on_validation", lambda *_: 30.0)
     some = ("METEOR", "stages 1+3", "random", "smaller picture")
     monkeypatch.setattr(compare, "METHODS", {name: compare.METHODS[name] for name in some})
     monkeypatch.setattr(compare, "SHARES", (0.25,))
@@ -147,7 +148,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
     monkeypatch.setattr(
         compare,
         "ask",
-        lambda model, row, samples, seed: (
+        lambda model, row, samples, seed, split="test": (
             asked.append(row.method)
             or answers[answers["method"] == row.method][["family", "right", "tokens", "flops"]]
         ),

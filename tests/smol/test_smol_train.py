@@ -1,6 +1,7 @@
 """smol/train.py: how projectors begin, what a few steps move, that only the answers teach."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -137,15 +138,14 @@ def test_a_few_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_p
 def test_a_trained_model_gets_a_budget_and_the_lambda_that_keeps_it(monkeypatch):
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0, 128.0, 256.0, 512.0])
     monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
+    of_toy = replace(train.BUDGET, stage3=40, layers=(1, 3, 5))  # it has 8
+    monkeypatch.setattr(train, "BUDGET", of_toy)
     model = load("toy")
     model.config["budget"] = model.config["lambda_table"] = None
     train.set_budget(model)
-    budget = model.budget
-    assert budget.stage3 == train.AVERAGE
-    shares = np.array([budget.stage1, budget.stage2, budget.stage3]) / train.AVERAGE
-    assert shares == pytest.approx(np.array(budgets.PAPER_TOKENS) / 242, rel=0.01)
-    result = accuracy(model, budget, "val", 16, first=50_000)  # those of lambda
-    assert result["average_tokens"] == pytest.approx(train.AVERAGE, rel=0.1)
+    assert model.budget == of_toy
+    result = accuracy(model, model.budget, "val", 16, first=50_000)  # those of lambda
+    assert result["average_tokens"] == pytest.approx(40, rel=0.1)
 
 
 def test_no_loss_but_the_answers_is_in_the_training():
