@@ -47,7 +47,6 @@ STAGE1_TOKENS, STAGE2_TOKENS = (120, 420), (40, 240)  # that these leave, at ran
 SHARES = {"scene": 0.5, "table": 0.15, "chart": 0.35}  # of pictures: charts are learned last
 HOLD = 0.85  # share of steps after which the learning rates fall
 RATES = {"lora": 8e-4, "projectors": 5e-4}
-SAVE_EVERY = 25
 FITTED = 512  # pictures on which the projectors' beginning is fitted
 RIDGE = 1e-5  # of that fit, to the mean square of a hidden unit
 # The model's own: METEOR's setting that `compare` found, at 60 % of one encoder's patches.
@@ -205,7 +204,7 @@ def train(work: Path, out: Path, steps: int) -> None:
         weight_decay=0.0,
     )
     trained = nn.ParameterList([*lora, *projectors])
-    fit("smol", work, trained, [optimizer], compute_loss, steps, HOLD, SAVE_EVERY)
+    fit("smol", work, trained, [optimizer], compute_loss, steps, HOLD)
     set_budget(model)
     write_smol(model, eagle, out)
 

@@ -17,7 +17,7 @@ from transformers import get_wsd_schedule
 from .questions import to_images
 from .world import SIZE, make_picture
 
-SAVE_EVERY = 200  # steps
+SAVE_EVERY = 25  # steps
 WARMUP = 100  # steps in which the learning rate rises
 
 
@@ -73,7 +73,6 @@ def fit(
     compute_loss: Callable[[int, np.random.Generator], Tensor],
     steps: int,
     hold: float = 0.0,
-    save_every: int = SAVE_EVERY,
 ) -> None:
     """Train for some steps, and write the model to WORK/STAGE.safetensors.
 
@@ -81,7 +80,7 @@ def fit(
     from its last saved state as if nothing had happened.
 
     Args: compute_loss: (step, rng) -> loss; hold: the share of steps after which the learning rate
-        falls; save_every: steps.
+        falls.
     """
     accelerator = Accelerator()
     warmup = min(WARMUP, steps // 10)
@@ -105,7 +104,7 @@ def fit(
             optimizer.zero_grad()
             schedule.step()
         bar.set_postfix(loss=f"{loss.item():.3f}", refresh=False)
-        if (step + 1) % save_every == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             save_state(accelerator, state)
     write_model(model, work / f"{stage}.safetensors")
     shutil.rmtree(state, ignore_errors=True)

@@ -11,7 +11,7 @@ from ..model import Encoded, Meteor
 
 STAGE1_TOKENS = (100, 260)  # that stage 1 leaves in training, at random; in some steps all stay
 STAGE2_TOKENS = (40, 120)  # that stage 2 leaves in training, at random
-# How stage 2 chooses in training: so that the same Llama serves every strategy of the tables.
+# How stage 2 chooses in training, so that other rules than METEOR's are in distribution.
 STRATEGIES = {"collaborative": 0.7, "greedy": 0.1, "separate": 0.1, "random": 0.1}
 MASKED = 0.08  # share of batches with some encoders' features zero: what is each one worth?
 

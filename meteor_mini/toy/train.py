@@ -12,8 +12,7 @@ repeat a stage, delete WORK/STAGE.safetensors and those of all later stages:
     align            each projector learns to turn a patch into the sum of its words
     answer           the Llama, grown to all its layers, learns on what the encoders see, with
                      stages 1 and 2 active at random budgets, and stage 3 off. Two more losses teach
-                     it where to look: attention_losses.py. In every fourth step, its visual tokens
-                     are those of EAGLE's channel fusion, so that the same Llama serves this rival
+                     it where to look: attention_losses.py
     distill          EVA learns to give under stage 1 what it gives unpruned
     calibrate        ranks for stage 1, lambda for stage 3; writes the checkpoint to OUT
 
@@ -30,12 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_model, save_model
+from safetensors.torch import load_model
 from torch import Tensor, nn
 
 import stage1_encode
 
-from ..baselines import channel_fusion, encode_channels
 from ..budgets import Budget, measure_lambda, measure_ranks
 from ..evaluate import accuracy
 from ..finetune import answer_loss
@@ -51,7 +49,6 @@ from .schooling import TOLD_SLOTS, build_pupil, select_words, train_encoder
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STAGES = ["pictures", *ENCODERS, "words", "align", "answer", "distill", "calibrate"]
 STEPS = {"words": 4000, "align": 3000, "answer": 4800, "distill": 2000}
-EAGLE_FILE = "eagle.safetensors"  # the fusion's weights, beside the model's
 POOL = 16_000  # training pictures
 BATCH = 24  # pictures a step
 BUDGET = {"stage1": 320, "stage2": 145, "stage3": 48, "k": 6, "layers": [2, 6]}
@@ -90,18 +87,12 @@ def build_model(layers: int | None = None) -> Meteor:
     return model.to(DEVICE)
 
 
-def build_both() -> nn.ModuleDict:
-    """The toy model, and EAGLE's fusion for the same encoders and Llama."""
+def load_stage(work: Path, stage: str) -> Meteor:
+    """The model as a finished stage left it, without gradients, with the ranks of stage 1."""
     model = build_model()
-    return nn.ModuleDict({"meteor": model, "eagle": channel_fusion(model)})
-
-
-def load_stage(work: Path, stage: str) -> nn.ModuleDict:
-    """Both as a finished stage left them, without gradients, with the ranks of stage 1."""
-    both = build_both()
-    load_model(both, work / f"{stage}.safetensors")
-    calibrate_ranks(both["meteor"])
-    return both.requires_grad_(False).eval()
+    load_model(model, work / f"{stage}.safetensors")
+    calibrate_ranks(model)
+    return model.requires_grad_(False).eval()
 
 
 def grow_layers(few: nn.Module, many: nn.Module) -> None:
@@ -207,10 +198,9 @@ def align_loss(projected: Tensor, target: Tensor, has_words: Tensor) -> Tensor:
     return (distance * weight).sum() / weight.sum()
 
 
-def start_both(work: Path) -> nn.ModuleDict:
+def start_model(work: Path) -> Meteor:
     """The trained encoders, the Llama that learned words, grown; projectors are random."""
-    both = build_both()
-    model = both["meteor"]
+    model = build_model()
     for name, encoder in model.encoders.items():
         pupil = build_pupil(name)
         load_model(pupil, work / f"{name}.safetensors")
@@ -219,56 +209,48 @@ def start_both(work: Path) -> nn.ModuleDict:
     load_model(few, work / "words.safetensors")
     grow_layers(few.decoder, model.decoder)
     calibrate_ranks(model)
-    return both.requires_grad_(False).eval()
+    return model.requires_grad_(False).eval()
 
 
 def train_projectors(work: Path) -> None:
-    """Train all projectors, and EAGLE's, to turn patches into the sums of their words."""
-    both, pool = start_both(work), Pool(work)
-    model, eagle = both["meteor"], both["eagle"]
-    projectors = nn.ModuleList([model.projectors, eagle]).requires_grad_(True)
+    """Train the projectors to turn patches into the sums of their words."""
+    model, pool = start_model(work), Pool(work)
+    model.projectors.requires_grad_(True)
     scale = model.decoder.get_input_embeddings().weight.var()
 
     def compute_loss(step: int, rng: np.random.Generator) -> Tensor:
         rows, keep_all = rng.integers(len(pool), size=BATCH), step % 4 == 1
         features, kept = encode_randomly(model, pool.load_images(rows), keep_all, rng)
-        words = [select_words(pool.words[rows], slots).to(DEVICE) for slots in TOLD_SLOTS.values()]
-        batches = list(zip(model.projectors.values(), features, words, kept))
-        if keep_all:  # a cell of EAGLE's says what all encoders say of it
-            batches.append((eagle, features, torch.stack(words).amax(dim=0), kept[0]))
         loss = 0.0
-        for project, x, words_of_patches, patches in batches:
-            own_words = words_of_patches.take_along_dim(patches[..., None], dim=1)  # (B, n, slots)
+        for name, x, patches in zip(model.projectors, features, kept):
+            words = select_words(pool.words[rows], TOLD_SLOTS[name]).to(DEVICE)
+            own_words = words.take_along_dim(patches[..., None], dim=1)  # (B, n, slots)
             target = embed_words(model, own_words)
-            loss = loss + align_loss(project(x), target, own_words.any(dim=-1)) / scale
+            projected = model.projectors[name](x)
+            loss = loss + align_loss(projected, target, own_words.any(dim=-1)) / scale
         return loss
 
-    optimizer = torch.optim.AdamW(projectors.parameters(), 3e-3, weight_decay=0.01)
-    fit("align", work, both, [optimizer], compute_loss, STEPS["align"])
+    optimizer = torch.optim.AdamW(model.projectors.parameters(), 3e-3, weight_decay=0.01)
+    fit("align", work, model, [optimizer], compute_loss, STEPS["align"])
 
 
 # ------------------------------------------------------------------------------------------ answers
 
 
 def train_answers(work: Path) -> None:
-    """Train the Llama on what the encoders see; of the projectors, EAGLE's goes on learning."""
-    both, pool = load_stage(work, "align"), Pool(work)
-    model, eagle = both["meteor"], both["eagle"]
+    """Train the Llama on what the encoders see."""
+    model, pool = load_stage(work, "align"), Pool(work)
     model.decoder.requires_grad_(True).train()
-    eagle.requires_grad_(True).train()
 
     def compute_loss(step: int, rng: np.random.Generator) -> Tensor:
-        for_eagle, keep_all = step % 4 == 1, step % 8 == 0
+        keep_all = step % 8 == 0
         size = BATCH // 4 if keep_all else BATCH  # few pictures with all tokens, or many with few
         rows = rng.integers(len(pool), size=size)
         pictures = [pool.pictures[i] for i in rows]
         asked = [make_dialogue(picture, rng, KEYWORDS_LATER) for picture in pictures]
         dialogues = to_pairs(asked)
         images = pool.load_images(rows)
-        features, kept = encode_randomly(model, images, keep_all or for_eagle, rng)
-        if for_eagle:
-            return answer_loss(model, eagle(features), dialogues)["loss"]
-
+        features, kept = encode_randomly(model, images, keep_all, rng)
         encoded = fuse_randomly(model, features, kept, rng)
         tokens = encoded.fused.tokens  # (B, K, D)
         with attention_losses.record_attention(model, tokens.shape[1]) as attention:
@@ -279,23 +261,13 @@ def train_answers(work: Path) -> None:
         return loss + LOOKING * attention_losses.looking_loss(attention) + ASIDE * aside
 
     optimizers = llama_optimizers(model.decoder, rate=2e-3)
-    optimizers.append(torch.optim.AdamW(eagle.parameters(), 2e-3, weight_decay=0.02))
-    fit("answer", work, both, optimizers, compute_loss, STEPS["answer"], hold=0.6)
-    print_accuracies(both.eval())
+    fit("answer", work, model, optimizers, compute_loss, STEPS["answer"], hold=0.6)
+    print_accuracies(model.eval())
 
 
-def print_accuracies(both: nn.ModuleDict) -> None:
-    """On validation questions: unpruned, with stages 1 and 2, and EAGLE's fusion."""
-    model = both["meteor"]
-
-    def answer_by_eagle(_, images: Tensor, texts: list[str]) -> list:
-        return model.answer(encode_channels(model, both["eagle"], images), texts, Budget.keep_all())
-
-    methods = {
-        "unpruned": Budget.keep_all(),
-        "stages 1+2": replace(model.budget, stage3=None),
-        "EAGLE-style": answer_by_eagle,
-    }
+def print_accuracies(model: Meteor) -> None:
+    """On validation questions: unpruned, and with stages 1 and 2."""
+    methods = {"unpruned": Budget.keep_all(), "stages 1+2": replace(model.budget, stage3=None)}
     for name, method in methods.items():
         result = accuracy(model, method, "val", VALIDATION)
         families = ", ".join(f"{name} {right:.0f}" for name, right in result["families"].items())
@@ -333,8 +305,7 @@ def distill_eva(work: Path) -> None:
     others told a height that was off, mostly by one. The encoders had learned with random patches
     dropped, and never under stage 1.
     """
-    both, pool = load_stage(work, "answer"), Pool(work)
-    model = both["meteor"]
+    model, pool = load_stage(work, "answer"), Pool(work)
     eva, project = model.encoders["eva"], model.projectors["eva"]
     teacher = copy.deepcopy(eva)
     eva.requires_grad_(True).train()
@@ -353,7 +324,7 @@ def distill_eva(work: Path) -> None:
         return distill_loss(eva, teacher, project, pixels, has_words, plan[place])
 
     optimizer = torch.optim.AdamW(eva.parameters(), 8e-4, betas=(0.9, 0.98), weight_decay=0.0)
-    fit("distill", work, both, [optimizer], compute_loss, STEPS["distill"], hold=0.3)
+    fit("distill", work, model, [optimizer], compute_loss, STEPS["distill"], hold=0.3)
 
 
 # -------------------------------------------------------------------------------------- calibration
@@ -375,10 +346,9 @@ def calibrate_lambda(model: Meteor) -> None:
 
 def calibrate(work: Path, out: Path) -> None:
     """Measure ranks and lambda; write the checkpoint in half precision, which loads as float32."""
-    both = load_stage(work, "distill")
-    calibrate_lambda(both["meteor"])
-    both["meteor"].half().save_pretrained(out)
-    save_model(both["eagle"].half(), str(out / EAGLE_FILE))
+    model = load_stage(work, "distill")
+    calibrate_lambda(model)
+    model.half().save_pretrained(out)
 
 
 # -------------------------------------------------------------------------------------- the command
@@ -411,7 +381,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     last_files = {stage: args.work / f"{stage}.safetensors" for stage in STAGES}
     last_files["pictures"] = args.work / "pictures.pickle"
-    last_files["calibrate"] = args.out / EAGLE_FILE
+    last_files["calibrate"] = args.out / "model.safetensors"
     for stage, last_file in last_files.items():
         if last_file.exists():
             print(f"{stage}: done, {last_file} is there")
