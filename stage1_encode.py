@@ -409,7 +409,8 @@ class EncoderPruner:
 
     Args:
         encoder: a model of `FAMILIES`, or one that holds such a model, as a LLaVA does.
-        keep: tokens left after each part, never rising; None keeps all that are there.
+        keep: tokens left after each part, never rising; None keeps all that are there. (40,) is one
+            part, and prunes after all blocks; (None, None, 40) does so by attention.
         depth: stop after this many blocks, and return their output without the final norm: LLaVA
             reads the last block but one. (Later blocks still run.) None: all blocks, and the final
             norm where the library applies it to patches.
@@ -436,6 +437,11 @@ class EncoderPruner:
         if family.norm is not None and depth in (None, len(self.blocks)):
             self.norm = self.encoder.get_submodule(family.norm)
         self.prefix, self.has_cls = family.prefix(self.encoder)
+        require(
+            isinstance(keep, Iterable),
+            f"keep must hold a count for each pruning point, as (None, None, 40), got {keep}",
+            TypeError,
+        )
         self.keep = tuple(keep)
         depth = len(self.blocks) if depth is None else depth
         require(depth <= len(self.blocks), f"depth must be at most {len(self.blocks)}, got {depth}")

@@ -99,10 +99,13 @@ def fuse(tokens: Sequence[Tensor], budget: int | None) -> Fused:
         tokens: C tensors (B, N_l, D) float, projected into one space (see `Projector`).
         budget: K, tokens kept per sample, 1 to \sum N_l; None keeps all.
     Returns: `Fused`; tokens keep their order. The choice carries no gradient, the kept tokens do.
-    Raises: ValueError for a budget out of range, and for pruning a single encoder, which has no
-        mutual redundancy.
+    Raises: ValueError for tokens of other shapes, a budget out of range, and for pruning a single
+        encoder, which has no mutual redundancy.
     Source: [paper, collaborative pruning]
     """
+    shapes = [tuple(z.shape) for z in tokens]
+    if any(len(shape) != 3 or shape[::2] != shapes[0][::2] for shape in shapes):
+        raise ValueError(f"tokens must be tensors (B, N_l, D) of the same B and D, got {shapes}")
     B, N = len(tokens[0]), sum(z.shape[1] for z in tokens)
     if budget is None or budget == N:
         keep_idx = torch.arange(N, device=tokens[0].device).expand(B, N)

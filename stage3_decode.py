@@ -163,7 +163,7 @@ def select(score: Tensor, count: Tensor, visual: Tensor) -> Tensor:
 
 def default_layers(L: int) -> list[int]:
     """The layers to prune in a decoder of L: 4, 12, 20 of 32.  Source: [our choice for other L]"""
-    return [L // 8, 3 * L // 8, 5 * L // 8]
+    return sorted({max(1, eighths * L // 8) for eighths in (1, 3, 5)})
 
 
 def average_tokens(

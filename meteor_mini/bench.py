@@ -21,6 +21,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import numpy as np
 import pandas
 import timm
 import tokenizers
@@ -271,23 +272,26 @@ def time_call(work: Callable[[], object]) -> dict[str, float]:
 
 
 def take_turns(work: dict[str, Callable[[], dict]], seconds: float) -> pandas.DataFrame:
-    """Run every contender once a round. The first round warms up; it counts where it is the only
-    one that fits into `seconds`.
+    """Run every contender once a round, in another order each time. The first round warms up; it
+    counts where it is the only one that fits into `seconds`.
 
     Returns: a row for each run that counts: "round", "method", what the run returned, "ms" among
         it, and speed_up, the time of "unpruned" over the row's in the same round.
     """
-    runs, start = [], timer()
+    runs, start, rng = [], timer(), np.random.default_rng(0)
     for number in range(1 + ROUNDS):
         elapsed = timer() - start
         if number > 0 and elapsed + elapsed / number > seconds:
             break
-        runs += [{"round": number, "method": name} | once() for name, once in work.items()]
+        for name in rng.permutation(list(work)):
+            runs.append({"round": number, "method": str(name)} | work[name]())
     runs = pandas.DataFrame(runs)
     after_the_first = runs[runs["round"] > 0]
     runs = runs if after_the_first.empty else after_the_first
     unpruned = runs[runs["method"] == "unpruned"].set_index("round")["ms"]
-    return runs.assign(speed_up=runs["round"].map(unpruned) / runs["ms"])
+    runs = runs.assign(speed_up=runs["round"].map(unpruned) / runs["ms"])
+    as_given = pandas.Series(range(len(work)), index=list(work))
+    return runs.sort_values("method", key=lambda names: names.map(as_given), kind="stable")
 
 
 def compare(

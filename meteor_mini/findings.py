@@ -33,7 +33,8 @@ from .evaluate import (
     ratio,
     utilization,
 )
-from .model import Answer, Meteor
+from .methods import Row, eagle_rows, stages
+from .model import Meteor
 from .toy.clips import CLIPS, make_clip
 from .toy.questions import (
     GROUPS,
@@ -73,10 +74,6 @@ def lines_by_kind(values: np.ndarray, family: Iterable[str], criterion: str, **w
         own = values[asked]
         lines.append(line(mean(own), criterion, kind=kind, questions=len(own), **where))
     return lines
-
-
-def is_right(answers: list[Answer], truths: Iterable[str]) -> list[bool]:
-    return [answer.text == truth for answer, truth in zip(answers, truths)]
 
 
 # ---------------------------------------------------------------------------------- who survives
@@ -119,12 +116,13 @@ def figure1(model: Meteor, samples: int) -> list[dict]:
 
 @torch.no_grad()
 def ranks(model: Meteor, samples: int) -> list[dict]:
-    """Of each encoder's output: its rank, how much that varies over pictures, its diversity."""
+    """Of each encoder at stage 1's last point: its rank, how much that varies over pictures, its
+    diversity.
+    """
     images = to_images([make_picture(i, "val").image for i in range(min(samples, 64))])
-    encoders = list(model.encoders.values())
-    features, _ = stage1_encode.encode_all(encoders, model.pixels(images), None)
     lines = []
-    for name, x in zip(model.encoders, features):
+    for (name, encoder), pixels in zip(model.encoders.items(), model.pixels(images)):
+        x = stage1_encode.features_at_points(encoder, pixels)[-1]  # (B, N, D)
         rank = stage1_encode.feature_rank(x).double().numpy()  # (pictures,)
         spread = 100 * float(rank.std(ddof=1) / rank.mean()) if len(rank) > 1 else float("nan")
         diversity = nuclear_diversity(x).numpy()
@@ -249,9 +247,9 @@ def by_subset(
 
 @torch.no_grad()
 def heads(model: Meteor, samples: int) -> list[dict]:
-    """The visual attention value of every head, in every layer but the last, nothing pruned: of
-    the layer's heads the lowest, the median and the highest; and the sum over its top heads, by
-    which stage 3 counts, by kind of question.
+    """The visual attention value of every head, in every layer but the last, after stages 1 and 2:
+    of the heads' means over questions the lowest, the median and the highest; and the sum over the
+    top heads of each question, by which stage 3 counts, by kind of question.
 
     A layer's number is that of the layer that listens, so that stage 3 in layer i + 1 uses it.
 
@@ -282,27 +280,31 @@ def heads(model: Meteor, samples: int) -> list[dict]:
 
 @torch.no_grad()
 def video(model: Meteor, samples: int) -> list[dict]:
-    """Clips tiled into one picture, never seen in training, unpruned and with METEOR.
+    """Clips tiled into one picture, never seen in training: unpruned, METEOR, and EAGLE-style
+    fusion where it was trained.
 
     Source: [supplement Table 4]
     """
-    budgets = {"unpruned": Budget.keep_all(), "METEOR": model.budget}
+    methods = {"unpruned": Row("", stages()).answer, "METEOR": Meteor.answer}
+    for row in eagle_rows(model, "METEOR"):
+        methods["EAGLE-style"] = row.answer
     lines = []
     for kind in CLIPS:
-        right, tokens = {name: [] for name in budgets}, {name: [] for name in budgets}
+        right, tokens = {name: [] for name in methods}, {name: [] for name in methods}
         clips = [make_clip(i, kind) for i in range(min(samples, 200))]
         for start in range(0, len(clips), 50):
             images, questions, truths = zip(*clips[start : start + 50])
-            for name, budget in budgets.items():
-                answers = model.answer(to_images(images), list(questions), budget)
-                right[name] += is_right(answers, truths)
-                tokens[name] += [answer.tokens["stage3"] for answer in answers]
+            for name, answer in methods.items():
+                answers = answer(model, to_images(images), list(questions))
+                right[name] += [100 * (a.text == truth) for a, truth in zip(answers, truths)]
+                tokens[name] += [a.tokens["stage3"] for a in answers]
         where = {"kind": kind, "questions": len(clips)}
-        unpruned, meteor = (100 * np.array(right[name]) for name in budgets)
-        lines.append(line(mean(unpruned), "accuracy, unpruned", **where))
-        lines.append(line(mean(meteor), "accuracy, METEOR", **where))
-        lines.append(line(difference(meteor, unpruned), "METEOR - unpruned", **where))
-        lines.append(line(mean(tokens["METEOR"]), "tokens per LLM layer, METEOR", **where))
+        for name in methods:
+            lines.append(line(mean(right[name]), f"accuracy, {name}", **where))
+            lines.append(line(mean(tokens[name]), f"tokens per LLM layer, {name}", **where))
+            if name != "METEOR":
+                gain = difference(right["METEOR"], right[name])
+                lines.append(line(gain, f"METEOR - {name}", **where))
     return lines
 
 

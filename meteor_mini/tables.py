@@ -162,9 +162,9 @@ def table3(model: Meteor) -> list[Row]:
 
 def table6(model: Meteor) -> list[Row]:
     """A single encoder, stages 1 and 3."""
-    name, N = "clip", grid_cells(model)
-    few = round(0.27 * N)  # about the paper's 29 % of the LLM's FLOPs
-    fewer = round(0.45 * few)  # about its 12 %
+    name, N = "pix2struct", grid_cells(model)  # which reads: the paper's is of TextVQA
+    few = round(0.27 * N)
+    fewer = round(0.45 * few)
     inside = stages(few, encoders=(name,))
     # not in the paper: is it the choice, or that tokens are gone before the encoder is at its end?
     at_the_end = stages((N, N, few), encoders=(name,))
@@ -181,12 +181,13 @@ def table6(model: Meteor) -> list[Row]:
 
 
 def table7(model: Meteor) -> list[Row]:
-    """A single encoder, stage 3."""
+    """A single encoder, stage 3 and rivals in the same layers."""
     name = "pix2struct"
     N, encode = model.views[name].num_tokens, stages(encoders=(name,))
     average = round(0.45 * N)
-    fastv = fastv_row(model, encode, N, average)
-    pyramid = pyramid_row(model, encode, N, average)
+    layers = own_layers(model)
+    fastv = fastv_row(model, encode, N, average, layers[0])
+    pyramid = pyramid_row(model, encode, N, average, layers)
     pyramid = replace(pyramid, against=fastv.method, paper="above")
     stage3 = pruner_for_average(model, encode, average, model.budget)
     return [

@@ -152,7 +152,8 @@ def test_every_finding_comes_to_the_page(untrained, answered, name, tmp_path, mo
     page.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
     assert f"## {page.TEXTS[name][0]}" in text and (tmp_path / f"{name}.png").exists()
-    assert set(page.FIGURES[name][0]) <= set(frame["criterion"])
+    drawn = set(page.FIGURES[name][0]) - {"accuracy, EAGLE-style"}  # this model has no such fusion
+    assert drawn <= set(frame["criterion"])
 
 
 def test_lines_that_fill_the_same_fields_are_one_table():

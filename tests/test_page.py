@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pandas as pd
 import pytest
 
@@ -12,6 +11,7 @@ from meteor_mini import page
 def line(share, method, accuracy, speed_up, family="all", seed=0):
     against = "unpruned" if method == "METEOR" else "METEOR"
     numbers = {"tokens": 144 * share, "flops": 1e6, "accuracy": accuracy, "speed_up": speed_up}
+    numbers |= {"rounds": 3, "least": speed_up - 0.5, "most": speed_up + 0.5}
     interval = {"low": accuracy - 5, "high": accuracy + 5}
     differences = dict.fromkeys(("difference", "difference_low", "difference_high"), -1.0)
     head = {"share": share, "method": method, "against": against, "seed": seed, "family": family}
@@ -30,12 +30,12 @@ def methods():
     return pd.DataFrame(lines)
 
 
-def test_accuracies_at_equal_time_are_read_off_straight_lines(methods):
+def test_at_equal_time_a_method_has_its_best_accuracy_of_those_that_are_as_fast(methods):
     table = page.at_equal_time(methods)
-    assert table.index.tolist() == [2.0, 4.0]
-    assert table["METEOR"].tolist() == [80.0, 60.0]
-    assert np.isnan(table["FastV"].iloc[0])  # it was never as slow as 2
-    assert table["FastV"].iloc[1] == 75.0  # half way between 90 and 60
+    assert table.columns.tolist() == ["60%, speed-up 2.00", "20%, speed-up 4.00"]
+    assert table.loc["METEOR"].tolist() == [80.0, 60.0]
+    assert table.loc["FastV"].tolist() == [90.0, 60.0]  # at 60 % it is three times as fast
+    assert table.loc["unpruned"].isna().all()  # it is always slower
 
 
 def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
@@ -62,8 +62,9 @@ def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
     assert row_of("METEOR", difference).count("-1.0 [-1.0, -1.0]") == 2
     assert row_of("METEOR", tokens).split() == ["86.4", "28.8"]
     hard = row_of("METEOR", kinds)  # at 20 %, where the settings were searched
-    assert "40.0 [35.0, 45.0]" in hard and "4.00" in hard
-    (setting,) = [row for row in text.split("### Settings")[1].splitlines() if "METEOR" in row]
+    assert "40.0 [35.0, 45.0]" in hard and "4.00 [3.50, 4.50]" in hard
+    settings = text.split("### Settings")[1].split("```")[1].splitlines()
+    (setting,) = [row for row in settings if "METEOR" in row]
     assert "enter 1.5, k 5" in setting and "50.0 to 60.0" in setting and " 3 " in setting
     for name, (title, _) in page.METHODS_FIGURES.items():
         assert (tmp_path / f"methods_{name}.png").exists() and f"![{title}]" in text

@@ -1243,11 +1243,11 @@ def test_models_of_no_family_are_refused(build):
         EncoderPruner(model, KEEP)
 
 
-def test_a_convnext_is_refused_inside_and_a_depth_beyond_the_blocks_and_lists_of_two_lengths(
-    models,
-):
+def test_misuse_is_refused_in_a_sentence(models):
     with pytest.raises(TypeError, match="got ConvNeXt: a ConvNeXt is pruned by encode"):
         EncoderPruner(models["convnext"], (9,))
+    with pytest.raises(TypeError, match="keep must hold a count for each pruning point.*got 9"):
+        EncoderPruner(models["clip"], 9)
     with pytest.raises(ValueError, match="depth must be at most 6, got 7"):
         EncoderPruner(models["clip"], (9,), depth=7)
     with pytest.raises(ValueError, match="pixels must be one tensor for each of the 2 encoders"):

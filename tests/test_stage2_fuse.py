@@ -197,6 +197,13 @@ def test_what_cannot_be_pruned_is_refused(sizes, budget, message):
         fuse(features(sizes), budget)
 
 
+def test_tokens_of_other_shapes_are_refused():
+    one, other = features((6, 5))
+    for tokens in (one, [one, other[..., :4]], [one, other[:1]]):  # a tensor, of other width, batch
+        with pytest.raises(ValueError, match="of the same B and D, got"):
+            fuse(tokens, 3)
+
+
 def test_the_file_runs_alone(tmp_path, monkeypatch, capsys):
     """Copied into an empty folder, with nothing else of this project in reach."""
     shutil.copy(stage2_fuse.__file__, tmp_path)

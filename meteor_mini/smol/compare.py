@@ -4,9 +4,9 @@ The protocol (docs/smol.md tells how the model was trained):
 
 1. All methods leave the same mean number of visual tokens per LLM layer, at four averages.
 2. Each method's own knobs are searched on validation questions, over a grid of at most twelve
-   settings, at one of the averages. search.csv holds every setting tried. METEOR with a stage left
-   out has METEOR's setting.
-3. The test split is asked once, with the settings found: answers.csv has a row for each question.
+   settings, at one of the averages; METEOR's last one, how much stage 1 leaves, at the best of its
+   twelve. search.csv holds every setting tried. METEOR with a stage left out has METEOR's setting.
+3. Then the test split is asked: answers.csv has a row for each question.
 4. times.csv holds the time to the first token, of all methods in turns.
 
 methods.csv is made of these: a row for each method, average, seed and family; "hard" are the
@@ -45,12 +45,13 @@ from ..methods import (
     stages,
 )
 from ..model import Meteor
-from ..toy.questions import QUESTION_FAMILIES, example_batches, images_and_questions
+from ..toy.questions import example_batches, images_and_questions
 
 SHARES = (0.40, 0.25, 0.60, 0.15)  # visual tokens per LLM layer, of one encoder's patches
 SEARCH_AT = 0.40
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
-SECONDS = 200  # that the rounds of a timing may take
+OTHER_RATIOS = [3.0, 5.0]
+TIMED, SECONDS = 4, 240  # questions of a timing; what all its rounds may take
 LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, and PyramidDrop's
 
 # Every method is a function (model, average, **setting) -> Row.
@@ -59,9 +60,9 @@ LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, an
 # ------------------------------------------------------------------------- METEOR and parts of it
 
 
-def both_stages(model: Meteor, K: int) -> Callable:
-    """Stages 1 and 2 that leave K tokens, by the paper's ratio."""
-    return stages(min(round(PAPER_RATIO * K), model.num_tokens), K)
+def both_stages(model: Meteor, K: int, ratio: float = PAPER_RATIO) -> Callable:
+    """Stages 1 and 2 that leave K tokens, stage 1 alone `ratio` times as many."""
+    return stages(min(round(ratio * K), model.num_tokens), K)
 
 
 def adaptive(model: Meteor, average: float, encode: Callable, layers: tuple, k: int) -> Row:
@@ -70,8 +71,16 @@ def adaptive(model: Meteor, average: float, encode: Callable, layers: tuple, k: 
     return Row("", encode, pruner_for_average(model, encode, average, budget))
 
 
-def meteor(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
-    return adaptive(model, average, both_stages(model, round(enter * average)), layers, k)
+def meteor(
+    model: Meteor,
+    average: int,
+    enter: float,
+    layers: tuple,
+    k: int,
+    ratio: float = PAPER_RATIO,
+) -> Row:
+    encode = both_stages(model, round(enter * average), ratio)
+    return adaptive(model, average, encode, layers, k)
 
 
 def stages_1_and_3(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
@@ -83,7 +92,7 @@ def stages_2_and_3(model: Meteor, average: int, enter: float, layers: tuple, k: 
 
 
 def stages_1_and_2(model: Meteor, average: int, ratio: float) -> Row:
-    return Row("", stages(min(round(ratio * average), model.num_tokens), average))
+    return Row("", both_stages(model, average, ratio))
 
 
 def stage_1(model: Meteor, average: int) -> Row:
@@ -165,6 +174,12 @@ def shrink(model: Meteor, average: int) -> Row:
     return Row("", lambda model, images: baselines.shrink(model, images, average))
 
 
+def blank(model: Meteor, average: int) -> Row:
+    """What is right without seeing anything: all pictures are grey."""
+    see = stages(None, average, fusion="regular grid")
+    return Row("", lambda model, images: see(model, torch.full_like(images, 0.5)))
+
+
 ENCODERS = ("clip", "convnext", "eva", "pix2struct")
 ENTER = [1.5, 2.0, 3.0]  # tokens that enter the LLM, to the average
 STAGE_3 = {"enter": [1.5, 2.0], "layers": LAYERS, "k": [3, 5, 9]}
@@ -189,6 +204,7 @@ METHODS = {  # name -> its function, and the values of each of its knobs
     "regular grid": (partial(stage_2, fusion="regular grid"), {}),
     "average pooling": (pool, {}),
     "smaller picture": (shrink, {}),
+    "blank picture": (blank, {}),
     "best encoder": (some_encoders, {"names": list(itertools.combinations(ENCODERS, 1))}),
     "best pair": (some_encoders, {"names": list(itertools.combinations(ENCODERS, 2))}),
 }
@@ -226,10 +242,12 @@ def search(model: Meteor, name: str, setting: dict, samples: int) -> dict:
 
 def best_setting(searched: pd.DataFrame, name: str) -> dict:
     """The setting of most right answers; the first of equals. Parts of METEOR have METEOR's."""
-    if METHODS[name][1] is STAGE_3:
-        name = "METEOR"
-    own = searched[searched["method"] == name].reset_index(drop=True)
-    return json.loads(own["setting"][own["accuracy"].idxmax()])
+    is_part = METHODS[name][1] is STAGE_3 and name != "METEOR"
+    own = searched[searched["method"] == ("METEOR" if is_part else name)].reset_index(drop=True)
+    setting = json.loads(own["setting"][own["accuracy"].idxmax()])
+    if is_part:
+        setting.pop("ratio", None)  # of stages 1 and 2, which no part has both before stage 3
+    return setting
 
 
 def rows_at(model: Meteor, searched: pd.DataFrame, share: float) -> list[Row]:
@@ -257,14 +275,15 @@ def all_patches(model: Meteor) -> float:
 
 @torch.no_grad()
 def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
-    """The time from a picture to the first token, the methods in turns, the unpruned model too: of
-    a question of each family, one at a time.
+    """The time from a picture to the first token, the methods in turns, the unpruned model and
+    EAGLE's fusion too: of some questions, one at a time.
 
-    Returns: method; ms of all these, median over the rounds; speed_up: the unpruned time over the
-        row's.
+    Returns: method; rounds; ms of all questions, median over the rounds; speed_up: the unpruned
+        time over the row's in the same round, its median, the least and the most.
     """
-    rows = {row.method: row for row in [Row("unpruned", stages()), *rows]}  # once
-    images, questions = images_and_questions(next(example_batches("val", len(QUESTION_FAMILIES))))
+    always = [Row("unpruned", stages()), *eagle_rows(model, "unpruned")]
+    rows = {row.method: row for row in [*always, *rows]}  # once
+    images, questions = images_and_questions(next(example_batches("val", TIMED)))
 
     def first_token(row: Row) -> None:
         for image, question in zip(images.split(1), questions):
@@ -272,8 +291,11 @@ def time_rows(model: Meteor, rows: list[Row]) -> pd.DataFrame:
             model.generate(encoded, [question], Budget.keep_all(), row.pruner, max_new_tokens=1)
 
     work = {name: partial(time_call, partial(first_token, row)) for name, row in rows.items()}
-    runs = take_turns(work, SECONDS)
-    return runs.groupby("method", sort=False)[["ms", "speed_up"]].median().reset_index()
+    by_method = take_turns(work, SECONDS).groupby("method", sort=False)
+    times = by_method[["ms", "speed_up"]].median()
+    speed_ups = by_method["speed_up"]
+    times = times.assign(rounds=speed_ups.size(), least=speed_ups.min(), most=speed_ups.max())
+    return times.reset_index()
 
 
 def summarise(answers: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
@@ -283,7 +305,7 @@ def summarise(answers: pd.DataFrame, times: pd.DataFrame) -> pd.DataFrame:
     Args: answers: share, method, seed, and the columns of `ask`; times: share, and the columns of
         `time_rows`.
     """
-    answers, times = repeat_eagle(answers), repeat_eagle(times)
+    answers = repeat_eagle(answers)
     cases = {
         case: own.reset_index(drop=True)
         for case, own in answers.groupby(["share", "method", "seed"], sort=False)
@@ -341,6 +363,13 @@ def main() -> None:
                 line = search(model, name, setting, args.search)
                 print(line, flush=True)
                 searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
+
+    best = best_setting(searched, "stages 1+3")  # METEOR's, without a ratio
+    for ratio in OTHER_RATIOS:
+        setting = best | {"ratio": ratio}
+        if ("METEOR", json.dumps(setting)) not in done:
+            line = search(model, "METEOR", setting, args.search)
+            searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
 
     answers = load_csv(args.out / "answers.csv", "share", "method", "seed")
     times = load_csv(args.out / "times.csv", "share")

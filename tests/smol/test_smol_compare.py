@@ -76,6 +76,10 @@ def test_the_setting_of_most_right_answers_is_taken_and_parts_have_meteors():
     )
     assert compare.best_setting(searched, "METEOR") == json.loads(json.dumps(settings[2]))
     assert compare.best_setting(searched, "stages 1+3") == json.loads(json.dumps(settings[2]))
+    with_ratio = json.dumps(settings[2] | {"ratio": 3.0})
+    searched.loc[3] = "METEOR", with_ratio, 70.0
+    assert compare.best_setting(searched, "METEOR") == json.loads(with_ratio)
+    assert compare.best_setting(searched, "stages 1+3") == json.loads(json.dumps(settings[2]))
 
 
 def graded(share: float, method: str, right: list[bool], seed: int = 0) -> pd.DataFrame:
@@ -93,8 +97,8 @@ def methods():
         graded(0.25, "METEOR", [True, True, True, False]),
         graded(0.25, "smaller picture", [True, False, False, False]),
     ]
-    times = pd.DataFrame({"share": [4.0, 0.25], "method": ["EAGLE", "METEOR"]})
-    times = times.assign(ms=[3.0, 7.0], speed_up=[5.0, 2.0])
+    times = pd.DataFrame({"share": [4.0, 0.25, 0.25], "method": ["EAGLE", "EAGLE", "METEOR"]})
+    times = times.assign(ms=[3.0, 3.0, 7.0], speed_up=[5.0, 6.0, 2.0])
     return compare.summarise(pd.concat(answers, ignore_index=True), times)
 
 
@@ -106,7 +110,7 @@ def test_meteor_is_compared_with_the_unpruned_model_and_others_with_meteor(metho
     assert overall.loc[("EAGLE", 0.25), "difference"] == 25  # of METEOR
     assert pd.isna(overall.loc[("unpruned", 4.0), "difference"])
     speed_up = overall["speed_up"]
-    assert speed_up["METEOR", 0.25] == 2 and speed_up["EAGLE", 0.25] == speed_up["EAGLE", 4.0] == 5
+    assert (speed_up["METEOR", 0.25], speed_up["EAGLE", 0.25], speed_up["EAGLE", 4.0]) == (2, 6, 5)
 
 
 def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
@@ -123,7 +127,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
     monkeypatch.setattr(compare, "SHARES", (0.25,))
     monkeypatch.setattr(compare, "SEEDS", [0, 1])
     monkeypatch.setattr(compare, "SECONDS", 0)
-    monkeypatch.setattr(compare, "QUESTION_FAMILIES", ["one"])  # as many questions are timed
+    monkeypatch.setattr(compare, "TIMED", 1)
     monkeypatch.setattr(compare, "settings_of", lambda name, all=compare.settings_of: all(name)[:1])
     monkeypatch.setattr(Meteor, "from_pretrained", lambda name: model)
     command = ["compare", "--out", str(tmp_path), "--search", "2", "--samples", "3"]
