@@ -382,17 +382,13 @@ class Spy(TorchFunctionMode):
 def packed_attention(x: Tensor, heads: int, weight: Tensor, bias: Tensor | None, Q: int) -> Tensor:
     """What tokens x (S, B, D) receive from the first Q in torch's own attention module. (B, S)
 
-    It projects inside one function, so its q and k cannot be heard. The few q are projected again.
-    The many k need not be: q . (W_k x + b_k) = (W_k^T q) . x + q . b_k, and the softmax over all x
-    cancels q . b_k. So (W_k^T q) stands for q, and x for k, the same for all heads.
+    It projects inside one function, so its q and k cannot be heard, and are projected again.
     """
     W_q, W_k, _ = weight.chunk(3)
-    b_q = None if bias is None else bias.chunk(3)[0]
-    q = F.linear(x[:Q], W_q, b_q).unflatten(-1, (heads, -1))  # (Q, B, H, d)
-    scale = q.shape[-1] ** -0.5
-    W_k = W_k.unflatten(0, (heads, -1))  # (H, d, D)
-    q_of_x = torch.einsum("qbhd,hdD->bhqD", q, W_k)  # (B, H, Q, D)
-    return received_attention(q_of_x, x.transpose(0, 1)[:, None], scale)
+    b_q, b_k, _ = (None, None, None) if bias is None else bias.chunk(3)
+    q = F.linear(x[:Q], W_q, b_q).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)  # (B, H, Q, d)
+    k = F.linear(x, W_k, b_k).unflatten(-1, (heads, -1)).permute(1, 2, 0, 3)  # (B, H, S, d)
+    return received_attention(q, k, q.shape[-1] ** -0.5)
 
 
 # -------------------------------------------------------------------------------- inside an encoder

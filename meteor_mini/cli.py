@@ -129,7 +129,6 @@ def add_eval(commands) -> None:
         metavar="DIR",
         help="with --table: put what is measured into the CSV files, figures and README.md there",
     )
-    command.add_argument("--split", choices=["test", "val"], default="test")
 
 
 def add_bench(commands) -> None:
@@ -288,8 +287,6 @@ def run_eval(args: Namespace) -> None:
     require_extra("eval")
     from . import findings, tables
 
-    if args.table is not None and args.split != "test":
-        raise ValueError("--split must be test beside --table, whose rows are of the test split")
     if args.out is not None and args.table is None:
         raise ValueError("--out must come with --table: without it nothing is written")
     if args.out is not None and args.model != "smol":
@@ -299,7 +296,7 @@ def run_eval(args: Namespace) -> None:
     model = Meteor.from_pretrained(args.model)
     names = [*tables.TABLES, *findings.FINDINGS]
     if args.table is None:
-        print_accuracy(model, args.split, args.samples)
+        print_accuracy(model, args.samples)
     elif args.table == "all":
         tables.report(model, names, args.samples, args.out)
     elif args.table in names:
@@ -308,7 +305,7 @@ def run_eval(args: Namespace) -> None:
         raise ValueError(f"--table must be one of {', '.join(names)} or all, got {args.table}")
 
 
-def print_accuracy(model: Meteor, split: str, samples: int) -> None:
+def print_accuracy(model: Meteor, samples: int) -> None:
     """Accuracy by family, unpruned and with METEOR."""
     import pandas
 
@@ -316,12 +313,12 @@ def print_accuracy(model: Meteor, split: str, samples: int) -> None:
 
     columns = {}
     for name, budget in {"unpruned": Budget.keep_all(), "METEOR": model.budget}.items():
-        result = accuracy(model, budget, split, samples)
+        result = accuracy(model, budget, "test", samples)
         columns[name] = result["families"] | {
             "all": result["accuracy"],
             "visual tokens per LLM layer": result["average_tokens"],
         }
-    print(f"right answers to {samples} questions of the split {split}, in percent")
+    print(f"right answers to {samples} questions of the test split, in percent")
     print(pandas.DataFrame(columns).to_string(float_format="{:.1f}".format))
 
 

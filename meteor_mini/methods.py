@@ -91,14 +91,14 @@ def stages(
     return encode
 
 
-def prumerge_row(encoders: Iterable[str], tokens: int, against: str | None = None) -> Row:
+def prumerge_row(encoders: Iterable[str], tokens: int) -> Row:
     """PruMerge++ at the encoders' outputs."""
     names = list(encoders)
 
     def encode(model: Meteor, images: Tensor) -> Encoded:
         return baselines.prumerge(model, images, names, tokens)
 
-    return Row(f"PruMerge++-style, {tokens}", encode, against=against)
+    return Row(f"PruMerge++-style, {tokens}", encode)
 
 
 def eagle_rows(model: Meteor, against: str) -> list[Row]:

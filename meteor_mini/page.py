@@ -12,8 +12,6 @@ import pandas as pd
 from . import plots
 from .toy.questions import GROUPS, OCR_CHART, QUESTION_FAMILIES
 
-KINDS = ["all", *GROUPS]  # of questions: the columns of the page's tables
-
 # ------------------------------------------------------------------------------------- the words
 
 TEXTS = {  # title; what is compared, and what the paper found
@@ -308,10 +306,10 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
         against = of_method["against"].iloc[0]
         row = {"method": name_with_seeds(method, of_method), **numbers_of(of_method)}
         row["to"] = methods.index(against) + 1 if against in methods else ""
-        for kind in KINDS:
+        for kind in plots.GROUPS:
             own = of_method[of_method["family"] == kind]
             row[kind] = over_seeds(own, "accuracy", "low", "high", form=".1f")
-        for kind in KINDS:
+        for kind in plots.GROUPS:
             own = of_method[of_method["family"] == kind]
             columns = ("difference", "difference_low", "difference_high")
             row[f"difference, {kind}"] = over_seeds(own, *columns, form="+.1f")
@@ -434,7 +432,7 @@ def fenced(table: pd.DataFrame) -> str:
 def draw_methods(methods: pd.DataFrame, others: list[str], title: str):
     """Accuracy by tokens, METEOR's with its interval, in a panel for each kind of question."""
     panels = {}
-    for kind in KINDS:
+    for kind in plots.GROUPS:
         lines = {}
         for method in ("METEOR", *others):
             own = methods[(methods["method"] == method) & (methods["family"] == kind)]

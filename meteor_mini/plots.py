@@ -33,7 +33,7 @@ STAGE_TITLES = {
     "stage2": "Stage 2, fusion",
     "stage3": "Stage 3, decoding (last LLM layer)",
 }
-GROUPS = ["all", "General", "OCR & Chart"]  # of questions: the panels of a table's figure
+GROUPS = ["all", "General", "OCR & Chart"]  # of questions: a figure's panels, a table's columns
 
 # Of the figure of survivors, in inches: the picture with the texts on the left, the cells on the
 # right, a row for each stage.

@@ -86,15 +86,12 @@ def table1(model: Meteor) -> list[Row]:
     """How encoders share the paper's share of all tokens; all strategies have the same totals at
     the inner points.
     """
-    prunable = []
-    for name, encoder in model.encoders.items():
-        if stage1_encode.can_prune_inside(encoder):
-            prunable.append(model.views[name].num_tokens)
-    n = sum(prunable)
     total = round(model.num_tokens * 1193 / 4096)  # of four encoders with 1024 tokens each
-    left = total * len(prunable) / len(model.encoders)  # by these, if all encoders shared alike
-    fall = left / n
-    totals = (round(n * fall ** (1 / 3)), round(n * fall ** (2 / 3)), total)
+    available = [view.num_tokens for view in model.views.values()]
+    alike = [total / len(available)] * len(available)
+    encoders = enumerate(model.encoders.values())
+    inside = [l for l, encoder in encoders if stage1_encode.can_prune_inside(encoder)]
+    totals = tuple(stage1_encode.geometric_totals(total, alike, available, inside, 3))
     rows = []
     for strategy in baselines.SHARES:
         others = {} if strategy == "rank" else {"against": f"rank, {total}", "paper": "below"}

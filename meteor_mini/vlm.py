@@ -32,14 +32,14 @@ MODEL_TYPES = (
 SHARE = 242 / 576  # of the visual tokens, mean over layers: what stage 3 keeps in the paper
 
 
-def load_vlm(name: str, dtype="auto", **hub) -> tuple:
+def load_vlm(name: str, **hub) -> tuple:
     """A model of `MODEL_TYPES` and its processor, from the hub, its cache or a directory.
 
     Raises: ValueError where it cannot be fetched; TypeError for another kind of model.
     """
     auto = AutoModelForImageTextToText
     model = fetch(
-        name, lambda: auto.from_pretrained(name, dtype=dtype, use_safetensors=True, **hub)
+        name, lambda: auto.from_pretrained(name, dtype="auto", use_safetensors=True, **hub)
     ).eval()
     if model.config.model_type not in MODEL_TYPES:
         raise TypeError(

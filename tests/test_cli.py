@@ -68,7 +68,7 @@ def test_ask_draws_the_survivors(ask, tmp_path):
 
 
 def test_eval_prints_accuracy_by_family(capsys):
-    assert cli.main(["eval", "--samples", "4", "--split", "val"]) == 0
+    assert cli.main(["eval", "--samples", "4"]) == 0
     printed = capsys.readouterr().out
     assert all(family in printed for family in [*questions.QUESTION_FAMILIES][:4])
     unpruned, meteor = printed.splitlines()[-1].split()[-2:]  # tokens: a column for each budget
@@ -96,7 +96,6 @@ def assert_refused(argv, capsys, *words):
         (["ask", "PICTURE", "why?", "--plot", "PICTURE"], ["would overwrite"]),
         (["demo", "--model", "nosuch"], ["'nosuch'", "toy"]),
         (["demo", "--model", "nobody/nothing"], ["nobody/nothing could not be fetched"]),
-        (["eval", "--table", "all", "--split", "val"], ["--split", "--table"]),
         (["eval", "--out", "somewhere"], ["--out must come with --table"]),
         (["eval", "--table", "1", "--out", "somewhere"], ["--out must come with --model smol"]),
         (["calibrate", "none"], ["none must be a directory with pictures"]),

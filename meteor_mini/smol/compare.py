@@ -47,7 +47,7 @@ from ..methods import (
 from ..model import Meteor
 from ..toy.questions import example_batches, images_and_questions
 
-SHARES = (0.40, 0.25, 0.60, 0.15)  # visual tokens per LLM layer, of one encoder's patches
+SHARES = (0.60, 0.40, 0.25, 0.15)  # visual tokens per LLM layer, of one encoder's patches
 SEARCH_AT = 0.40
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
 OTHER_RATIOS = [3.0, 5.0]

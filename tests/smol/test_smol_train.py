@@ -2,7 +2,6 @@
 
 import csv
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -146,10 +145,3 @@ def test_a_trained_model_gets_a_budget_and_the_lambda_that_keeps_it(monkeypatch)
     assert model.budget == of_toy
     result = accuracy(model, model.budget, "val", 16, first=50_000)  # those of lambda
     assert result["average_tokens"] == pytest.approx(40, rel=0.1)
-
-
-def test_no_loss_but_the_answers_is_in_the_training():
-    folder = Path(train.__file__).parent
-    text = "".join((folder / name).read_text() for name in ("build.py", "train.py"))
-    for word in ("attention_loss", "aside_loss", "looking_loss", "asked_patches"):
-        assert word not in text
