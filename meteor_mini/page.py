@@ -146,7 +146,8 @@ of stage 3; those of EAGLE-style behind its fusion, which alone leaves 144 token
 share. Stage 3 alone spends nearly all of its average in the layers before its first drop. A smaller
 picture is padded for the encoders, so it saves them no time here. A blank picture shows what is
 guessed right. In the paper METEOR is 0.3 points below EAGLE with a quarter of its tokens, and 4
-above FastV behind EAGLE (main table, Vicuna-7B, 11 benchmarks).
+above FastV behind EAGLE (main table, Vicuna-7B, 11 benchmarks). In the figures, the band is
+METEOR's interval.
 """
 
 METHODS_TABLES = """\
@@ -196,7 +197,7 @@ a table does not speak of has the model's own budget.
 IN_LLM = ["FastV", "PyramidDrop", "random in the LLM"]
 OF_EAGLE = ["EAGLE-style, FastV", "EAGLE-style, PyramidDrop"]
 OTHERS = ["PruMerge++-style", "DivPrune", "random", "regular grid", "average pooling"]
-SMALLER = ["smaller picture", "best encoder", "best pair"]
+SMALLER = ["smaller picture", "blank picture", "best encoder", "best pair"]
 PARTS = ["stages 1+2", "stages 1+3", "stages 2+3", "stage 1", "stage 2", "stage 3"]
 METHODS_FIGURES = {  # file -> title, methods beside METEOR
     "parts": ("METEOR and its stages", PARTS),

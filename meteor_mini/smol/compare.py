@@ -182,17 +182,16 @@ def blank(model: Meteor, average: int) -> Row:
 
 ENCODERS = ("clip", "convnext", "eva", "pix2struct")
 ENTER = [1.5, 2.0, 3.0]  # tokens that enter the LLM, to the average
-STAGE_3 = {"enter": [1.5, 2.0], "layers": LAYERS, "k": [3, 5, 9]}
 PYRAMID = {"enter": ENTER, "layers": [*LAYERS, (2, 8, 15), (10, 17, 23)]}
 OF_EAGLE = [(1, 8, 15), (2, 8, 15), (3, 8, 15), (4, 11, 19)]  # within reach of all averages
-METHODS = {  # name -> its function, and the values of each of its knobs
-    "METEOR": (meteor, STAGE_3),
+METHODS = {  # name -> its function, and the values of each of its knobs; None: METEOR's setting
+    "METEOR": (meteor, {"enter": [1.5, 2.0], "layers": LAYERS, "k": [3, 5, 9]}),
     "stages 1+2": (stages_1_and_2, {"ratio": [1.25, 1.5, PAPER_RATIO, 3.0]}),
-    "stages 1+3": (stages_1_and_3, STAGE_3),  # with METEOR's setting
-    "stages 2+3": (stages_2_and_3, STAGE_3),
+    "stages 1+3": (stages_1_and_3, None),
+    "stages 2+3": (stages_2_and_3, None),
     "stage 1": (stage_1, {}),
     "stage 2": (stage_2, {}),
-    "stage 3": (stage_3, STAGE_3),
+    "stage 3": (stage_3, None),
     "FastV": (fastv, {"enter": ENTER, "layer": [2, 4, 6, 8]}),
     "PyramidDrop": (pyramid_drop, PYRAMID),
     "random in the LLM": (random_in_layers, PYRAMID),
@@ -214,8 +213,10 @@ METHODS = {  # name -> its function, and the values of each of its knobs
 
 
 def settings_of(name: str) -> list[dict]:
-    """The grid of a method's knobs."""
+    """The grid of a method's knobs; empty for a part of METEOR."""
     _, knobs = METHODS[name]
+    if knobs is None:
+        return []
     return [dict(zip(knobs, values)) for values in itertools.product(*knobs.values())]
 
 
@@ -242,7 +243,7 @@ def search(model: Meteor, name: str, setting: dict, samples: int) -> dict:
 
 def best_setting(searched: pd.DataFrame, name: str) -> dict:
     """The setting of most right answers; the first of equals. Parts of METEOR have METEOR's."""
-    is_part = METHODS[name][1] is STAGE_3 and name != "METEOR"
+    is_part = METHODS[name][1] is None
     own = searched[searched["method"] == ("METEOR" if is_part else name)].reset_index(drop=True)
     setting = json.loads(own["setting"][own["accuracy"].idxmax()])
     if is_part:
@@ -356,10 +357,9 @@ def main() -> None:
 
     searched = load_csv(args.out / "search.csv", "method", "setting")
     done = set(zip(searched["method"], searched["setting"]))
-    for name, (_, knobs) in METHODS.items():
+    for name in METHODS:
         for setting in settings_of(name):
-            has_meteors = knobs is STAGE_3 and name != "METEOR"
-            if not has_meteors and (name, json.dumps(setting)) not in done:
+            if (name, json.dumps(setting)) not in done:
                 line = search(model, name, setting, args.search)
                 print(line, flush=True)
                 searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
