@@ -402,7 +402,8 @@ def by_share(methods: pd.DataFrame, columns: tuple[str, ...], form: str) -> pd.D
         for method, rows in own.groupby("method", sort=False):
             name = name_with_seeds(method, rows)
             cells[name] = over_seeds(rows, *columns, form=form)
-        table[f"{share:.0%}"] = pd.Series(cells)
+        tokens = overall[overall["share"] == share]["tokens"].median()
+        table[f"{share:.0%}, {tokens:.0f} tokens"] = pd.Series(cells)
     longest = max(table.values(), key=len)  # some method reaches few shares
     return pd.DataFrame(table).reindex(longest.index).fillna("")
 
