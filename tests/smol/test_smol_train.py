@@ -135,8 +135,8 @@ def test_a_few_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_p
 
 
 def test_a_trained_model_gets_a_budget_and_the_lambda_that_keeps_it(monkeypatch):
-    monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0, 128.0, 256.0, 512.0])
-    monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
+    monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 128.0, 256.0])
+    monkeypatch.setattr(budgets, "SHARES", (0.2, 0.25))
     of_toy = replace(train.BUDGET, stage3=40, layers=(1, 3, 5))  # it has 8
     monkeypatch.setattr(train, "BUDGET", of_toy)
     model = load("toy")
