@@ -405,8 +405,8 @@ class EncoderPruner:
 
     Args:
         encoder: a model of `FAMILIES`, or one that holds such a model, as a LLaVA does.
-        keep: tokens left after each part, never rising; None keeps all that are there. (40,) is one
-            part, and prunes after all blocks; (None, None, 40) does so by attention.
+        keep: tokens left after each part, never rising; None keeps all that are there. (40,) prunes
+            once, after all blocks, by similarity; (None, None, 40) once, there, by attention.
         depth: stop after this many blocks, and return their output without the final norm: LLaVA
             reads the last block but one. (Later blocks still run.) None: all blocks, and the final
             norm where the library applies it to patches.

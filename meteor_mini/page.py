@@ -107,7 +107,8 @@ were trained on the loss of the answers alone, which knows nothing of attention,
 ([how](../docs/smol.md)). This page and its figures are made from the CSV files beside it:
 [methods.csv](methods.csv), [search.csv](search.csv) and [answers.csv](answers.csv), a row for each
 question, by `python -m meteor_mini.smol.compare --out results`; [tables.csv](tables.csv) and
-[findings.csv](findings.csv) by `meteor-mini eval --model smol --table all --out results`. Real
+[findings.csv](findings.csv) by `meteor-mini eval --model smol --table NAME --samples N --out
+results`. (The stored ones come from the functions of these commands, run in two processes.) Real
 sizes are timed in [benchmark.md](benchmark.md); Findings 1 and 2 on a pretrained encoder and
 photographs are in [docs/real_parts.md](../docs/real_parts.md).
 
@@ -173,6 +174,7 @@ the same work in the LLM, so their differences are noise and the encoders'.
 ### At METEOR's time
 
 Each method's best accuracy at a share where it is at least as fast as METEOR is at the column's.
+Times differ by a fifth between rounds (above), so who is just in or out of a column is chance.
 
 {at_equal_time}
 ### Settings
@@ -190,7 +192,7 @@ In each, a difference is to the row numbered in column *to*. *paper*: how the pa
 that one, and the verdict of the questions of OCR & Chart: *shown* where the difference's interval
 is on the same side of 0, *reversed* where it is on the other, *not shown* where it contains 0. Most
 gaps in the paper, 0.2 to 6 points, are smaller than what so few questions resolve: about 12 points.
-Of so many verdicts one or two are chance. A random row's verdict needs all its seeds. A stage that
+Of so many verdicts one may be chance. A random row's verdict needs all its seeds. A stage that
 a table does not speak of has the model's own budget.
 """
 

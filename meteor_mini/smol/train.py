@@ -49,7 +49,7 @@ HOLD = 0.85  # share of steps after which the learning rates fall
 RATES = {"lora": 8e-4, "projectors": 5e-4}
 FITTED = 512  # pictures on which the projectors' beginning is fitted
 RIDGE = 1e-5  # of that fit, to the mean square of a hidden unit
-# The model's own: METEOR's setting that `compare` found, at 60 % of one encoder's patches.
+# The model's own: METEOR's setting that `compare` found, for 60 % of one encoder's patches.
 BUDGET = Budget(stage1=387, stage2=129, stage3=86, k=3, layers=(4, 11, 19))
 
 

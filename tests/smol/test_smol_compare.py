@@ -136,6 +136,9 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
     command = ["compare", "--out", str(tmp_path), "--search", "1", "--samples", "2"]
     monkeypatch.setattr("sys.argv", command)
     compare.main()
+    tried = pd.read_csv(tmp_path / "search.csv").groupby("method")["setting"].apply(list)
+    first, other_ratio = map(json.loads, tried["METEOR"])
+    assert other_ratio == first | {"ratio": 3.0} and "stages 1+3" not in tried
     answers = pd.read_csv(tmp_path / "answers.csv")
     cases = answers.groupby(["share", "method", "seed"]).size()
     assert (cases == 2).all()
