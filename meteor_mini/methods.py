@@ -10,7 +10,6 @@ validation questions.
 Change here: a new method is one more `Row`.
 """
 
-import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -34,7 +33,7 @@ from .toy.questions import example_batches, images_and_questions
 
 Encode = Callable[[Meteor, Tensor], Encoded]
 SEEDS = [0, 1, 2, 3, 4]  # of the methods that choose at random
-LAMBDA_QUESTIONS = 32  # of the validation split, on which lambda is solved
+LAMBDA_QUESTIONS = 96  # of the validation split, on which lambda is solved: 8 of each family
 
 
 @dataclass(frozen=True)
@@ -136,13 +135,15 @@ def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: B
     """lambda that keeps `average` tokens, solved on validation questions, those of calibration
     among them.
     """
-    examples = list(itertools.chain(*example_batches("val", LAMBDA_QUESTIONS, first=50_000)))
-    images, questions = images_and_questions(examples)
-    encoded = encode(model, images)
+    encoded = []
+    for examples in example_batches("val", LAMBDA_QUESTIONS, first=50_000):
+        images, questions = images_and_questions(examples)
+        encoded.append((encode(model, images), questions))
 
     def measure(lam: float) -> float:
-        pruner = model.prefill(encoded, questions, adaptive_pruner(budget, lam))
-        return pruner.average_tokens().mean().item()
+        pruner = adaptive_pruner(budget, lam)
+        of_batches = [model.prefill(*batch, pruner).average_tokens() for batch in encoded]
+        return torch.cat(of_batches).mean().item()
 
     return solve_lambda(average, measure, tolerance=average / 200)
 

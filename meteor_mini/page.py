@@ -1,10 +1,12 @@
 """results/: CSV files, a figure for each table and finding, and the page that shows them.
 
 `save` puts what was measured into a CSV file and draws it; `write` makes README.md from these files
-alone, and from methods.csv, which `smol.compare` leaves.
+alone, and from methods.csv, which `smol.compare` leaves. The words are those of page.md, where
+{name} stands for the numbers of a table or finding.
 """
 
 import json
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -12,189 +14,8 @@ import pandas as pd
 from . import plots
 from .toy.questions import GROUPS, OCR_CHART, QUESTION_FAMILIES
 
-# ------------------------------------------------------------------------------------- the words
-
-TEXTS = {  # title; what is compared, and what the paper found
-    "1": (
-        "Table 1: how encoders share the budget",
-        "Stage 1 alone, with shares in proportion to ranks, equal ones, and ones in inverse "
-        "proportion, at the same totals. The paper: 67.99, 66.87 and 65.69 (supplement, Table 1).",
-    ),
-    "2": (
-        "Table 2: what fusion drops",
-        "Stages 1 and 2 with other rules in stage 2, and EAGLE-style fusion of all tokens. Its "
-        "Resampler, MLP and PixShuffle are left out: we did not train them. The "
-        "paper, on DocVQA from 1193 to 576 tokens: collaborative 72.2, as without pruning, within "
-        "each encoder 66.2, random 43.0; EAGLE-style 70.9 (supplement, Table 2).",
-    ),
-    "3": (
-        "Table 3: fixed and adaptive counts in the LLM",
-        "What stage 3 adds to a fixed count in one layer: the top heads, more layers, counts that "
-        "follow the question. The paper, on DocVQA: 59.9, 61.4, 65.9, 69.0, without stage 3 72.2 "
-        "(supplement, Table 3; its third adaptive row is printed as 126 tokens, its counts make "
-        "162).",
-    ),
-    "6": (
-        "Table 6: a single encoder, stages 1 and 3",
-        "Pix2Struct alone, the encoder that reads, pruned inside by stage 1, and at its output by "
-        "PruMerge++ or by stage 1's rule. The paper, LLaVA-1.5 on TextVQA: 58.2 unpruned, stage 1 "
-        "57.3 and PruMerge++ 57.1 at 29 % of the FLOPs, stages 1 and 3 53.8 at 12 % (supplement, "
-        "Table 6).",
-    ),
-    "7": (
-        "Table 7: a single encoder, stage 3",
-        "Pix2Struct alone, pruned in the LLM only, at 45 % of its tokens, by all methods in the "
-        "same layers. The paper, LLaVA-Next "
-        "on DocVQA: 70.0 unpruned, FastV 62.1, PyramidDrop 65.6, stage 3 67.5 (supplement, "
-        "Table 7).",
-    ),
-    "8": (
-        "Table 8: heads and lambda",
-        "Stage 3 with other numbers of heads, of 9, at METEOR's average, then with 65/50 and 25/50 "
-        "of its lambda, as the paper's are of 50. The paper, on OCR tasks: 64.8, 65.0, 64.6 with "
-        "3, 5, 7 of 32 heads; 65.6 and 63.4 with the other lambdas (supplement, Table 8).",
-    ),
-    "figure1": (
-        "Figure 1: who survives",
-        "Tokens of each encoder that survive each stage, by group of questions; stage 2 compares "
-        "all encoders. In the paper EVA and ConvNeXt lead on POPE, Pix2Struct and ConvNeXt on "
-        "DocVQA (Figure 1).",
-    ),
-    "ranks": (
-        "Ranks",
-        "The rank of each encoder's patches at stage 1's last point, by which encoders share its "
-        "budget, here on other pictures; its standard "
-        "deviation over pictures; the nuclear-norm diversity. The paper finds that the rank hardly "
-        "varies with the picture, so that it can be measured once.",
-    ),
-    "similarity": (
-        "Redundancy within and across encoders",
-        "The cosine of a projected token to the other tokens of its encoder and to those of the "
-        "other encoders, nothing pruned: the mean, and the highest. The paper drops tokens that "
-        "are like those of other encoders, as this hurts less (its Finding 3: Table 2, "
-        "collaborative against separate). Here tokens are much more like those of their own "
-        "encoder.",
-    ),
-    "heads": (
-        "Findings 4 and 5: which heads look at the picture",
-        "The visual attention value of a layer's heads, mean over questions: the lowest, the "
-        "median and the highest; and the sum over the top heads, which sets how many tokens stay. "
-        "The paper: most heads hardly look (Finding 4), and the sum is high for OCR, low for "
-        "coarse questions (Finding 5). A head's value is its mean over questions; the sum has the "
-        "top heads of each question, after stages 1 and 2.",
-    ),
-    "redundancy": (
-        "What each encoder is worth",
-        "CUR, the share of right answers that is lost when an encoder's output is replaced by "
-        "zeros, and the information gap, the largest CUR minus the smallest. The paper of this "
-        "measure finds one encoder with a CUR above 90 % on OCR and charts (here, only one was "
-        "taught to read), redundancy on general tasks, and some negative CURs (arXiv 2507.03262).",
-    ),
-    "video": (
-        "Table 4: clips tiled into one picture",
-        "Short clips, their frames side by side in one picture, of which the model saw none in "
-        "training. The paper, METEOR: 79.0 at 242 tokens against EAGLE's 79.2 at 1024 on MSVD, "
-        "55.5 against 55.0 on ActivityNet (supplement, Table 4).",
-    ),
-}
-
-
-HEAD = """\
-# Results on `smol`
-
-`smol` is a pretrained SmolLM2-135M behind four small encoders. The LLM, by LoRA, and the projectors
-were trained on the loss of the answers alone, which knows nothing of attention, patches or layers
-([how](../docs/smol.md)). This page and its figures are made from the CSV files beside it:
-[methods.csv](methods.csv), [search.csv](search.csv) and [answers.csv](answers.csv), a row for each
-question, by `python -m meteor_mini.smol.compare --out results`; [tables.csv](tables.csv) and
-[findings.csv](findings.csv) by `meteor-mini eval --model smol --table NAME --samples N --out
-results`. (The stored ones come from the functions of these commands, run in two processes.) Real
-sizes are timed in [benchmark.md](benchmark.md); Findings 1 and 2 on a pretrained encoder and
-photographs are in [docs/real_parts.md](../docs/real_parts.md).
-
-Accuracy: exact match in percent, with its 95 % bootstrap interval over questions. A difference, in
-points, is on the same questions, with its paired interval; one below 0 is a loss. Of random methods
-the brackets are the lowest and the highest of the seeds, which are no interval. *tokens*: visual
-tokens per LLM layer. *FLOPs*: encoders, projectors and the LLM's prefill, in millions, without
-those of a pruner in the LLM.
-
-What to keep in mind:
-
-- **The model is not fully trained**: see the unpruned row. What a method loses here it may not lose
-  on a better model, and the other way round.
-- Training left 40 to 420 tokens, at random, mostly below 240, and all 576 in one step of sixteen.
-  So *unpruned* is no upper bound; and at an average below 40, methods that prune before the LLM
-  feed it fewer tokens than it ever saw, which METEOR does not. Stage 2's rule, random tokens and
-  two rules like it were trained on; average pooling, PruMerge++, the grid, DivPrune and the smaller
-  picture were not.
-- The encoders were trained to name what a patch shows, so that their late attention finds it; EVA
-  also to give under stage 1 what it gives unpruned. The projectors began from the names. What the
-  rows say of stage 1 need not hold for other encoders.
-- EAGLE-style fusion, one token for a cell of all four encoders, was trained as long as the
-  projectors, with the same LoRA.
-- The questions of the test split were asked more than once: the share of 60 %, METEOR's last knob
-  (*Settings*), and the model's own budget, at which the paper's tables are measured, came after the
-  results at 40 and 25 % had been seen.
-
-## Methods compared
-
-All methods leave the same mean number of visual tokens per LLM layer, a share of the 144 patches of
-one encoder; METEOR's lambda is solved for it on validation questions, so its counts are off by a
-few percent. Each method's own settings were searched on {searched} validation questions at
-{search_at} (*Settings*, below; stages 1+3, 2+3 and 3 have METEOR's); the test split has {asked}
-questions. FastV, PyramidDrop and random in the LLM stand behind METEOR's stages 1 and 2, in place
-of stage 3; those of EAGLE-style behind its fusion, which alone leaves 144 tokens, whatever the
-share. Stage 3 alone spends nearly all of its average in the layers before its first drop. A smaller
-picture is padded for the encoders, so it saves them no time here. A blank picture shows what is
-guessed right. In the paper METEOR is 0.3 points below EAGLE with a quarter of its tokens, and 4
-above FastV behind EAGLE (main table, Vicuna-7B, 11 benchmarks). In the figures, the band is
-METEOR's interval.
-"""
-
-METHODS_TABLES = """\
-### Right answers, percent
-
-{accuracy}
-### Points above METEOR, paired
-
-METEOR's row is its difference to the unpruned model.
-
-{difference}
-### Visual tokens per LLM layer, measured
-
-{tokens}
-### Kinds of question, at {search_at}
-
-*hard*: the questions that the smaller picture of the same share gets wrong. *speed-up*: the
-unpruned model's time to the first token over the method's, in turns, one question at a time, on two
-CPU threads; the median over {rounds} rounds [least, most]. From *random* to *blank picture* all do
-the same work in the LLM, so their differences are noise and the encoders'.
-
-{kinds}
-### At METEOR's time
-
-Each method's best accuracy at a share where it is at least as fast as METEOR is at the column's.
-Times differ by a fifth between rounds (above), so who is just in or out of a column is chance.
-
-{at_equal_time}
-### Settings
-
-Found on validation questions at {search_at}, of so many tried; so few questions choose roughly, and
-the best of twelve accuracies is too high. METEOR's *ratio* (tokens after stage 1 to those after
-stage 2, the paper's where it is not given) was varied last, at the best of the other settings.
-
-{settings}"""
-
-TABLES_HEAD = """\
-## The paper's tables
-
-In each, a difference is to the row numbered in column *to*. *paper*: how the paper ranks the row to
-that one, and the verdict of the questions of OCR & Chart: *shown* where the difference's interval
-is on the same side of 0, *reversed* where it is on the other, *not shown* where it contains 0. Most
-gaps in the paper, 0.2 to 6 points, are smaller than what so few questions resolve: about 12 points.
-Of so many verdicts one may be chance. A random row's verdict needs all its seeds. A stage that
-a table does not speak of has the model's own budget.
-"""
+TEXT = Path(__file__).with_name("page.md").read_text()
+SECTIONS = re.split(r"^(?=##)", TEXT, flags=re.MULTILINE)
 
 IN_LLM = ["FastV", "PyramidDrop", "random in the LLM"]
 OF_EAGLE = ["EAGLE-style, FastV", "EAGLE-style, PyramidDrop"]
@@ -259,38 +80,12 @@ def save(folder: Path, name: str, frame: pd.DataFrame) -> None:
 
 
 def order_on_page(name: str) -> int:
-    return list(TEXTS).index(name)
-
-
-# --------------------------------------------------------------------------------------- the page
-
-
-def write(folder: Path) -> None:
-    """README.md, and figures that are not there, from the CSV files alone."""
-    sections = methods_sections(folder) if (folder / "methods.csv").exists() else []
-    names = [name for name in TEXTS if read(folder, name) is not None]
-    sections += [TABLES_HEAD] if names else []
-    for name in names:
-        if not (folder / f"{name}.png").exists():
-            draw(folder, name)
-        sections.append(section(name, read(folder, name), f"{name}.png"))
-    (folder / "README.md").write_text("\n".join(sections))
-
-
-def section(name: str, frame: pd.DataFrame, figure: str | None = None) -> str:
-    """A table or finding in words and numbers."""
-    title, text = TEXTS[name]
-    picture = [] if figure is None else [f"![{title}]({figure})", ""]
-    tables = [method_table(frame)] if "table" in frame else finding_tables(frame)
-    blocks = [fenced(table) for table in tables]
-    unit = "pictures" if "kind" in frame and frame["kind"].isna().all() else "questions"
-    asked = f"{int(frame['questions'].max())} {unit}."
-    return "\n".join([f"### {title}", "", *picture, f"{text} {asked}", "", *blocks])
+    return TEXT.index(f"{{{name}}}")
 
 
 def draw(folder: Path, name: str) -> None:
     """The figure of a table or finding, from its CSV file."""
-    frame, (title, _) = read(folder, name), TEXTS[name]
+    frame, title = read(folder, name), title_of(name)
     if "table" in frame:
         figure = plots.table_figure(frame, title)
     else:
@@ -298,6 +93,54 @@ def draw(folder: Path, name: str) -> None:
         shown = groups_of(frame)
         figure = plots.finding_figure(shown[shown["criterion"].isin(criteria)], label, title)
     figure.savefig(folder / f"{name}.png")
+
+
+# --------------------------------------------------------------------------------------- the page
+
+
+def write(folder: Path) -> None:
+    """README.md, and figures that are not there, from the CSV files alone.
+
+    A section of page.md is left out where one of its numbers was not measured.
+    """
+    numbers = methods_numbers(folder) if (folder / "methods.csv").exists() else {}
+    for column in ("table", "finding"):
+        for name, frame in read_all(folder, column).groupby(column):
+            numbers[name] = numbers_in_text(frame.reset_index(drop=True))
+            if not (folder / f"{name}.png").exists():
+                draw(folder, name)
+    filled = [fill(section, numbers) for section in SECTIONS if placeholders(section) <= {*numbers}]
+    (folder / "README.md").write_text("".join(filled))
+
+
+def placeholders(section: str) -> set[str]:
+    return set(re.findall(r"{(\w+)}", section))
+
+
+def fill(section: str, numbers: dict[str, str]) -> str:
+    return re.sub(r"{(\w+)}", lambda match: numbers[match[1]], section)
+
+
+def section_of(name: str) -> str:
+    """The section of page.md that shows a table or finding."""
+    return next(section for section in SECTIONS if name in placeholders(section))
+
+
+def title_of(name: str) -> str:
+    return section_of(name).splitlines()[0].strip("# ")
+
+
+def as_section(name: str, frame: pd.DataFrame) -> str:
+    """A table or finding in words and numbers, without its figure."""
+    words = re.sub(r"!\[.*\n\n", "", section_of(name))
+    return fill(words, {name: numbers_in_text(frame)})
+
+
+def numbers_in_text(frame: pd.DataFrame) -> str:
+    tables = [method_table(frame)] if "table" in frame else finding_tables(frame)
+    unit = "pictures" if "kind" in frame and frame["kind"].isna().all() else "questions"
+    asked = f"{int(frame['questions'].max())} {unit}:"
+    return "\n\n".join([asked, *map(fenced, tables)])
 
 
 def method_table(frame: pd.DataFrame) -> pd.DataFrame:
@@ -367,29 +210,28 @@ def with_interval(value: float, low: float, high: float, form: str = ".3g") -> s
 # ------------------------------------------------------------------------- the table of methods
 
 
-def methods_sections(folder: Path) -> list[str]:
-    """What `smol.compare` measured, from methods.csv and search.csv; draws the figures."""
+def methods_numbers(folder: Path) -> dict[str, str]:
+    """What `smol.compare` measured, for page.md, from methods.csv and search.csv; draws figures."""
     methods, searched = pd.read_csv(folder / "methods.csv"), pd.read_csv(folder / "search.csv")
-    asked, share = int(searched["questions"].max()), searched["share"].max()
-    questions = int(methods["questions"].max())
-    head = HEAD.format(searched=asked, search_at=f"{share:.0%}", asked=questions)
-    most, figures = methods["share"].max(), []  # most: of all patches
+    share, most = searched["share"].max(), methods["share"].max()  # most: of all patches
     for name, (title, others) in METHODS_FIGURES.items():
         draw_methods(methods, others, title).savefig(folder / f"methods_{name}.png")
-        figures.append(f"![{title}](methods_{name}.png)\n")
+    differences = ("difference", "difference_low", "difference_high")
     tables = {
         "accuracy": by_share(methods, ("accuracy", "low", "high"), ".1f"),
-        "difference": by_share(
-            methods, ("difference", "difference_low", "difference_high"), "+.1f"
-        ),
+        "difference": by_share(methods, differences, "+.1f"),
         "tokens": by_share(methods, ("tokens",), ".1f"),
         "kinds": kinds_table(methods[methods["share"].isin([share, most])]),
         "at_equal_time": at_equal_time(methods).round(1),
         "settings": settings_table(searched),
     }
-    tables = {name: fenced(table) for name, table in tables.items()}
-    words = {"search_at": f"{share:.0%}", "rounds": int(methods["rounds"].min())}
-    return [head, *figures, METHODS_TABLES.format(**words, **tables)]
+    words = {
+        "searched": f"{searched['questions'].max():.0f}",
+        "search_at": f"{share:.0%}",
+        "asked": f"{methods['questions'].max():.0f}",
+        "rounds": f"{methods['rounds'].min():.0f}",
+    }
+    return words | {name: fenced(table) for name, table in tables.items()}
 
 
 def by_share(methods: pd.DataFrame, columns: tuple[str, ...], form: str) -> pd.DataFrame:
@@ -430,7 +272,7 @@ def name_with_seeds(method: str, rows: pd.DataFrame) -> str:
 
 
 def fenced(table: pd.DataFrame) -> str:
-    return f"```\n{table.to_string(na_rep='')}\n```\n"
+    return f"```\n{table.to_string(na_rep='')}\n```"
 
 
 def draw_methods(methods: pd.DataFrame, others: list[str], title: str):

@@ -284,4 +284,4 @@ def report(
         if folder is not None:
             page.save(folder, name, frame)
             page.write(folder)
-        print(page.section(name, frame), flush=True)
+        print(page.as_section(name, frame), flush=True)

@@ -147,7 +147,7 @@ def test_every_finding_comes_to_the_page(untrained, answered, name, tmp_path, mo
     page.save(tmp_path, name, frame)
     page.write(tmp_path)
     text = (tmp_path / "README.md").read_text()
-    assert f"## {page.TEXTS[name][0]}" in text and (tmp_path / f"{name}.png").exists()
+    assert f"## {page.title_of(name)}" in text and (tmp_path / f"{name}.png").exists()
     drawn = set(page.FIGURES[name][0]) - {"accuracy, EAGLE-style"}  # this model has no such fusion
     assert drawn <= set(frame["criterion"])
 

@@ -222,5 +222,5 @@ def test_a_report_that_was_stopped_goes_on(untrained, small, tmp_path, monkeypat
 
 
 def test_every_table_and_finding_has_its_text():
-    assert set(page.TEXTS) == set(tables.TABLES) | set(FINDINGS)
+    assert set(tables.TABLES) | set(FINDINGS) <= page.placeholders(page.TEXT)
     assert set(page.FIGURES) == set(FINDINGS)
