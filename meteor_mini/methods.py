@@ -4,8 +4,8 @@
     answers = ask(model, row, samples=240)     # a row for each question of the test split
     compare_answers(answers, other)            # accuracy and difference, by kind of question
 
-`tables` and `smol.compare` are lists of rows. What has to be chosen (lambda) is solved on
-validation questions.
+`tables` and `smol.compare` are lists of rows. A row of stage 3 has the lambda that leaves a wanted
+average.
 
 Change here: a new method is one more `Row`.
 """
@@ -33,7 +33,8 @@ from .toy.questions import example_batches, images_and_questions
 
 Encode = Callable[[Meteor, Tensor], Encoded]
 SEEDS = [0, 1, 2, 3, 4]  # of the methods that choose at random
-LAMBDA_QUESTIONS = 96  # of the validation split, on which lambda is solved: 8 of each family
+LAMBDA_QUESTIONS = 120  # on which lambda is solved: ten of each family
+LAMBDA_FROM = {"val": 50_000, "test": 0}  # split -> the first of them
 
 
 @dataclass(frozen=True)
@@ -131,12 +132,15 @@ def adaptive_pruner(budget: Budget, lam: float) -> baselines.Pruner:
 
 
 @torch.no_grad()
-def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: Budget) -> float:
-    """lambda that keeps `average` tokens, solved on validation questions, those of calibration
-    among them.
+def solve_for_average(
+    model: Meteor, encode: Encode, average: float, budget: Budget, split: str = "val"
+) -> float:
+    """lambda that keeps `average` tokens on questions of a split; their answers play no part.
+
+    Those of "val" are the ones of calibration and others, those of "test" the first that are asked.
     """
     encoded = []
-    for examples in example_batches("val", LAMBDA_QUESTIONS, first=50_000):
+    for examples in example_batches(split, LAMBDA_QUESTIONS, first=LAMBDA_FROM[split]):
         images, questions = images_and_questions(examples)
         encoded.append((encode(model, images), questions))
 
@@ -149,10 +153,10 @@ def solve_on_validation(model: Meteor, encode: Encode, average: float, budget: B
 
 
 def pruner_for_average(
-    model: Meteor, encode: Encode, average: float, budget: Budget
+    model: Meteor, encode: Encode, average: float, budget: Budget, split: str = "val"
 ) -> baselines.Pruner:
-    """Stage 3 that keeps an average of the tokens that `encode` makes, solved on validation."""
-    return adaptive_pruner(budget, solve_on_validation(model, encode, average, budget))
+    """Stage 3 that keeps an average of the tokens that `encode` makes."""
+    return adaptive_pruner(budget, solve_for_average(model, encode, average, budget, split))
 
 
 def fastv_row(model: Meteor, encode: Encode, K: int, average: float, layer: int = 1) -> Row:

@@ -34,7 +34,7 @@ from .methods import (
     prumerge_row,
     pruner_for_average,
     pyramid_row,
-    solve_on_validation,
+    solve_for_average,
     stages,
 )
 from .model import Meteor
@@ -200,7 +200,7 @@ def table8(model: Meteor) -> list[Row]:
     lams = {}
     for heads in dict.fromkeys([k, 3, 5, 7]):  # each once, the model's own first
         budget = replace(own, k=heads)
-        lams[heads] = solve_on_validation(model, encode, own.stage3, budget)
+        lams[heads] = solve_for_average(model, encode, own.stage3, budget)
     cases = [(heads, lam, None) for heads, lam in lams.items()]
     cases += [(k, 65 / 50 * lams[k], "above"), (k, 25 / 50 * lams[k], "below")]  # paper's lambdas
     rows = []

@@ -25,7 +25,7 @@ def batch():
 def test_lambda_is_solved_for_an_average(untrained, monkeypatch):
     monkeypatch.setattr(methods, "LAMBDA_QUESTIONS", 4)
     encode = methods.stages(168, 80)
-    lam = methods.solve_on_validation(untrained, encode, 30, untrained.budget)
+    lam = methods.solve_for_average(untrained, encode, 30, untrained.budget)
     examples = next(example_batches("val", 4, first=50_000))
     images, questions = images_and_questions(examples)
     pruner = methods.adaptive_pruner(untrained.budget, lam)

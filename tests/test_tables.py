@@ -24,7 +24,7 @@ def rows(untrained):
     """All rows, their lambdas not solved: that takes long, and has its own test."""
     with pytest.MonkeyPatch.context() as patch:
         for module in (tables, methods):
-            patch.setattr(module, "solve_on_validation", lambda *_: 2.0)
+            patch.setattr(module, "solve_for_average", lambda *_: 2.0)
         return {name: build(untrained) for name, build in tables.TABLES.items()}
 
 

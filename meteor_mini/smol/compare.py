@@ -2,7 +2,8 @@
 
 The protocol (docs/smol.md tells how the model was trained):
 
-1. All methods leave the same mean number of visual tokens per LLM layer, at four averages.
+1. All methods leave the same mean number of visual tokens per LLM layer, at four averages. Stage
+   3's lambda is solved for it on the questions that are asked, whose answers play no part.
 2. Each method's own knobs are searched on validation questions, over a grid of at most twelve
    settings, at one of the averages; METEOR's last one, how much stage 1 leaves, at the best of its
    twelve. search.csv holds every setting tried. METEOR with a stage left out has METEOR's setting.
@@ -65,10 +66,12 @@ def both_stages(model: Meteor, K: int, ratio: float = PAPER_RATIO) -> Callable:
     return stages(min(round(ratio * K), model.num_tokens), K)
 
 
-def adaptive(model: Meteor, average: float, encode: Callable, layers: tuple, k: int) -> Row:
-    """Stage 3 behind `encode`, with the lambda that leaves the average on validation questions."""
+def adaptive(
+    model: Meteor, average: float, encode: Callable, layers: tuple, k: int, split: str
+) -> Row:
+    """Stage 3 behind `encode`, with the lambda that leaves the average on a split's questions."""
     budget = Budget(layers=list(layers), k=k)
-    return Row("", encode, pruner_for_average(model, encode, average, budget))
+    return Row("", encode, pruner_for_average(model, encode, average, budget, split))
 
 
 def meteor(
@@ -78,17 +81,22 @@ def meteor(
     layers: tuple,
     k: int,
     ratio: float = PAPER_RATIO,
+    split: str = "val",
 ) -> Row:
     encode = both_stages(model, round(enter * average), ratio)
-    return adaptive(model, average, encode, layers, k)
+    return adaptive(model, average, encode, layers, k, split)
 
 
-def stages_1_and_3(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
-    return adaptive(model, average, stages(round(enter * average)), layers, k)
+def stages_1_and_3(
+    model: Meteor, average: int, enter: float, layers: tuple, k: int, split: str = "val"
+) -> Row:
+    return adaptive(model, average, stages(round(enter * average)), layers, k, split)
 
 
-def stages_2_and_3(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
-    return adaptive(model, average, stages(None, round(enter * average)), layers, k)
+def stages_2_and_3(
+    model: Meteor, average: int, enter: float, layers: tuple, k: int, split: str = "val"
+) -> Row:
+    return adaptive(model, average, stages(None, round(enter * average)), layers, k, split)
 
 
 def stages_1_and_2(model: Meteor, average: int, ratio: float) -> Row:
@@ -104,12 +112,14 @@ def stage_2(model: Meteor, average: int, fusion: str = "collaborative") -> Row:
     return Row("", stages(None, average, fusion=fusion), random=fusion == "random")
 
 
-def stage_3(model: Meteor, average: int, enter: float, layers: tuple, k: int) -> Row:
+def stage_3(
+    model: Meteor, average: int, enter: float, layers: tuple, k: int, split: str = "val"
+) -> Row:
     """All tokens enter the LLM, whatever `enter` is."""
     before = model.num_tokens * layers[0] / model.decoder.config.num_hidden_layers
     if before >= average:
         raise ValueError(f"{before:.0f} of the average come from the layers before the first drop")
-    return adaptive(model, average, stages(), layers, k)
+    return adaptive(model, average, stages(), layers, k, split)
 
 
 # ----------------------------------------------------------------------------------------- rivals
@@ -220,12 +230,15 @@ def settings_of(name: str) -> list[dict]:
     return [dict(zip(knobs, values)) for values in itertools.product(*knobs.values())]
 
 
-def build_row(model: Meteor, name: str, share: float, setting: dict) -> Row:
+def build_row(model: Meteor, name: str, share: float, setting: dict, split: str = "val") -> Row:
     """The row of a method at an average, which is `share` of one encoder's patches.
 
+    Args: split: of the questions on which lambda is solved.
     Raises: ValueError where the setting cannot reach the average.
     """
     build, _ = METHODS[name]
+    if "k" in setting:  # it has a stage 3
+        setting = setting | {"split": split}
     return replace(build(model, round(share * grid_cells(model)), **setting), method=name)
 
 
@@ -261,7 +274,8 @@ def rows_at(model: Meteor, searched: pd.DataFrame, share: float) -> list[Row]:
     rows = []
     for name in METHODS:
         try:
-            rows.append(build_row(model, name, share, best_setting(searched, name)))
+            setting = best_setting(searched, name)
+            rows.append(build_row(model, name, share, setting, "test"))
         except ValueError as error:
             print(f"{name} at {share:.0%}: {error}", flush=True)
     return rows

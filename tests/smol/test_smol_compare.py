@@ -12,6 +12,8 @@ from meteor_mini.evaluate import ask
 from meteor_mini.methods import grid_cells
 from meteor_mini.smol import compare
 
+pytestmark = pytest.mark.usefixtures("one_word")
+
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
@@ -31,7 +33,6 @@ def model(tmp_path_factory):
     config = toy.config | {"decoder": decoder, "lambda_table": None, "budget": None}
     torch.manual_seed(0)
     model = Meteor(config, toy.tokenizer, dict(toy.encoders.items())).eval()
-    model.decoder.generation_config.max_new_tokens = 1
     model.folder = tmp_path_factory.mktemp("smol")
     save_model(channel_fusion(model), str(model.folder / "eagle.safetensors"))
     return model
@@ -121,51 +122,57 @@ def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
 
 
 def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("meteor_mini.methods.solve_on_validation", lambda *_: 30.0)
-    monkeypatch.setattr("meteor_mini.methods.encoding_flops", lambda *_: 0)
-    monkeypatch.setattr(compare, "OTHER_RATIOS", [3.0])
-    monkeypatch.setattr(page, "write", lambda folder: (folder / "README.md").write_text("a page"))
+    asked = []
+
+    def ask(model, row, samples, seed=0, split="test"):
+        asked.append((split, row.method, seed))
+        right = [row.method != "random"] * samples
+        return pd.DataFrame({"family": "color", "right": right, "tokens": 36.0, "flops": 1.0})
+
     some = ("METEOR", "stages 1+3", "random", "smaller picture")
-    monkeypatch.setattr(compare, "METHODS", {name: compare.METHODS[name] for name in some})
-    monkeypatch.setattr(compare, "SHARES", (0.25,))
-    monkeypatch.setattr(compare, "SEEDS", [0, 1])
-    monkeypatch.setattr(compare, "SECONDS", 0)
-    monkeypatch.setattr(compare, "TIMED", 1)
-    monkeypatch.setattr(compare, "settings_of", lambda name, all=compare.settings_of: all(name)[:1])
+    settings_of = compare.settings_of
+    for name, value in {
+        "ask": ask,
+        "METHODS": {name: compare.METHODS[name] for name in some},
+        "OTHER_RATIOS": [3.0],
+        "SECONDS": 0,
+        "SEEDS": [0, 1],
+        "SHARES": (0.25,),
+        "TIMED": 1,
+        "settings_of": lambda name: settings_of(name)[:1],
+    }.items():
+        monkeypatch.setattr(compare, name, value)
+    monkeypatch.setattr("meteor_mini.methods.solve_for_average", lambda *_: 30.0)
+    monkeypatch.setattr(page, "write", lambda folder: (folder / "README.md").write_text("a page"))
     monkeypatch.setattr(Meteor, "from_pretrained", lambda name: model)
     command = ["compare", "--out", str(tmp_path), "--search", "1", "--samples", "2"]
     monkeypatch.setattr("sys.argv", command)
+
     compare.main()
     tried = pd.read_csv(tmp_path / "search.csv").groupby("method")["setting"].apply(list)
     first, other_ratio = map(json.loads, tried["METEOR"])
     assert other_ratio == first | {"ratio": 3.0} and "stages 1+3" not in tried
+    assert sum(split == "val" for split, *_ in asked) == tried.map(len).sum()
+    cases = [(method, seed) for split, method, seed in asked if split == "test"]
+    assert cases == [
+        ("unpruned", 0),
+        ("EAGLE-style, 144", 0),
+        ("METEOR", 0),
+        ("stages 1+3", 0),
+        ("random", 0),
+        ("random", 1),
+        ("smaller picture", 0),
+    ]
     answers = pd.read_csv(tmp_path / "answers.csv")
-    cases = answers.groupby(["share", "method", "seed"]).size()
-    assert (cases == 2).all()
-    assert cases.index.get_level_values("method").value_counts().to_dict() == {
-        "unpruned": 1,
-        "EAGLE-style, 144": 1,
-        "METEOR": 1,
-        "stages 1+3": 1,
-        "random": 2,
-        "smaller picture": 1,
-    }
+    methods = pd.read_csv(tmp_path / "methods.csv")
+    assert set(methods["method"]) == {method for method, _ in cases}
+    assert (methods["speed_up"] > 0).all()
 
     (tmp_path / "times.csv").unlink()  # stopped before it had measured the last share's times
     last = answers[answers["method"] != "smaller picture"]
     last.to_csv(tmp_path / "answers.csv", index=False)
-    asked = []
-    monkeypatch.setattr(
-        compare,
-        "ask",
-        lambda model, row, samples, seed, split="test": (
-            asked.append(row.method)
-            or answers[answers["method"] == row.method][["family", "right", "tokens", "flops"]]
-        ),
-    )
+    asked.clear()
     compare.main()
-    assert asked == ["smaller picture"]
-    again = pd.read_csv(tmp_path / "answers.csv")
-    assert len(again) == len(answers)
-    assert set(pd.read_csv(tmp_path / "methods.csv")["method"]) == set(answers["method"])
+    assert asked == [("test", "smaller picture", 0)]
+    assert len(pd.read_csv(tmp_path / "answers.csv")) == len(answers)
     assert "a page" in capsys.readouterr().out

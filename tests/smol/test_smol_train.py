@@ -2,6 +2,7 @@
 
 import csv
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +138,12 @@ def test_a_few_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_p
 def test_a_trained_model_gets_a_budget_and_the_lambda_that_keeps_it(monkeypatch):
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 128.0, 256.0])
     monkeypatch.setattr(budgets, "SHARES", (0.2, 0.25))
+    examples = partial(train.example_batches, samples=16)
+    monkeypatch.setattr(
+        train, "example_batches", lambda split, _, first: examples(split, first=first)
+    )
+    ranks = load("toy").config["ranks"]
+    monkeypatch.setattr(budgets, "measure_ranks", lambda *_: ranks)  # it has its own tests
     of_toy = replace(train.BUDGET, stage3=40, layers=(1, 3, 5))  # it has 8
     monkeypatch.setattr(train, "BUDGET", of_toy)
     model = load("toy")
