@@ -437,12 +437,13 @@ Batch 1. Solid: measured, from the least to the most of the rounds; dotted: the 
 
 The contenders of a comparison take turns in one process; where `rounds` is 1, only the warm-up
 round was run. `ms`: milliseconds to the first token, or of the encoding, median of the rounds;
-`encode_ms`: those of them until the visual tokens are there, the rest is the LLM's. `speed_up`: the unpruned model's time over the row's in the same round, median, `least` and
-`most`. `flops_ratio`: the unpruned FLOPs over the row's, encoders, projectors and prefill.
-`realised`: `speed_up` over `flops_ratio`, 1 where time falls as FLOPs do. `mean_tokens`: visual
-tokens, mean over the layers; `tokens_out`: in the last one. `decode_ms`: of each later token;
-`kv_mib`: size of the KV cache. FLOPs count attention in full, as if it were not causal, and
-nothing that a pruner computes in the LLM.
+`encode_ms`: those of them until the visual tokens are there; the rest is the LLM's. `speed_up`: the
+unpruned model's time over the row's in the same round, median, `least` and `most`. `flops_ratio`:
+the unpruned FLOPs over the row's, encoders, projectors and prefill. `realised`: `speed_up` over
+`flops_ratio`, 1 where time falls as FLOPs do. `mean_tokens`: visual tokens, mean over the layers;
+`tokens_out`: in the last one. `decode_ms`: of each later token; `kv_mib`: size of the KV cache.
+FLOPs count attention in full, as if it were not causal, and nothing that a pruner computes in the
+LLM.
 
 *METEOR, keeps nearly all* makes all of METEOR's choices and drops almost nothing, *stage 3, keeps
 all* those of stage 3: their `speed_up` falls short of 1 by the cost of choosing, where `least` and

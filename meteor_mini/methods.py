@@ -188,9 +188,11 @@ def random_in_llm(tokens: dict[int, int]) -> baselines.Pruner:
 
 
 @torch.no_grad()
-def ask(model: Meteor, row: Row, samples: int, seed: int = 0, split: str = "test") -> pd.DataFrame:
+def ask(
+    model: Meteor, row: Row, samples: int, seed: int = 0, split: str = "test", first: int = 0
+) -> pd.DataFrame:
     """A row for each question, as `evaluate.grade` makes it; flops with those of the encoders."""
-    answers = evaluate.ask(model, row.answer, split, samples, seed=seed)
+    answers = evaluate.ask(model, row.answer, split, samples, first, seed)
     return answers.assign(flops=answers["flops"] + encoding_flops(model, row))
 
 

@@ -17,6 +17,9 @@ from .toy.questions import GROUPS, OCR_CHART, QUESTION_FAMILIES
 TEXT = Path(__file__).with_name("page.md").read_text()
 SECTIONS = re.split(r"^(?=##)", TEXT, flags=re.MULTILINE)
 
+ACCURACY = ("accuracy", "low", "high")  # of methods.csv: a value and its interval
+DIFFERENCE = ("difference", "difference_low", "difference_high")
+
 IN_LLM = ["FastV", "PyramidDrop", "random in the LLM"]
 OF_EAGLE = ["EAGLE-style, FastV", "EAGLE-style, PyramidDrop"]
 OTHERS = ["PruMerge++-style", "DivPrune", "random", "regular grid", "average pooling"]
@@ -154,11 +157,10 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
         row["to"] = methods.index(against) + 1 if against in methods else ""
         for kind in plots.GROUPS:
             own = of_method[of_method["family"] == kind]
-            row[kind] = over_seeds(own, "accuracy", "low", "high", form=".1f")
+            row[kind] = over_seeds(own, *ACCURACY, form=".1f")
         for kind in plots.GROUPS:
             own = of_method[of_method["family"] == kind]
-            columns = ("difference", "difference_low", "difference_high")
-            row[f"difference, {kind}"] = over_seeds(own, *columns, form="+.1f")
+            row[f"difference, {kind}"] = over_seeds(own, *DIFFERENCE, form="+.1f")
         row["paper"] = paper_ranking(of_method)
         rows.append(row)
     return pd.DataFrame(rows, index=range(1, len(rows) + 1))
@@ -216,11 +218,13 @@ def methods_numbers(folder: Path) -> dict[str, str]:
     share, most = searched["share"].max(), methods["share"].max()  # most: of all patches
     for name, (title, others) in METHODS_FIGURES.items():
         draw_methods(methods, others, title).savefig(folder / f"methods_{name}.png")
-    differences = ("difference", "difference_low", "difference_high")
+    fresh = pd.read_csv(folder / "fresh_methods.csv")
     tables = {
-        "accuracy": by_share(methods, ("accuracy", "low", "high"), ".1f"),
-        "difference": by_share(methods, differences, "+.1f"),
+        "accuracy": by_share(methods, ACCURACY, ".1f"),
+        "difference": by_share(methods, DIFFERENCE, "+.1f"),
         "tokens": by_share(methods, ("tokens",), ".1f"),
+        "fresh_accuracy": by_share(fresh, ACCURACY, ".1f"),
+        "fresh_difference": by_share(fresh, DIFFERENCE, "+.1f"),
         "kinds": kinds_table(methods[methods["share"].isin([share, most])]),
         "at_equal_time": at_equal_time(methods).round(1),
         "settings": settings_table(searched),
@@ -262,7 +266,7 @@ def kinds_table(methods: pd.DataFrame) -> pd.DataFrame:
         row = table[name_with_seeds(method, own)] = numbers_of(own)
         for kind in (*GROUPS, "hard"):
             of_kind = own[own["family"] == kind]
-            row[kind] = over_seeds(of_kind, "accuracy", "low", "high", form=".1f")
+            row[kind] = over_seeds(of_kind, *ACCURACY, form=".1f")
     return pd.DataFrame(table).T
 
 

@@ -40,6 +40,8 @@ def test_at_equal_time_a_method_has_its_best_accuracy_of_those_that_are_as_fast(
 
 def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
     methods.to_csv(tmp_path / "methods.csv", index=False)
+    fresh = methods[methods["share"] != 0.6].assign(accuracy=12.0, low=11.0, high=13.0)
+    fresh.to_csv(tmp_path / "fresh_methods.csv", index=False)
     settings = [json.dumps({"enter": 1.5, "k": k}) for k in (3, 5, 9)]
     searched = {"method": "METEOR", "setting": settings, "accuracy": [50.0, 60.0, None]}
     searched = pd.DataFrame(searched).assign(questions=48, share=0.2)
@@ -59,6 +61,8 @@ def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
 
     assert row_of("METEOR", accuracy).split("  ")[-2:] == ["80.0 [75.0, 85.0]", "60.0 [55.0, 65.0]"]
     assert "35.0 [30.0, 40.0]" in row_of("random (2 seeds)", accuracy)
+    fresh = text.split("### Fresh questions")[1].split("```")[1].splitlines()
+    assert row_of("FastV", fresh).strip() == "12.0 [11.0, 13.0]"
     assert row_of("METEOR", difference).count("-1.0 [-1.0, -1.0]") == 2
     assert row_of("METEOR", tokens).split() == ["86.4", "28.8"]
     hard = row_of("METEOR", kinds)  # at 20 %, where the settings were searched

@@ -7,11 +7,13 @@ The protocol (docs/smol.md tells how the model was trained):
 2. Each method's own knobs are searched on validation questions, over a grid of at most twelve
    settings, at one of the averages; METEOR's last one, how much stage 1 leaves, at the best of its
    twelve. search.csv holds every setting tried. METEOR with a stage left out has METEOR's setting.
-3. Then the test split is asked: answers.csv has a row for each question.
+3. Then the test split is asked: answers.csv has a row for each question. At the average of the
+   search as many more are asked, which nobody has seen before: fresh_answers.csv.
 4. times.csv holds the time to the first token, of all methods in turns.
 
-methods.csv is made of these: a row for each method, average, seed and family; "hard" are the
-questions that the smaller picture gets wrong. `page` makes README.md and the figures of it.
+methods.csv and fresh_methods.csv are made of these: a row for each method, average, seed and
+family; "hard" are the questions that the smaller picture gets wrong. `page` makes README.md and the
+figures of it.
 
 Resumable: what the files hold is not measured again. Change here: METHODS.
 """
@@ -347,6 +349,24 @@ def repeat_eagle(frame: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([*(eagle.assign(share=share) for share in shares), frame], ignore_index=True)
 
 
+def ask_all(
+    model: Meteor, rows: list[Row], share: float, samples: int, first: int, file: Path
+) -> pd.DataFrame:
+    """All that `file` holds, and the answers of the rows that it has not yet.
+
+    Args: first: number of the first question of the test split.
+    """
+    answers = load_csv(file, "share", "method", "seed")
+    done = set(zip(answers["share"], answers["method"], answers["seed"]))
+    for row in rows:
+        for seed in SEEDS if row.random else SEEDS[:1]:
+            if (share, row.method, seed) not in done:
+                own = ask(model, row, samples, seed, first=first)
+                own = own.assign(share=share, method=row.method, seed=seed)
+                answers = append(file, answers, own)
+    return answers
+
+
 def load_csv(file: Path, *columns: str) -> pd.DataFrame:
     return pd.read_csv(file) if file.exists() else pd.DataFrame({name: [] for name in columns})
 
@@ -385,23 +405,19 @@ def main() -> None:
             line = search(model, "METEOR", setting, args.search)
             searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
 
-    answers = load_csv(args.out / "answers.csv", "share", "method", "seed")
     times = load_csv(args.out / "times.csv", "share")
     for share in (all_patches(model), *SHARES):
         if share in set(times["share"]):
             continue  # the times are measured last
-        done = set(zip(answers["share"], answers["method"], answers["seed"]))
         rows = rows_at(model, searched, share)
-        for row in rows:
-            for seed in SEEDS if row.random else SEEDS[:1]:
-                if (share, row.method, seed) not in done:
-                    own = ask(model, row, args.samples, seed)
-                    own = own.assign(share=share, method=row.method, seed=seed)
-                    answers = append(args.out / "answers.csv", answers, own)
+        ask_all(model, rows, share, args.samples, 0, args.out / "answers.csv")
+        if share in (all_patches(model), SEARCH_AT):
+            ask_all(model, rows, share, args.samples, args.samples, args.out / "fresh_answers.csv")
         own = time_rows(model, rows).assign(share=share)
         times = append(args.out / "times.csv", times, own)
-    methods = summarise(answers, times)
-    methods.to_csv(args.out / "methods.csv", index=False, float_format="%.6g")
+    for name in ("", "fresh_"):
+        methods = summarise(pd.read_csv(args.out / f"{name}answers.csv"), times)
+        methods.to_csv(args.out / f"{name}methods.csv", index=False, float_format="%.6g")
     page.write(args.out)
     print((args.out / "README.md").read_text())
 

@@ -124,8 +124,8 @@ def test_hard_questions_are_those_that_the_smaller_picture_gets_wrong(methods):
 def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, capsys):
     asked = []
 
-    def ask(model, row, samples, seed=0, split="test"):
-        asked.append((split, row.method, seed))
+    def ask(model, row, samples, seed=0, split="test", first=0):
+        asked.append((split if first == 0 else "fresh", row.method, seed))
         right = [row.method != "random"] * samples
         return pd.DataFrame({"family": "color", "right": right, "tokens": 36.0, "flops": 1.0})
 
@@ -137,6 +137,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
         "OTHER_RATIOS": [3.0],
         "SECONDS": 0,
         "SEEDS": [0, 1],
+        "SEARCH_AT": 0.25,
         "SHARES": (0.25,),
         "TIMED": 1,
         "settings_of": lambda name: settings_of(name)[:1],
@@ -163,10 +164,12 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
         ("random", 1),
         ("smaller picture", 0),
     ]
+    assert [(method, seed) for split, method, seed in asked if split == "fresh"] == cases
     answers = pd.read_csv(tmp_path / "answers.csv")
-    methods = pd.read_csv(tmp_path / "methods.csv")
-    assert set(methods["method"]) == {method for method, _ in cases}
-    assert (methods["speed_up"] > 0).all()
+    for file in ("methods.csv", "fresh_methods.csv"):
+        methods = pd.read_csv(tmp_path / file)
+        assert set(methods["method"]) == {method for method, _ in cases}
+        assert (methods["speed_up"] > 0).all()
 
     (tmp_path / "times.csv").unlink()  # stopped before it had measured the last share's times
     last = answers[answers["method"] != "smaller picture"]
