@@ -268,11 +268,11 @@ FUSIONS = {
 
 # ---------------------------------------------------------------------- how encoders share a budget
 
-SHARES = ("rank", "average", "rank_reverse")
+STRATEGIES = ("rank", "average", "rank_reverse")
 
 
 def reranked(ranks: Tensor, strategy: str) -> Tensor:
-    """Ranks (points, C) that make stage 1 share its budget by a strategy of `SHARES`.
+    """Ranks (points, C) that make stage 1 share its budget by a strategy of `STRATEGIES`.
 
     Source: [supplement Table 1]
     """

@@ -16,7 +16,7 @@ from stage3_decode import AdaptivePruner
 
 PAPER_TOKENS = (1193, 576, 242)  # after stages 1 and 2, and per LLM layer: the paper's main result
 LAMBDAS = [0.0, *(2.0**i for i in range(10))]
-SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of all tokens: where the table of lambda is measured
+K_SHARES = (0.02, 0.05, 0.1, 0.2, 0.4)  # of all tokens: the K at which lambda is measured
 
 
 @dataclass(frozen=True)
@@ -194,6 +194,6 @@ def calibrate(model, images: list[Tensor], questions: list[str]) -> None:
         )
     images = [part.to(model.device) for part in images]
     model.config["ranks"] = measure_ranks(model, images)
-    Ks = sorted({max(8, round(share * model.num_tokens)) for share in SHARES})
+    Ks = sorted({max(8, round(share * model.num_tokens)) for share in K_SHARES})
     some = torch.cat(images)[:16]
     model.config["lambda_table"] = measure_lambda(model, some, questions[:16], Ks, LAMBDAS)

@@ -73,7 +73,7 @@ def stages(
     """Stages 1 and 2, or another rule in place of theirs.
 
     Args: stage1, stage2: as in `Budget`; encoders: all where None, else there is no stage 2;
-        shares: how they share stage 1's total, of `baselines.SHARES`; fusion: of
+        shares: how they share stage 1's total, of `baselines.STRATEGIES`; fusion: of
         `baselines.FUSIONS`.
     """
 

@@ -1,8 +1,10 @@
 """results/: CSV files, a figure for each table and finding, and the page that shows them.
 
 `save` puts what was measured into a CSV file and draws it; `write` makes README.md from these files
-alone, and from methods.csv, which `smol.compare` leaves. The words are those of page.md, where
-{name} stands for the numbers of a table or finding.
+alone, and from those that `smol.compare` leaves. The words are those of page.md, where {name}
+stands for the numbers of a table or finding.
+
+Change here: page.md; METHODS_FIGURES and FIGURES, what is drawn.
 """
 
 import json
@@ -155,10 +157,10 @@ def method_table(frame: pd.DataFrame) -> pd.DataFrame:
         against = of_method["against"].iloc[0]
         row = {"method": name_with_seeds(method, of_method), **numbers_of(of_method)}
         row["to"] = methods.index(against) + 1 if against in methods else ""
-        for kind in plots.GROUPS:
+        for kind in plots.PANELS:
             own = of_method[of_method["family"] == kind]
             row[kind] = over_seeds(own, *ACCURACY, form=".1f")
-        for kind in plots.GROUPS:
+        for kind in plots.PANELS:
             own = of_method[of_method["family"] == kind]
             row[f"difference, {kind}"] = over_seeds(own, *DIFFERENCE, form="+.1f")
         row["paper"] = paper_ranking(of_method)
@@ -282,7 +284,7 @@ def fenced(table: pd.DataFrame) -> str:
 def draw_methods(methods: pd.DataFrame, others: list[str], title: str):
     """Accuracy by tokens, METEOR's with its interval, in a panel for each kind of question."""
     panels = {}
-    for kind in plots.GROUPS:
+    for kind in plots.PANELS:
         lines = {}
         for method in ("METEOR", *others):
             own = methods[(methods["method"] == method) & (methods["family"] == kind)]

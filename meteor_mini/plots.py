@@ -33,7 +33,7 @@ STAGE_TITLES = {
     "stage2": "Stage 2, fusion",
     "stage3": "Stage 3, decoding (last LLM layer)",
 }
-GROUPS = ["all", "General", "OCR & Chart"]  # of questions: a figure's panels, a table's columns
+PANELS = ["all", "General", "OCR & Chart"]  # of questions: a figure's panels, a table's columns
 
 # Of the figure of survivors, in inches: the picture with the texts on the left, the cells on the
 # right, a row for each stage.
@@ -241,9 +241,9 @@ def table_figure(frame: pandas.DataFrame, title: str = "") -> Figure:
     A random method has a dot for each seed.
 
     Args: frame: a row for each (method, seed, family), with the columns method, tokens, family,
-        accuracy, low and high; a group of `GROUPS` stands for a family.
+        accuracy, low and high; a group of `PANELS` stands for a family.
     """
-    groups = [group for group in GROUPS if group in set(frame["family"])]
+    groups = [group for group in PANELS if group in set(frame["family"])]
     methods = list(frame["method"].unique())
     tokens = frame[frame["family"] == groups[0]].groupby("method")["tokens"].mean()
     labels = [f"{method} ({tokens[method]:.0f} tokens)" for method in methods]

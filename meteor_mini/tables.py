@@ -6,7 +6,7 @@
 All rows of a table answer the same questions of the test split, and each is compared with a row
 above it, question by question.
 
-Change here: TABLES, and the functions below it.
+Change here: TABLES, and the functions above it.
 """
 
 import itertools
@@ -93,7 +93,7 @@ def table1(model: Meteor) -> list[Row]:
     inside = [l for l, encoder in encoders if stage1_encode.can_prune_inside(encoder)]
     totals = tuple(stage1_encode.geometric_totals(total, alike, available, inside, 3))
     rows = []
-    for strategy in baselines.SHARES:
+    for strategy in baselines.STRATEGIES:
         others = {} if strategy == "rank" else {"against": f"rank, {total}", "paper": "below"}
         rows.append(Row(f"{strategy}, {total}", stages(totals, shares=strategy), **others))
     return rows

@@ -184,7 +184,7 @@ def test_reverse_ranks_share_in_proportion_to_one_over_rank():
         strategy: stage1_encode.allocate_budget(
             25, baselines.reranked(ranks, strategy)[0].tolist(), [144] * 4
         )
-        for strategy in baselines.SHARES
+        for strategy in baselines.STRATEGIES
     }
     assert shares == {
         "rank": [10, 8, 5, 2],

@@ -34,7 +34,7 @@ def short_calibration(monkeypatch):
     """Lambda is measured at four points on four pictures: its table is tested elsewhere."""
     monkeypatch.setattr("meteor_mini.finetune.CALIBRATION", 4)
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0])
-    monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
+    monkeypatch.setattr(budgets, "K_SHARES", (0.1, 0.4))
 
 
 @pytest.fixture
@@ -148,7 +148,7 @@ def test_the_snippet_of_docs_training_runs_on_rows_with_pictures_inside(tmp_path
         image = Image.fromarray(example.picture.image)
         rows.append({"image": image, "question": example.question, "answer": example.answer})
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
-    (snippet,) = re.findall(r"```py\n(.*?)```", page, flags=re.S)
+    *_, snippet = re.findall(r"```py\n(.*?)```", page, flags=re.S)
     monkeypatch.setitem(
         sys.modules, "datasets", SimpleNamespace(load_dataset=lambda name, split: rows)
     )

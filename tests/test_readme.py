@@ -1,5 +1,5 @@
 """README and docs: their python snippets run, each in a fresh namespace; their links lead
-somewhere; the README fits its screen.
+somewhere; the names that the README gives exist.
 """
 
 import re

@@ -82,7 +82,7 @@ def snapshot(cache, repo):
 def short_calibration(monkeypatch):
     """Lambda is measured at a few points."""
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 1.0, 2.0, 4.0, 64.0])
-    monkeypatch.setattr(budgets, "SHARES", (0.02, 0.14, 0.4))
+    monkeypatch.setattr(budgets, "K_SHARES", (0.02, 0.14, 0.4))
 
 
 @pytest.fixture(scope="module")
@@ -246,7 +246,7 @@ def test_cambrians_encoders_by_name_go_from_picture_to_words(hub, images):
         ) <= {*WORDS}
     assert (
         any(answer.text for answer in answers)
-        and SIGLIP in (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
+        and SIGLIP in (Path(__file__).parents[1] / "docs" / "training.md").read_text()
     )
 
 
@@ -494,11 +494,11 @@ def test_bad_names_are_refused(hub):
             Meteor.from_pretrained(encoders=encoders, decoder=decoder, cache_dir=hub[0])
 
 
-def test_the_snippets_of_docs_presets_run(hub, monkeypatch, capsys):
+def test_the_snippets_of_docs_training_put_models_together(hub, monkeypatch, capsys):
     """With the names of the cache made here in place of the real ones."""
-    page = (Path(__file__).parents[1] / "docs" / "presets.md").read_text()
-    snippets = re.findall(r"```py\n(.*?)```", page, flags=re.S)
-    snippet = "\n".join(snippets)
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    *put_together, _ = re.findall(r"```py\n(.*?)```", page, flags=re.S)
+    snippet = "\n".join(put_together)
     monkeypatch.setitem(
         PRESETS, "small", {"encoders": NAMES[:3], "decoder": "me/tiny-llama", "grid": None}
     )
@@ -515,7 +515,7 @@ def test_the_snippets_of_docs_presets_run(hub, monkeypatch, capsys):
         "from_pretrained",
         lambda *names, **options: load(*names, **options, cache_dir=hub[0]),
     )
-    exec(compile(snippet, "docs/presets.md", "exec"), {})
+    exec(compile(snippet, "docs/training.md", "exec"), {})
     out = capsys.readouterr().out
     assert (
         len(snippets) == 2
@@ -534,7 +534,7 @@ def test_calibrate_and_train_from_the_command_line(hub, tmp_path, monkeypatch, c
         Meteor, "from_pretrained", lambda name: load(**parts) if name == "small" else load(name)
     )
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 64.0])  # the whole table is tested elsewhere
-    monkeypatch.setattr(budgets, "SHARES", (0.1, 0.4))
+    monkeypatch.setattr(budgets, "K_SHARES", (0.1, 0.4))
     (tmp_path / "pictures").mkdir()
     rows = []
     for i in range(8):

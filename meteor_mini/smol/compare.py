@@ -15,7 +15,8 @@ methods.csv and fresh_methods.csv are made of these: a row for each method, aver
 family; "hard" are the questions that the smaller picture gets wrong. `page` makes README.md and the
 figures of it.
 
-Resumable: what the files hold is not measured again. Change here: METHODS.
+Resumable: what the files hold is not measured again. Change here: METHODS (what of them is drawn:
+`page.METHODS_FIGURES`).
 """
 
 import argparse

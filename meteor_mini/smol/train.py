@@ -44,7 +44,7 @@ PICTURES = 3  # a step, on average
 BLOCK = 16  # steps whose pictures are drawn together
 TOKENS_OF_DIALOGUE = 260  # words of all questions and answers about a picture
 STAGE1_TOKENS, STAGE2_TOKENS = (120, 420), (40, 240)  # that these leave, at random
-SHARES = {"scene": 0.5, "table": 0.15, "chart": 0.35}  # of pictures: charts are learned last
+KINDS = {"scene": 0.5, "table": 0.15, "chart": 0.35}  # of pictures: charts are learned last
 HOLD = 0.85  # share of steps after which the learning rates fall
 RATES = {"lora": 8e-4, "projectors": 5e-4}
 FITTED = 512  # pictures on which the projectors' beginning is fitted
@@ -142,10 +142,10 @@ def ask_much(picture: world.Picture, rng: np.random.Generator) -> list[Question]
 
 
 def draw_rows(pictures: list[world.Picture], rng: np.random.Generator, count: int) -> np.ndarray:
-    """Numbers of pictures, with the SHARES of their kinds."""
+    """Numbers of pictures, with the shares of their KINDS."""
     kinds = np.array([picture.kind for picture in pictures])
     weight = np.zeros(len(pictures))
-    for kind, share in SHARES.items():
+    for kind, share in KINDS.items():
         weight[kinds == kind] = share / max(1, (kinds == kind).sum())
     return rng.choice(len(pictures), size=count, p=weight / weight.sum())
 

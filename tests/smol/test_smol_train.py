@@ -75,9 +75,9 @@ def test_kinds_of_picture_are_drawn_by_their_shares():
     pictures = [SimpleNamespace(kind=kind) for kind in ["scene"] * 6 + ["table"] * 3 + ["chart"]]
     rows = train.draw_rows(pictures, np.random.default_rng(0), 10_000)
     counts = np.bincount(rows, minlength=10) / 10_000
-    assert counts[:6].sum() == pytest.approx(train.SHARES["scene"], abs=0.02)
-    assert counts[6:9].sum() == pytest.approx(train.SHARES["table"], abs=0.02)
-    assert counts[9] == pytest.approx(train.SHARES["chart"], abs=0.02)
+    assert counts[:6].sum() == pytest.approx(train.KINDS["scene"], abs=0.02)
+    assert counts[6:9].sum() == pytest.approx(train.KINDS["table"], abs=0.02)
+    assert counts[9] == pytest.approx(train.KINDS["chart"], abs=0.02)
 
 
 def test_much_is_asked_about_a_picture_and_nothing_twice(pool):
@@ -137,7 +137,7 @@ def test_a_few_steps_move_lora_and_projectors_and_nothing_else(pool, work, tmp_p
 
 def test_a_trained_model_gets_a_budget_and_the_lambda_that_keeps_it(monkeypatch):
     monkeypatch.setattr(budgets, "LAMBDAS", [0.0, 128.0, 256.0])
-    monkeypatch.setattr(budgets, "SHARES", (0.2, 0.25))
+    monkeypatch.setattr(budgets, "K_SHARES", (0.2, 0.25))
     examples = partial(train.example_batches, samples=16)
     monkeypatch.setattr(
         train, "example_batches", lambda split, _, first: examples(split, first=first)
