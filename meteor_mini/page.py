@@ -227,6 +227,7 @@ def methods_numbers(folder: Path) -> dict[str, str]:
         "tokens": by_share(methods, ("tokens",), ".1f"),
         "fresh_accuracy": by_share(fresh, ACCURACY, ".1f"),
         "fresh_difference": by_share(fresh, DIFFERENCE, "+.1f"),
+        "fresh_tokens": by_share(fresh, ("tokens",), ".1f"),
         "kinds": kinds_table(methods[methods["share"].isin([share, most])]),
         "at_equal_time": at_equal_time(methods).round(1),
         "settings": settings_table(searched),
@@ -326,10 +327,11 @@ def settings_table(searched: pd.DataFrame) -> pd.DataFrame:
                     "method": method,
                     "setting": setting,
                     "tried": len(own),
+                    "tokens": f"{best['tokens']:.1f}",
                     "accuracy": f"{low:.1f} to {high:.1f}",
                 }
             )
-    columns = ["method", "setting", "tried", "accuracy"]
+    columns = ["method", "setting", "tried", "tokens", "accuracy"]
     return pd.DataFrame(rows, columns=columns).set_index("method")
 
 

@@ -44,7 +44,7 @@ def test_the_page_is_written_from_the_csv_files_alone(methods, tmp_path):
     fresh.to_csv(tmp_path / "fresh_methods.csv", index=False)
     settings = [json.dumps({"enter": 1.5, "k": k}) for k in (3, 5, 9)]
     searched = {"method": "METEOR", "setting": settings, "accuracy": [50.0, 60.0, None]}
-    searched = pd.DataFrame(searched).assign(questions=48, share=0.2)
+    searched = pd.DataFrame(searched).assign(questions=48, share=0.2, tokens=28.9)
     searched.to_csv(tmp_path / "search.csv", index=False)
     page.write(tmp_path)
     text = (tmp_path / "README.md").read_text()

@@ -3,12 +3,12 @@
 The protocol (docs/smol.md tells how the model was trained):
 
 1. All methods leave the same mean number of visual tokens per LLM layer, at four averages. Stage
-   3's lambda is solved for it on the questions that are asked, whose answers play no part.
+   3's lambda is solved for it on the first of the test questions, whose answers play no part.
 2. Each method's own knobs are searched on validation questions, over a grid of at most twelve
-   settings, at one of the averages; METEOR's last one, how much stage 1 leaves, at the best of its
-   twelve. search.csv holds every setting tried. METEOR with a stage left out has METEOR's setting.
+   settings, at one of the averages; how much stage 1 leaves before stage 2, last, at the best of
+   these. search.csv holds every setting tried. METEOR with a stage left out has METEOR's setting.
 3. Then the test split is asked: answers.csv has a row for each question. At the average of the
-   search as many more are asked, which nobody has seen before: fresh_answers.csv.
+   search as many more are asked, which the model was never asked before: fresh_answers.csv.
 4. times.csv holds the time to the first token, of all methods in turns.
 
 methods.csv and fresh_methods.csv are made of these: a row for each method, average, seed and
@@ -54,7 +54,8 @@ from ..toy.questions import example_batches, images_and_questions
 SHARES = (0.60, 0.40, 0.25, 0.15)  # visual tokens per LLM layer, of one encoder's patches
 SEARCH_AT = 0.40
 PAPER_RATIO = 1193 / 576  # tokens that stage 1 leaves, to those that stage 2 leaves
-OTHER_RATIOS = [3.0, 5.0]
+OTHER_RATIOS = [3.0, 5.0]  # of METEOR, and of what stands in place of its stage 3
+WITH_RATIO = ("METEOR", "FastV", "PyramidDrop", "random in the LLM")
 TIMED, SECONDS = 4, 240  # questions of a timing; what all its rounds may take
 LAYERS = [(4, 11, 19), (8, 15, 22)]  # of 30: the paper's share of the depth, and PyramidDrop's
 
@@ -136,11 +137,11 @@ def entering(model: Meteor, average: int, counts: dict[int, int]) -> int:
     return min(round((average * L - later) / layers[0]), model.num_tokens)
 
 
-def fastv(model: Meteor, average: int, enter: float, layer: int) -> Row:
+def fastv(model: Meteor, average: int, enter: float, layer: int, ratio: float = PAPER_RATIO) -> Row:
     L = model.decoder.config.num_hidden_layers
     keep = baselines.fastv_count(round(enter * average), average, layer, L)
     K = entering(model, average, {layer: keep})
-    return Row("", both_stages(model, K), baselines.fastv(keep, layer))
+    return Row("", both_stages(model, K, ratio), baselines.fastv(keep, layer))
 
 
 def count_pyramid(model: Meteor, average: int, enter: float, layers: tuple) -> tuple[int, dict]:
@@ -150,14 +151,18 @@ def count_pyramid(model: Meteor, average: int, enter: float, layers: tuple) -> t
     return entering(model, average, counts), counts
 
 
-def pyramid_drop(model: Meteor, average: int, enter: float, layers: tuple) -> Row:
+def pyramid_drop(
+    model: Meteor, average: int, enter: float, layers: tuple, ratio: float = PAPER_RATIO
+) -> Row:
     K, counts = count_pyramid(model, average, enter, layers)
-    return Row("", both_stages(model, K), baselines.pyramid_drop(counts))
+    return Row("", both_stages(model, K, ratio), baselines.pyramid_drop(counts))
 
 
-def random_in_layers(model: Meteor, average: int, enter: float, layers: tuple) -> Row:
+def random_in_layers(
+    model: Meteor, average: int, enter: float, layers: tuple, ratio: float = PAPER_RATIO
+) -> Row:
     K, counts = count_pyramid(model, average, enter, layers)
-    return Row("", both_stages(model, K), random_in_llm(counts), random=True)
+    return Row("", both_stages(model, K, ratio), random_in_llm(counts), random=True)
 
 
 def fastv_of_eagle(model: Meteor, average: int, layer: int) -> Row:
@@ -399,11 +404,11 @@ def main() -> None:
                 print(line, flush=True)
                 searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
 
-    best = best_setting(searched, "stages 1+3")  # METEOR's, without a ratio
-    for ratio in OTHER_RATIOS:
-        setting = best | {"ratio": ratio}
-        if ("METEOR", json.dumps(setting)) not in done:
-            line = search(model, "METEOR", setting, args.search)
+    of_grids = searched[~searched["setting"].str.contains("ratio")]
+    for name, ratio in itertools.product(WITH_RATIO, OTHER_RATIOS):
+        setting = best_setting(of_grids, name) | {"ratio": ratio}
+        if (name, json.dumps(setting)) not in done:
+            line = search(model, name, setting, args.search)
             searched = append(args.out / "search.csv", searched, pd.DataFrame([line]))
 
     times = load_csv(args.out / "times.csv", "share")

@@ -135,6 +135,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
         "ask": ask,
         "METHODS": {name: compare.METHODS[name] for name in some},
         "OTHER_RATIOS": [3.0],
+        "WITH_RATIO": ("METEOR",),
         "SECONDS": 0,
         "SEEDS": [0, 1],
         "SEARCH_AT": 0.25,
