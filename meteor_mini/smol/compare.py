@@ -357,8 +357,8 @@ def repeat_eagle(frame: pd.DataFrame) -> pd.DataFrame:
 
 def ask_all(
     model: Meteor, rows: list[Row], share: float, samples: int, first: int, file: Path
-) -> pd.DataFrame:
-    """All that `file` holds, and the answers of the rows that it has not yet.
+) -> None:
+    """Put the answers of the rows into `file`, but those that it holds.
 
     Args: first: number of the first question of the test split.
     """
@@ -370,7 +370,6 @@ def ask_all(
                 own = ask(model, row, samples, seed, first=first)
                 own = own.assign(share=share, method=row.method, seed=seed)
                 answers = append(file, answers, own)
-    return answers
 
 
 def load_csv(file: Path, *columns: str) -> pd.DataFrame:
