@@ -581,11 +581,7 @@ class TokenPruner:
             f"{type(self.decoder).__name__} must name all but the first argument of its layers",
             TypeError,
         )
-        require(
-            kwargs.get("position_embeddings") is not None and "attention_mask" in kwargs,
-            f"{type(self.decoder).__name__} must call its layers with position_embeddings",
-            TypeError,
-        )
+        self._require_rotary(kwargs)
         now = self.decoder.config._attn_implementation
         require(
             now == self.implementation,
@@ -675,10 +671,19 @@ class TokenPruner:
     def _stop_listening(self, layer, args, output) -> None:
         self.decoder.config._attn_implementation = self.implementation
 
+    def _require_rotary(self, kwargs) -> None:
+        """Beam gives rotary tables to some of its layers only."""
+        require(
+            kwargs.get("position_embeddings") is not None and "attention_mask" in kwargs,
+            f"{type(self.decoder).__name__} must call its layers with position_embeddings",
+            TypeError,
+        )
+
     # ----------------------------------------------------------------- before a layer: what goes on
 
     def _before_layer(self, i: int, layer, args, kwargs) -> tuple:
         """At a pruned layer, choose; call it and all later ones with the tokens that are left."""
+        self._require_rotary(kwargs)
         hidden = args[0]
         if self.past > 0:
             self._require_whole_cache(i, find_cache(kwargs))
