@@ -33,7 +33,7 @@ qwen2 qwen2_moe qwen3 qwen3_moe sarvam_mla sarvam_moe seed_oss smollm3 solar_ope
 starcoder2 vaultgemma youtu
 """.split()
 # One of each verdict and of each kind of attention; test_stage3_decode.py has Llama and 18 others.
-QUICK = ["ministral3", "deepseek_v3", "gpt_neox", "bert", "qwen3_next", "opt"]
+QUICK = ["ministral3", "deepseek_v3", "gpt_neox", "bert", "qwen3_next", "opt", "beam"]
 
 D = 64
 SMALL = dict(

@@ -62,6 +62,17 @@ def test_stage_3_alone_is_left_out_where_it_cannot_reach_the_average(model):
         compare.build_row(model, "stage 3", 0.5, setting)
 
 
+@pytest.mark.parametrize("name", compare.WITH_RATIO[1:])
+def test_what_stands_in_place_of_stage_3_has_a_ratio_of_its_own(model, name, monkeypatch):
+    left = []
+    monkeypatch.setattr(compare, "stages", lambda stage1, stage2: left.append((stage1, stage2)))
+    setting = compare.settings_of(name)[0]
+    compare.build_row(model, name, 0.25, setting)
+    compare.build_row(model, name, 0.25, setting | {"ratio": 3.0})
+    (_, K), (stage1, same) = left
+    assert stage1 == 3 * K == 3 * same and left[0][0] == round(compare.PAPER_RATIO * K)
+
+
 def test_every_grid_has_at_most_twelve_settings():
     assert max(len(compare.settings_of(name)) for name in compare.METHODS) == 12
 
@@ -125,7 +136,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
     asked = []
 
     def ask(model, row, samples, seed=0, split="test", first=0):
-        asked.append((split if first == 0 else "fresh", row.method, seed))
+        asked.append(({0: split, samples: "fresh"}[first], row.method, seed))
         right = [row.method != "random"] * samples
         return pd.DataFrame({"family": "color", "right": right, "tokens": 36.0, "flops": 1.0})
 
@@ -144,7 +155,10 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
         "settings_of": lambda name: settings_of(name)[:1],
     }.items():
         monkeypatch.setattr(compare, name, value)
-    monkeypatch.setattr("meteor_mini.methods.solve_for_average", lambda *_: 30.0)
+    solved_on = []  # the split of each lambda
+    monkeypatch.setattr(
+        "meteor_mini.methods.solve_for_average", lambda *args: solved_on.append(args[-1]) or 30.0
+    )
     monkeypatch.setattr(page, "write", lambda folder: (folder / "README.md").write_text("a page"))
     monkeypatch.setattr(Meteor, "from_pretrained", lambda name: model)
     command = ["compare", "--out", str(tmp_path), "--search", "1", "--samples", "2"]
@@ -166,6 +180,7 @@ def test_a_comparison_that_was_stopped_goes_on(model, tmp_path, monkeypatch, cap
         ("smaller picture", 0),
     ]
     assert [(method, seed) for split, method, seed in asked if split == "fresh"] == cases
+    assert solved_on == ["val", "val", "test", "test"]  # METEOR's two settings; it and stages 1+3
     answers = pd.read_csv(tmp_path / "answers.csv")
     for file in ("methods.csv", "fresh_methods.csv"):
         methods = pd.read_csv(tmp_path / file)
